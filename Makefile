@@ -1,0 +1,50 @@
+# Everything runs inside .venv, which is made on first use and left alone until its inputs change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# torch goes first and by itself: on a machine that has a CPU wheel of it at hand, nothing
+# that follows may replace it by a build with gigabytes of CUDA libraries
+TORCH := torch==2.13.0
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-kernels lint types wheel check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# the main job: best-of-50 on the held-out puzzles with the model that ships
+demo: $(READY)
+	$(BIN)/sharpen bon --model game24 --task game24 --split test -n 50 \
+	    --reward logprob --max-new-tokens 48 --seed 0 --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+# the wheel, installed by itself into a clean environment that only borrows torch and friends
+wheel: $(READY)
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --quiet --outdir build/wheel .
+	$(BIN)/python tests/wheel_check.py build/wheel
+
+check: lint types test wheel
+
+bench: $(READY)
+	$(BIN)/python -m bench.linear_logprob
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

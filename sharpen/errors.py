@@ -1,0 +1,17 @@
+"""What `sharpen` raises on purpose: one tree, each leaf also a builtin."""
+
+
+class SharpenError(Exception):
+    """Anything that a user of sharpen may want to catch."""
+
+
+class InputError(SharpenError, ValueError):
+    """Bad input: the message says name, wanted, got and fix, in one line."""
+
+
+class RecordError(InputError):
+    """A bad record in a file: the message begins with `FILE:LINE:`."""
+
+
+class RunError(SharpenError, RuntimeError):
+    """A run directory that cannot be used: made with other settings, or in use."""
