@@ -1,0 +1,132 @@
+"""Game of 24: every solvable puzzle, its three-way split, and all of its solutions.
+
+A puzzle is a multiset of four integers in 1..13. It is solvable when some expression over
++ - * / and parentheses uses each number exactly once and equals 24 in exact rational
+arithmetic. 1362 of the 1820 multisets are (the set used by Yao et al. 2023,
+arXiv:2305.10601, and by Huang et al. 2024, arXiv:2412.01951).
+
+A solution is a list of three steps; each step takes two of the numbers left and puts back
+their result. The traces that the shipped model is trained on stay within the integers
+0..MAX_NUMBER, so that a number is one token: 1346 of the 1362 puzzles have such a solution.
+"""
+
+import functools
+import itertools
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+TARGET = 24
+MAX_CARD = 13
+MAX_NUMBER = 200
+
+Numbers = tuple[int, ...]
+Split = Literal["base", "sharpen", "test"]
+
+SPLIT_SEED = 24
+# puzzles in each split: base training, prompts for sharpening, test; 1362 together
+SPLIT_SIZES: dict[Split, int] = {"base": 800, "sharpen": 250, "test": 312}
+
+
+class Step(NamedTuple):
+    """`left op right = result`, all non-negative integers."""
+
+    left: int
+    op: str
+    right: int
+    result: int
+
+
+def apply(op: str, left: Fraction, right: Fraction) -> Fraction | None:
+    """`left op right` in exact arithmetic; None when it divides by zero."""
+    if op == "+":
+        return left + right
+    if op == "-":
+        return left - right
+    if op == "*":
+        return left * right
+    if op == "/":
+        return left / right if right else None
+    raise ValueError(f"`op` must be one of + - * /, got {op!r}.")
+
+
+def replace_pair(numbers: Numbers, left: int, right: int, result: int) -> Numbers:
+    """`numbers` without one `left` and one `right`, with `result`, sorted ascending."""
+    rest = list(numbers)
+    rest.remove(left)
+    rest.remove(right)
+    return tuple(sorted([*rest, result]))
+
+
+@functools.cache
+def solvable_puzzles() -> tuple[Numbers, ...]:
+    """All 1362 solvable multisets of four integers in 1..13, in lexicographic order."""
+    cards = range(1, MAX_CARD + 1)
+    every = itertools.combinations_with_replacement(cards, 4)
+    return tuple(numbers for numbers in every if is_solvable(numbers))
+
+
+def is_solvable(numbers: Numbers, target: int = TARGET) -> bool:
+    """Whether some expression over all of `numbers` equals `target`, fractions allowed."""
+    return _reaches(tuple(sorted(Fraction(n) for n in numbers)), Fraction(target))
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _reaches(numbers: tuple[Fraction, ...], target: Fraction) -> bool:
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        for op in "+-*/":
+            result = apply(op, numbers[i], numbers[j])
+            if result is not None and _reaches(tuple(sorted([*rest, result])), target):
+                return True
+    return False
+
+
+@functools.cache
+def split_puzzles(split: Split) -> tuple[Numbers, ...]:
+    """The puzzles of one split: a seeded shuffle of all 1362, cut by multiset.
+
+    Raises:
+        ValueError: If `split` is not "base", "sharpen" or "test".
+    """
+    if split not in SPLIT_SIZES:
+        raise ValueError(f"`split` must be one of {', '.join(SPLIT_SIZES)}, got {split!r}.")
+    shuffled = list(solvable_puzzles())
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    start = 0
+    for name, size in SPLIT_SIZES.items():
+        if name == split:
+            return tuple(shuffled[start : start + size])
+        start += size
+    raise AssertionError("unreachable")
+
+
+def steps_from(numbers: Numbers) -> Iterator[tuple[Step, Numbers]]:
+    """Every step that stays within the integers 0..MAX_NUMBER, and the numbers it leaves.
+
+    One operand order per step: the larger number first. Nothing is lost but negative
+    intermediate results, which no integer solution needs.
+    """
+    pairs = sorted({(max(pair), min(pair)) for pair in itertools.combinations(numbers, 2)})
+    for big, small in pairs:
+        results = [("+", big + small), ("-", big - small), ("*", big * small)]
+        if small and big % small == 0:
+            results.append(("/", big // small))
+        for op, result in results:
+            if result <= MAX_NUMBER:
+                yield Step(big, op, small, result), replace_pair(numbers, big, small, result)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def integer_solutions(numbers: Numbers, target: int = TARGET) -> tuple[tuple[Step, ...], ...]:
+    """Every way to `target` through integers 0..MAX_NUMBER, one step per number but the last."""
+    if len(numbers) == 1:
+        return ((),) if numbers[0] == target else ()
+    return tuple(
+        (step, *rest)
+        for step, left in steps_from(tuple(sorted(numbers)))
+        for rest in integer_solutions(left, target)
+    )
