@@ -1,0 +1,204 @@
+"""JSON lines on disk: read them strictly, write them so that nothing is ever half there.
+
+Field names are TRL's: `prompt` (text, or a list of messages), `completion`, and `completions`
+for all the samples of one prompt. Token ids travel beside the text (`prompt_ids`,
+`completion_ids`), so that nothing is ever tokenised twice.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, RecordError
+
+Row = dict[str, Any]
+
+
+def dump(row: Row) -> str:
+    """One line of JSON, with its newline; NaN and infinity are refused.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """Every record of a JSON lines file with its place, `FILE:LINE`. Empty lines are skipped.
+
+    Raises:
+        InputError: If the file cannot be opened.
+        RecordError: If a line is not UTF-8, not JSON, or not an object.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (closed below; opening has its own error)
+    except OSError as error:
+        raise InputError(
+            f"cannot read {str(path)!r}: {error.strerror}; check the path and its permissions."
+        ) from error
+    with file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse(f"{path}:{number}", line)
+        except OSError as error:
+            raise InputError(f"cannot read {str(path)!r}: {error.strerror}.") from error
+
+
+def _parse(place: str, line: bytes) -> Row:
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            f"{place}: must be UTF-8, got byte 0x{line[error.start]:02x} at column "
+            f"{error.start + 1}; re-encode the file."
+        ) from error
+    try:
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(f"{place}: must be one JSON object a line, got {error}.") from error
+    if not isinstance(row, dict):
+        raise RecordError(
+            f"{place}: must be a JSON object, got {type(row).__name__}; "
+            'write one object a line, such as {"prompt": "..."}.'
+        )
+    return row
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or nothing: to a neighbour, flushed to disk, then renamed over."""
+    path = Path(path)
+    neighbour = path.with_name(f".{path.name}.part")
+    with open(neighbour, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(neighbour, path)
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write a whole JSON lines file or nothing."""
+    write_text(path, "".join(map(dump, rows)))
+
+
+def check_text(place: str, field: str, value: object) -> str:
+    """`value` if it is text that can be written as UTF-8.
+
+    Raises:
+        RecordError: If it is not text, or holds half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise RecordError(f"{place}: `{field}` must be text, got {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{place}: `{field}` must be valid Unicode, got a lone surrogate at character "
+            f"{error.start}; re-encode the text."
+        ) from error
+    return value
+
+
+def check_prompt(place: str, row: Row) -> str | list[dict[str, str]]:
+    """The `prompt` of a record: non-empty text, or a non-empty list of messages.
+
+    Raises:
+        RecordError: If it is missing, empty or of another shape.
+    """
+    if "prompt" not in row:
+        raise RecordError(
+            f"{place}: must have the field `prompt`, got {', '.join(row) or 'no fields'}."
+        )
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        return _check_messages(place, prompt)
+    if not check_text(place, "prompt", prompt):
+        raise RecordError(f"{place}: `prompt` must not be empty; give text or messages.")
+    return prompt
+
+
+def _check_messages(place: str, messages: list[object]) -> list[dict[str, str]]:
+    if not messages:
+        raise RecordError(f"{place}: `prompt` must hold at least one message, got an empty list.")
+    checked = []
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise RecordError(
+                f"{place}: each message of `prompt` must be an object with `role` and `content`."
+            )
+        for key in ("role", "content"):
+            check_text(place, key, message[key])
+        checked.append(message)
+    return checked
+
+
+def check_ids(place: str, field: str, value: object) -> list[int]:
+    """`value` if it is a list of token ids.
+
+    Raises:
+        RecordError: If it is anything else.
+    """
+    if not isinstance(value, list) or any(type(i) is not int for i in value):
+        raise RecordError(f"{place}: `{field}` must be a list of integers.")
+    return value
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt of a file: where it stands, what it is called, what it says."""
+
+    place: str
+    id: str
+    prompt: str | list[dict[str, str]]
+
+
+def content_id(value: object) -> str:
+    """A short name for `value` that depends on nothing but its content."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """The content of a file in 32 hexadecimal digits (BLAKE2b)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_prompts(path: str | Path) -> list[PromptRecord]:
+    """All prompts of a file, each with a unique id.
+
+    The id is the record's own `prompt_id`, or else made from the content of the prompt, so it
+    does not change when other lines come or go; the second prompt of equal content gets "-2".
+
+    Raises:
+        InputError: If the file cannot be read or holds no prompt.
+        RecordError: If a record is bad, or two records share a `prompt_id`.
+    """
+    records: list[PromptRecord] = []
+    seen: dict[str, str] = {}
+    copies: dict[str, int] = {}
+    for place, row in read_rows(path):
+        prompt = check_prompt(place, row)
+        if "prompt_id" in row:
+            prompt_id = check_text(place, "prompt_id", row["prompt_id"])
+        else:
+            base = content_id(prompt)
+            copies[base] = copies.get(base, 0) + 1
+            prompt_id = base if copies[base] == 1 else f"{base}-{copies[base]}"
+        if prompt_id in seen:
+            raise RecordError(
+                f"{place}: `prompt_id` must be unique, got {prompt_id!r} again "
+                f"(first at {seen[prompt_id]})."
+            )
+        seen[prompt_id] = place
+        records.append(PromptRecord(place, prompt_id, prompt))
+    if not records:
+        raise InputError(f"{str(path)!r} must hold at least one prompt, got none.")
+    return records
