@@ -1,0 +1,160 @@
+"""Values and gradients of `linear_logprob` against fp64, judged beside PyTorch's own fp32."""
+
+import math
+
+import pytest
+import torch
+from oracle import (
+    DIFFERENTIABLE,
+    assert_as_accurate,
+    assert_matches_fp64,
+    head_problem,
+    values,
+)
+from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from sharpen_kernels.stats import NAMES
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# one of everything; ragged against every tile; a block of rows and one more; whole tiles;
+# a segment of 4096 columns and a ragged second one
+SHAPES = [(1, 1, 1), (3, 31, 7), (65, 129, 33), (128, 64, 64), (2, 4225, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "V", "D"), SHAPES)
+def test_as_accurate_as_torch(R, V, D, dtype, device):
+    assert_matches_fp64(head_problem(R, V, D, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("stat", NAMES)
+def test_each_statistic_alone(stat, device):
+    assert_matches_fp64(head_problem(6, 70, 20, device=device, bias=True), stats=(stat,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_segments")
+def test_many_segments(dtype, device):
+    assert_matches_fp64(head_problem(5, 700, 40, dtype=dtype, device=device, bias=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"softcap": 5.0},
+        {"temperature": 2.5, "softcap": 30.0},
+        {"vocab_size": 150},
+        {"vocab_size": 65, "temperature": 1e3, "softcap": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_options(options, bias, device):
+    problem = head_problem(9, 200, 48, device=device, bias=bias)
+    problem["target"] %= options.get("vocab_size", 200)
+    assert_matches_fp64(problem, **options)
+
+
+def test_order_is_bias_softcap_temperature(device):
+    problem = {
+        "hidden": torch.ones(1, 1, device=device),
+        "weight": torch.tensor([[1.0], [2.0]], device=device),
+        "bias": torch.tensor([3.0, 0.0], device=device),
+        "target": torch.tensor([0], device=device),
+    }
+    got = values(problem, ("logprob",), softcap=5.0, temperature=2.0)
+    z = 5 * torch.tanh(torch.tensor([4.0, 2.0]) / 5) / 2
+    torch.testing.assert_close(got["logprob"].cpu(), z.log_softmax(0)[:1])
+
+
+@pytest.mark.parametrize("S", [1, 40, 200])
+@pytest.mark.usefixtures("small_segments")
+def test_rows_in_any_order_with_repeats(S, device):
+    problem = head_problem(70, 300, 24, S=S, device=device, bias=True)
+    assert_matches_fp64(problem)
+
+
+def test_row_with_no_pair_gets_no_gradient(device):
+    problem = head_problem(4, 50, 8, S=6, device=device)
+    problem["rows"] = torch.tensor([3, 0, 0, 3, 0, 1], device=device)
+    got = assert_matches_fp64(problem, stats=DIFFERENTIABLE)
+    assert (got["dhidden"][2] == 0).all()
+
+
+def test_rows_equal_gathered_hidden(device):
+    problem = head_problem(5, 90, 16, S=12, device=device)
+    gathered = problem | {"hidden": problem["hidden"][problem["rows"]], "rows": None}
+    want = values(gathered)
+    for name, x in values(problem).items():
+        assert torch.equal(x, want[name]), name
+
+
+def test_mixed_dtypes_multiply_in_the_wider(device):
+    problem = head_problem(5, 90, 16, device=device, bias=True)
+    problem["hidden"] = problem["hidden"].to(torch.bfloat16)
+    assert_matches_fp64(problem)
+
+
+def test_fp64_in_fp64_out(device):
+    problem = head_problem(5, 90, 16, S=11, device=device, bias=True)
+    problem |= {name: problem[name].double() for name in ("hidden", "weight", "bias")}
+    got = assert_matches_fp64(problem, softcap=10.0)
+    assert {x.dtype for x in got.values()} == {torch.float64}
+
+
+def test_hand_worked_uniform_row(device):
+    V = 8
+    problem = head_problem(1, V, 4, device=device)
+    problem["hidden"][:] = 0
+    problem["target"][:] = 3
+    got = {name: x.item() for name, x in values(problem).items()}
+    assert got["logprob"] == pytest.approx(-math.log(V))
+    assert got["lse"] == pytest.approx(math.log(V))
+    assert got["entropy"] == pytest.approx(math.log(V))
+    assert got["self_certainty"] == pytest.approx(0, abs=1e-6)
+    # all tie: the argmax is column 0
+    assert got["is_greedy"] == 0.0
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_greedy_ties_go_to_the_lowest_column(device):
+    problem = head_problem(1, 400, 8, device=device)
+    tied = [130, 140, 300]  # within a tile, and across segments
+    problem["weight"][tied] = 9 * problem["hidden"][0]
+    problem["rows"] = torch.zeros(4, dtype=torch.int64, device=device)
+    problem["target"] = torch.tensor([*tied, 0], device=device)
+    got = values(problem, ("is_greedy",))
+    assert got["is_greedy"].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_gradient_reaches_only_what_asks(device):
+    problem = head_problem(4, 60, 8, device=device, bias=True)
+    problem["weight"].requires_grad_()
+    values(problem)["logprob"].sum().backward()
+    assert problem["weight"].grad is not None
+    assert problem["hidden"].grad is None
+    assert problem["bias"].grad is None
+
+
+def test_is_greedy_carries_no_gradient(device):
+    problem = head_problem(4, 60, 8, device=device)
+    problem["hidden"].requires_grad_()
+    got = values(problem)
+    assert not got.pop("is_greedy").requires_grad
+    assert all(x.requires_grad for x in got.values())
+
+
+def test_tied_weight_adds_both_gradients(device):
+    problem = head_problem(4, 60, 8, device=device)
+    tokens = torch.tensor([5, 6, 7, 5], device=device)
+
+    def gradient(fn, dtype):
+        tied = problem["weight"].to(dtype).requires_grad_()
+        x = torch.nn.functional.embedding(tokens, tied)
+        found = values(problem | {"hidden": x, "weight": tied}, ("logprob",), fn=fn)
+        return torch.autograd.grad(found["logprob"].sum(), tied)[0]
+
+    got = gradient(linear_logprob, torch.float32)
+    low = gradient(linear_logprob_reference, torch.float32)
+    truth = gradient(linear_logprob_reference, torch.float64)
+    assert_as_accurate("dtied", got, low, truth)

@@ -1,0 +1,81 @@
+"""How close is close enough: a result is judged beside PyTorch, both against fp64."""
+
+import torch
+from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from sharpen_kernels.stats import NAMES, Statistic
+from torch import Tensor
+
+DIFFERENTIABLE: tuple[Statistic, ...] = ("logprob", "lse", "entropy", "self_certainty")
+LEAVES = ("hidden", "weight", "bias")
+
+
+def assert_as_accurate(
+    name: str, got: Tensor, torch_low: Tensor, truth: Tensor, floor: float | None = None
+):
+    """Fail if `got` is further from `truth` (fp64) than twice `torch_low` is, plus `floor`.
+
+    The floor defaults to one unit in the last place of `got` at the largest value of `truth`, or
+    at 1 where that is larger.
+    """
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} != {tuple(truth.shape)}"
+    assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} non-finite values"
+    if truth.numel() == 0:
+        return
+    if floor is None:
+        floor = torch.finfo(got.dtype).eps * max(1.0, truth.abs().max().item())
+    ours = (got.double() - truth).abs().max().item()
+    theirs = (torch_low.double() - truth).abs().max().item()
+    assert ours <= 2 * theirs + floor, (
+        f"{name}: max error {ours:.2e} > 2 x {theirs:.2e} + {floor:.1e}"
+    )
+
+
+def head_problem(R, V, D, *, S=None, dtype=torch.float32, device="cpu", bias=False):
+    """Arguments of a call: logits of standard deviation 3, as trained models have; S pairs."""
+    hidden = torch.randn(R, D, device=device).to(dtype)
+    weight = (torch.randn(V, D, device=device) * 3 / max(D, 1) ** 0.5).to(dtype)
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "target": torch.randint(V, (R if S is None else S,), device=device),
+        "rows": None if S is None else torch.randint(R, (S,), device=device),
+        "bias": torch.randn(V, device=device).to(dtype) if bias else None,
+    }
+
+
+def values(problem, stats=NAMES, *, fn=linear_logprob, **options):
+    """The tensors of `stats`, by name; no other field is set."""
+    found = vars(fn(**problem, stats=stats, **options))
+    assert {name for name, x in found.items() if x is not None} == set(stats)
+    return {name: found[name] for name in stats}
+
+
+def values_and_gradients(fn, problem, stats=NAMES, dtype=None, **options):
+    """Values of `stats`, and gradients of their randomly weighted sum, by name."""
+    problem = dict(problem)
+    for name in LEAVES:
+        x = problem[name]
+        if x is not None:
+            problem[name] = x.detach().to(dtype or x.dtype).requires_grad_()
+    out = values(problem, stats, fn=fn, **options)
+    given = {f"d{name}": problem[name] for name in LEAVES if problem[name] is not None}
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), device=problem["hidden"].device, dtype=torch.float64)
+    for name in stats:
+        weight = torch.randn(out[name].shape, generator=generator).to(loss.device)
+        if name in DIFFERENTIABLE:
+            loss = loss + (out[name] * weight.to(out[name].dtype)).sum()
+    if loss.requires_grad:
+        out |= dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
+    return {name: x.detach() for name, x in out.items()}
+
+
+def assert_matches_fp64(problem, stats=NAMES, **options):
+    """Every value and gradient is as close to fp64 as PyTorch's own fp32, within a factor of 2."""
+    got = values_and_gradients(linear_logprob, problem, stats, **options)
+    low = values_and_gradients(linear_logprob_reference, problem, stats, torch.float32, **options)
+    truth = values_and_gradients(linear_logprob_reference, problem, stats, torch.float64, **options)
+    assert set(got) == set(truth)
+    for name, x in got.items():
+        assert_as_accurate(name, x, low[name], truth[name])
+    return got
