@@ -37,7 +37,7 @@ types: $(READY)
 
 # the wheel, installed by itself into a clean environment that only borrows torch and friends
 wheel: $(READY)
-	rm -rf build/wheel && mkdir -p build/wheel
+	rm -rf build/wheel
 	$(BIN)/python -m build --quiet --outdir build/wheel .
 	$(BIN)/python tests/wheel_check.py build/wheel
 

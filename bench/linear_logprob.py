@@ -14,10 +14,10 @@ import os
 from pathlib import Path
 
 import torch
-from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from torch.nn import functional
 
 from bench._measure import Contenders, Row, measure, write
+from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
 GPU_SHAPES = [  # (rows, hidden, vocabulary)
     (8192, 896, 151_936),  # Qwen2.5-0.5B

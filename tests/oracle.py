@@ -1,9 +1,10 @@
 """How close is close enough: a result is judged beside PyTorch, both against fp64."""
 
 import torch
+from torch import Tensor
+
 from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from sharpen_kernels.stats import NAMES, Statistic
-from torch import Tensor
 
 DIFFERENTIABLE: tuple[Statistic, ...] = ("logprob", "lse", "entropy", "self_certainty")
 LEAVES = ("hidden", "weight", "bias")

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from sharpen.errors import InputError, RecordError
 from sharpen.records import dump, read_prompts, read_rows, write_rows
 
@@ -52,7 +53,7 @@ def test_bad_records_are_named(tmp_path, data, message):
 def test_missing_file_and_empty_file_are_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read '.*none.jsonl': No such file"):
         read_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="cannot read .*: Is a directory"):
+    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
         read_prompts(tmp_path)
     with pytest.raises(InputError, match="must hold at least one prompt, got none"):
         read_prompts(write(tmp_path, b"\n"))

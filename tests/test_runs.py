@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+
 from sharpen.errors import InputError, RunError
 from sharpen.runs import Journal, Run
 

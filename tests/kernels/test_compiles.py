@@ -2,10 +2,11 @@
 
 import pytest
 import triton
-from sharpen_kernels import _linear_logprob_fwd as fused
-from sharpen_kernels._launch import INTERPRETED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from sharpen_kernels import _linear_logprob_fwd as fused
+from sharpen_kernels._launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED, reason="kernels are plain Python under the interpreter"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from oracle import (
     DIFFERENTIABLE,
     assert_as_accurate,

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from oracle import head_problem, values, values_and_gradients
 from sharpen_kernels._launch import exact_matmul
 from sharpen_kernels.linear_logprob import linear_logprob

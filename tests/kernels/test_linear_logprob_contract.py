@@ -6,13 +6,14 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from oracle import DIFFERENTIABLE, head_problem, values
 from sharpen_kernels import TokenStats, linear_logprob
 from sharpen_kernels import _linear_logprob_torch as chunked
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels._rows import Pairs
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 OP = torch.ops.sharpen.linear_logprob
 

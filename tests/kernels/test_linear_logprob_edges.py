@@ -4,6 +4,7 @@ import mmap
 
 import pytest
 import torch
+
 from oracle import (
     DIFFERENTIABLE,
     assert_matches_fp64,

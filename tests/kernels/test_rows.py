@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from sharpen_kernels._linear_logprob_torch import _partial
 from sharpen_kernels._rows import Pairs, finish, merge
 from sharpen_kernels.stats import NAMES

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from sharpen.sampling.draw import NEAR_TIE_NATS, draw, exponential_noise, row_key
 
 

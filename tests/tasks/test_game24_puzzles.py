@@ -2,6 +2,7 @@ import itertools
 from fractions import Fraction
 
 import pytest
+
 from sharpen.tasks.game24.puzzles import (
     MAX_NUMBER,
     SPLIT_SIZES,

@@ -1,4 +1,5 @@
 import pytest
+
 from sharpen.tasks import get_task
 from sharpen.tasks.game24.traces import claimed_answer, expression, is_solution, prompt_text
 

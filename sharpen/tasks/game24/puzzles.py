@@ -120,7 +120,7 @@ def steps_from(numbers: Numbers) -> Iterator[tuple[Step, Numbers]]:
                 yield Step(big, op, small, result), replace_pair(numbers, big, small, result)
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=1 << 18)
 def integer_solutions(numbers: Numbers, target: int = TARGET) -> tuple[tuple[Step, ...], ...]:
     """Every way to `target` through integers 0..MAX_NUMBER, one step per number but the last."""
     if len(numbers) == 1:

@@ -2,15 +2,16 @@
 
     python -m sharpen.tasks.game24.train_base --out DIR [--steps 3000] [--threads 1]
 
-Each batch is half solutions of the 800 base-training puzzles, drawn uniformly, and half random
-problems: four numbers in 1..13, three random steps, and whatever they lead to as the target.
-A random problem whose target is 24 is thrown away, so no puzzle of the sharpening or test
-split is ever seen. Only completion tokens carry loss. Writes config.json, model.safetensors,
-tokenizer.json and a model card with the seed, the recipe, the hardware, the wall time and
-the metrics on the sharpening split (the test split is left for the user to measure).
+Each batch mixes solutions of the 800 base-training puzzles with random problems: four numbers
+in 1..13 and another target in 1..100, uniform over the targets they can make. No target is 24
+there, so no puzzle of the sharpening or test split is ever seen. Only completion tokens carry
+loss. Writes config.json, model.safetensors, tokenizer.json and training.json with the settings,
+the hardware, the wall time and the metrics on the sharpening split (the test split is left for
+the user to measure).
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -29,20 +30,30 @@ from .tokenizer import MAX_LENGTH, build_tokenizer, special_ids
 from .traces import is_solution, prompt_text, trace_text
 
 IGNORED = -100
+MAX_TARGET = 100
 Problem = tuple[Numbers, int, tuple[Step, ...]]
 
 
+@functools.cache
+def reachable_targets(numbers: Numbers) -> tuple[int, ...]:
+    """What `numbers` can make through integers 0..MAX_NUMBER, ascending."""
+    if len(numbers) == 1:
+        return numbers
+    made = {target for _, left in steps_from(numbers) for target in reachable_targets(left)}
+    return tuple(sorted(made))
+
+
 def random_problem(rng: random.Random) -> Problem:
-    """Four random numbers, three random steps, and the target they reach, never 24."""
+    """Four random numbers, a random target in 1..MAX_TARGET but 24, and a random solution.
+
+    Uniform over targets, so that hard ones come as often as those that many steps lead to.
+    """
     while True:
-        numbers: Numbers = tuple(sorted(rng.randint(1, MAX_CARD) for _ in range(4)))
-        left, steps = numbers, []
-        for _ in range(3):
-            step, left = rng.choice(list(steps_from(left)))
-            steps.append(step)
-        target = left[0]
-        if target != TARGET:
-            return numbers, target, tuple(steps)
+        numbers = tuple(sorted(rng.randint(1, MAX_CARD) for _ in range(4)))
+        targets = [t for t in reachable_targets(numbers) if 0 < t <= MAX_TARGET and t != TARGET]
+        if targets:
+            target = rng.choice(targets)
+            return numbers, target, rng.choice(integer_solutions(numbers, target))
 
 
 def base_problem(rng: random.Random, puzzles: list[Numbers]) -> Problem:
@@ -183,7 +194,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--base-share", type=float, default=0.5)
+    parser.add_argument("--base-share", type=float, default=0.25)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,229 @@
+"""`sharpen bon`: sample N completions a prompt, keep what the model itself rates highest.
+
+Writes into its run directory: `samples.jsonl` (every completion, as it is drawn), `greedy.jsonl`
+(tasks only), `chosen.jsonl` (the best of each prompt: trains as it is with TRL's SFT),
+`summary.json` and `report.html`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sharpen.errors import InputError
+from sharpen.evaluation import Outcome, Texts, summarize
+from sharpen.evaluation.report import format_table, render_report
+from sharpen.records import Row, write_rows, write_text
+from sharpen.runs import Journal, Run
+from sharpen.sampling import Prompt, SamplingConfig
+from sharpen.sampling.hf import TransformersSampler
+from sharpen.sampling.prompts import render_all
+from sharpen.scoring import Scorer, Scores
+from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.selection import best_of_n
+
+from .options import DrawOptions, ModelOptions, PromptOptions, option, required
+from .sources import Source, check_source, load, model_settings, open_source, source_settings
+from .stages import is_finished, json_numbers, sample_into, score_samples
+
+SAMPLES, GREEDY, CHOSEN = "samples.jsonl", "greedy.jsonl", "chosen.jsonl"
+SUMMARY, REPORT, TIMINGS = "summary.json", "report.html", "timings.jsonl"
+SCORES = "scores.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BonConfig(DrawOptions, PromptOptions, ModelOptions):
+    """Best-of-N: sample, score, choose, report."""
+
+    out: str = required("run directory; the same command again goes on where it stopped")
+    reward: str = option(f"what to choose by: {', '.join(REWARDS)}", "logprob")
+    scores: Literal["sampler", "scorer"] = option(
+        "sampler: the log-probs kept while drawing, which cost nothing; "
+        "scorer: an exact forward pass over all samples",
+        "sampler",
+    )
+
+
+def run(config: BonConfig) -> None:
+    """Run the command, or go on with it."""
+    check(config)
+    draws = config.sampling()
+    model, tokenizer = load(config)
+    source = open_source(config, tokenizer)
+    prompts = render_all(source.records, tokenizer)
+    sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
+    sampler.check(prompts, draws)
+    out = Path(config.out)
+    outputs = [out / name for name in (SAMPLES, GREEDY, CHOSEN, SUMMARY, REPORT, SCORES)]
+    with Run(out / "run.json", settings(config, model.device), outputs):
+        timings = Journal(out / TIMINGS)
+        samples = sample_into(
+            out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
+        )
+        greedy = None
+        if source.task is not None:
+            once = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+            greedy = sample_into(out / GREEDY, sampler, prompts, once, label="greedy")
+        if config.scores == "scorer":
+            scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
+            stats = tuple(dict.fromkeys(["logprob", *stats_needed(config.reward)]))
+            scores = score_samples(out / SCORES, scorer, samples, stats, timings)
+        else:
+            valid = [is_finished(row) for row in samples]
+            scores = Scores.from_logprobs([row["logprobs"] for row in samples], valid)
+        finish(config, source, prompts, samples, greedy, scores)
+
+
+def check(config: BonConfig) -> None:
+    """Refuse bad options before anything is loaded or written.
+
+    Raises:
+        InputError: If an option is out of range, or the reward cannot be computed.
+    """
+    check_source(config)
+    if config.reward not in REWARDS:
+        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
+    if config.reward == "majority" and config.task is None:
+        raise InputError(
+            "`reward` majority needs answers, which only a task can extract; "
+            "give `--task`, or another reward."
+        )
+    needs = stats_needed(config.reward)
+    if config.scores == "sampler" and not set(needs) <= {"logprob"}:
+        raise InputError(
+            f"`reward` {config.reward} needs {', '.join(needs)}, which sampling does not keep; "
+            "add `--scores scorer`."
+        )
+
+
+def settings(config: BonConfig, device: torch.device) -> dict[str, Any]:
+    """Everything that the outputs depend on."""
+    return {
+        "command": "bon",
+        **model_settings(config, device.type),
+        **source_settings(config),
+        **config.draw_settings(),
+        "reward": config.reward,
+        "scores": config.scores,
+    }
+
+
+def finish(
+    config: BonConfig,
+    source: Source,
+    prompts: list[Prompt],
+    samples: list[Row],
+    greedy: list[Row] | None,
+    scores: Scores,
+) -> None:
+    """Choose, grade, and write the three files that a run ends with."""
+    out = Path(config.out)
+    answers = _answers(source, samples)
+    extra = {}
+    if config.reward == "majority" and answers is not None:
+        extra = {"answers": [answer for group in answers for answer in group]}
+    reward_N = scores.reward(config.reward, **extra)
+    chosen = best_of_n(scores, reward_N).tolist()
+    shape = (len(samples), config.n)
+    reward, logprob = (
+        [json_numbers(row) for row in x.reshape(shape).tolist()]
+        for x in (reward_N, scores.reward("logprob"))
+    )
+    outcome = _outcome(config, source, samples, greedy, scores, answers)
+    rows = []
+    for p, index in enumerate(chosen):
+        if index >= 0:
+            correct = None if outcome.correct_PG is None else bool(outcome.correct_PG[p, index])
+            values = {"reward": reward[p][index], "logprob": logprob[p][index], "correct": correct}
+            rows.append(chosen_row(source.records[p].prompt, samples[p], index) | values)
+    write_rows(out / CHOSEN, rows)
+    seconds = {"sample": 0.0, "score": 0.0}
+    for row in Journal(out / TIMINGS).rows:
+        seconds[row["stage"]] += row["seconds"]
+    n_tokens = sum(len(ids) for row in samples for ids in row["completion_ids"])
+    summary = summarize(
+        outcome,
+        settings={
+            "task": source.name,
+            "model": config.model,
+            "prompts": len(prompts),
+            "reward": config.reward,
+            "scores": config.scores,
+            "split": config.split if config.task else None,
+            **config.draw_settings(),
+            "versions": versions(),
+        },
+        seconds=seconds,
+        tokens={"sampled": n_tokens, "scored": int(scores.offsets[-1])},
+    )
+    texts = Texts([prompt.text for prompt in prompts], [row["completions"] for row in samples])
+    write_text(out / REPORT, render_report(summary, outcome, texts))
+    write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(f"{format_table(summary)}\nreport: {out / REPORT}\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the numbers."""
+    names = ("sharpen", "torch", "transformers")
+    return {name: metadata.version(name) for name in names}
+
+
+def chosen_row(prompt: str | list[dict[str, str]], samples: Row, index: int) -> Row:
+    """The chosen completion as a training record: TRL's `prompt` and `completion`, and ids."""
+    text = samples["completions"][index]
+    return {
+        "prompt_id": samples["prompt_id"],
+        "prompt": prompt,
+        "completion": text if isinstance(prompt, str) else [_assistant(text)],
+        "completion_ids": samples["completion_ids"][index],
+        "sample_id": index,
+    }
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _answers(source: Source, samples: list[Row]) -> list[list[str | None]] | None:
+    if source.task is None or source.examples is None:
+        return None
+    return [
+        [source.task.answer(example, text) for text in row["completions"]]
+        for example, row in zip(source.examples, samples, strict=True)
+    ]
+
+
+def _outcome(
+    config: BonConfig,
+    source: Source,
+    samples: list[Row],
+    greedy: list[Row] | None,
+    scores: Scores,
+    answers: list[list[str | None]] | None,
+) -> Outcome:
+    shape = (len(samples), config.n)
+    names = dict.fromkeys(["logprob", "mean_logprob", config.reward])
+    reward_PG = {
+        name: scores.reward(name).double().numpy().reshape(shape)
+        for name in names
+        if name != "majority"
+    }
+    correct_PG = greedy_correct_P = None
+    if source.task is not None and source.examples is not None and greedy is not None:
+        is_correct = source.task.is_correct
+        pairs = list(zip(source.examples, samples, strict=True))
+        correct_PG = np.array([[is_correct(e, t) for t in row["completions"]] for e, row in pairs])
+        once = zip(source.examples, greedy, strict=True)
+        greedy_correct_P = np.array([is_correct(e, row["completions"][0]) for e, row in once])
+    return Outcome(
+        reward_PG=reward_PG,
+        valid_PG=scores.eligible.numpy().reshape(shape),
+        correct_PG=correct_PG,
+        greedy_correct_P=greedy_correct_P,
+        answers=answers,
+    )

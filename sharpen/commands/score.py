@@ -1,0 +1,206 @@
+"""`sharpen score`: rate given completions under a model, one record at a time to disk.
+
+A record holds a `prompt` (text or messages) and either one `completion` or a list of
+`completions`; token ids (`prompt_ids`, `completion_ids`) are used as they are where given.
+Each record comes back as it was, with `rewards` (one number, or one list a reward) and
+`n_tokens`, and with `token_stats` where asked for. A completion whose logits are NaN gets null.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sharpen.errors import InputError, RecordError
+from sharpen.limits import ModelLimits
+from sharpen.records import (
+    PromptRecord,
+    Row,
+    check_ids,
+    check_prompt,
+    check_text,
+    file_digest,
+    read_rows,
+)
+from sharpen.runs import Journal, Run
+from sharpen.sampling.prompts import render
+from sharpen.scoring import Scorer
+from sharpen.scoring.rewards import REWARDS, stats_needed
+
+from .options import ModelOptions, option, required
+from .sources import load, model_settings
+from .stages import json_numbers, nested_stats, settings_beside
+
+log = logging.getLogger("sharpen")
+
+# records scored and written together; a crash loses at most these
+CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ModelOptions):
+    """Rate given completions."""
+
+    input: str = required("JSON lines file with `prompt` and `completion` or `completions`")
+    out: str = required("JSON lines file to write; the same command again goes on with it")
+    rewards: list[str] = field(
+        default_factory=lambda: ["logprob", "mean_logprob"],
+        metadata={"help": "rewards to compute, one or more"},
+    )
+    token_stats: bool = option("also write every token's statistics", False)
+    add_eos: bool = option("end completions given as text with the end-of-sequence token", False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the input, as token ids."""
+
+    place: str
+    row: Row
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+
+
+def run(config: ScoreConfig) -> None:
+    """Run the command, or go on with it."""
+    needs = check_rewards(config.rewards)
+    # a missing or unreadable file is told before a model is loaded
+    next(read_rows(config.input), None)
+    model, tokenizer = load(config)
+    limits = ModelLimits.of(model)
+    # everything is read and checked once before the first line is written
+    n_records = sum(1 for _ in read_records(config, tokenizer, limits))
+    if n_records == 0:
+        raise InputError(f"{config.input!r} must hold at least one record, got none.")
+    out = Path(config.out)
+    settings = {
+        "command": "score",
+        **model_settings(config, model.device.type),
+        "input_digest": file_digest(config.input),
+        "rewards": config.rewards,
+        "token_stats": config.token_stats,
+        "add_eos": config.add_eos,
+    }
+    scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
+    with Run(settings_beside(out), settings, [out]):
+        journal = Journal(out)
+        done = len(journal.rows)
+        n_bad = 0
+        with tqdm(total=n_records, initial=done, desc="score", unit="record") as bar:
+            records = itertools.islice(read_records(config, tokenizer, limits), done, None)
+            while chunk := list(itertools.islice(records, CHUNK)):
+                scored = score_records(scorer, chunk, config, needs)
+                journal.append(scored)
+                n_bad += _warn_of_nan(chunk, scored)
+                bar.update(len(chunk))
+    note = f", {n_bad} with NaN logits" if n_bad else ""
+    sys.stdout.write(f"{n_records} records{note}: {config.out}\n")
+
+
+def check_rewards(rewards: list[str]) -> tuple[str, ...]:
+    """Token statistics behind `rewards`.
+
+    Raises:
+        InputError: If a reward is unknown, or needs answers that records do not have.
+    """
+    for name in rewards:
+        if name not in REWARDS:
+            raise InputError(f"`rewards` must be among {', '.join(REWARDS)}, got {name!r}.")
+        if name == "majority":
+            raise InputError("`rewards` majority needs answers, which only `sharpen bon` has.")
+    return tuple(dict.fromkeys(["logprob", *(s for name in rewards for s in stats_needed(name))]))
+
+
+def read_records(
+    config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits
+) -> Iterator[Record]:
+    """Every record of the input, tokenised and within the model's limits.
+
+    Raises:
+        RecordError: If a record is bad.
+        InputError: If its ids do not fit the model.
+    """
+    for place, row in read_rows(config.input):
+        prompt = check_prompt(place, row)
+        if row.get("prompt_ids") is not None:
+            prompt_ids = check_ids(place, "prompt_ids", row["prompt_ids"])
+        else:
+            prompt_ids = list(render(PromptRecord(place, place, prompt), tokenizer).ids)
+        groups = _completion_ids(place, row, tokenizer, config.add_eos)
+        for ids in groups:
+            limits.check(place, prompt_ids, ids)
+        yield Record(place, row, prompt_ids, groups)
+
+
+def _completion_ids(
+    place: str, row: Row, tokenizer: PreTrainedTokenizerBase, add_eos: bool
+) -> list[list[int]]:
+    if ("completion" in row) == ("completions" in row):
+        got = "both" if "completion" in row else f"only {', '.join(row)}"
+        raise RecordError(f"{place}: must have one of `completion` and `completions`, got {got}.")
+    single = "completion" in row
+    values = [row["completion"]] if single else row["completions"]
+    if not isinstance(values, list):
+        raise RecordError(
+            f"{place}: `completions` must be a list, got {type(values).__name__}; "
+            "a single one goes into `completion`."
+        )
+    texts = [_completion_text(place, value) for value in values]
+    given = row.get("completion_ids")
+    if given is None:
+        eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] + eos for text in texts]
+    groups = [given] if single else given
+    if not isinstance(groups, list) or len(groups) != len(texts):
+        raise RecordError(f"{place}: `completion_ids` must hold {len(texts)} lists of integers.")
+    return [check_ids(place, "completion_ids", ids) for ids in groups]
+
+
+def _completion_text(place: str, value: object) -> str:
+    if isinstance(value, list):
+        # TRL's conversational form: one assistant message
+        if len(value) != 1 or not isinstance(value[0], dict) or "content" not in value[0]:
+            raise RecordError(f"{place}: `completion` as messages must be one with `content`.")
+        value = value[0]["content"]
+    return check_text(place, "completion", value)
+
+
+def score_records(
+    scorer: Scorer, records: list[Record], config: ScoreConfig, needs: tuple[str, ...]
+) -> list[Row]:
+    """The records with their rewards."""
+    scores = scorer.score(
+        [record.prompt_ids for record in records],
+        [record.completion_ids for record in records],
+        stats=needs,
+    )
+    rewards = {
+        name: [json_numbers(r.tolist()) for r in scores.by_prompt(name)] for name in config.rewards
+    }
+    stats = nested_stats(scores, needs) if config.token_stats else {}
+    rows = []
+    for p, record in enumerate(records):
+        single = "completion" in record.row
+        lengths = [len(ids) for ids in record.completion_ids]
+        row = dict(record.row)
+        row["rewards"] = {name: r[p][0] if single else r[p] for name, r in rewards.items()}
+        row["n_tokens"] = lengths[0] if single else lengths
+        if config.token_stats:
+            row["token_stats"] = {k: v[p][0] if single else v[p] for k, v in stats.items()}
+        rows.append(row)
+    return rows
+
+
+def _warn_of_nan(records: list[Record], rows: list[Row]) -> int:
+    n_bad = 0
+    for record, row in zip(records, rows, strict=True):
+        values = next(iter(row["rewards"].values()))
+        if any(v is None for v in (values if isinstance(values, list) else [values])):
+            log.warning("%s: the model's logits are NaN; its reward is null.", record.place)
+            n_bad += 1
+    return n_bad

@@ -1,0 +1,108 @@
+"""Prompts of a command, from a task or a file, with the task's grader where there is one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sharpen.errors import InputError
+from sharpen.models import SHIPPED, load_model, load_tokenizer
+from sharpen.records import PromptRecord, file_digest, read_prompts
+from sharpen.sampling.prompts import has_chat_template
+from sharpen.tasks import Example, Task, get_task
+
+from .options import ModelOptions, PromptOptions
+
+
+@dataclass(frozen=True)
+class Source:
+    """The prompts, in order; task and examples are None for prompts from a file."""
+
+    records: list[PromptRecord]
+    task: Task | None
+    examples: list[Example] | None
+
+    @property
+    def name(self) -> str | None:
+        """Name of the task."""
+        return self.task.name if self.task else None
+
+
+def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase) -> Source:
+    """Read the prompts that `options` name.
+
+    Raises:
+        InputError: If neither or both of task and prompts are given, or either is bad.
+    """
+    check_source(options)
+    if options.prompts is not None:
+        records = read_prompts(options.prompts)
+        return Source(records[: options.limit], None, None)
+    assert options.task is not None
+    task = get_task(options.task)
+    examples = task.examples(options.split)[: options.limit]
+    chat = has_chat_template(tokenizer)
+    records = [
+        PromptRecord(example.id, example.id, task.prompt(example, shots=options.shots, chat=chat))
+        for example in examples
+    ]
+    return Source(records, task, examples)
+
+
+def check_source(options: PromptOptions) -> None:
+    """Refuse contradictory options before anything is loaded.
+
+    Raises:
+        InputError: If neither or both of task and prompts are given, or a number is bad.
+    """
+    if (options.task is None) == (options.prompts is None):
+        got = "neither" if options.task is None else "both"
+        raise InputError(f"give one of `--task` and `--prompts`, got {got}.")
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"`limit` must be at least 1, got {options.limit}.")
+    if options.prompts is not None and options.shots:
+        raise InputError("`shots` needs `--task`; write worked examples into the prompts file.")
+
+
+def source_settings(options: PromptOptions) -> dict[str, Any]:
+    """What the outputs depend on: names, and the content of the prompts file."""
+    digest = file_digest(options.prompts) if options.prompts is not None else None
+    return {
+        "task": options.task,
+        "split": options.split if options.task else None,
+        "shots": options.shots,
+        "prompts": options.prompts,
+        "prompts_digest": digest,
+        "limit": options.limit,
+    }
+
+
+def model_settings(options: ModelOptions, device: str) -> dict[str, Any]:
+    """What the outputs depend on: the model and how it is run."""
+    name = options.model
+    return {
+        "model": name if name in SHIPPED or not Path(name).exists() else str(Path(name).resolve()),
+        "dtype": options.dtype,
+        "device": device,
+        "max_tokens": options.max_tokens,
+    }
+
+
+def load(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that `options` name.
+
+    Raises:
+        InputError: If they cannot be loaded, or the budget is not positive.
+    """
+    if options.max_tokens < 1:
+        raise InputError(f"`max_tokens` must be at least 1, got {options.max_tokens}.")
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    model = load_model(
+        options.model,
+        device=options.device,
+        dtype=None if options.dtype == "auto" else options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+    )
+    return model, tokenizer

@@ -1,0 +1,154 @@
+"""Stages that commands share: sample or score into a journal, with progress and resume."""
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sharpen.records import Row, write_rows
+from sharpen.runs import Journal
+from sharpen.sampling import Prompt, Sampler, Samples, SamplingConfig
+from sharpen.scoring import Scorer, Scores
+from sharpen_kernels import TokenStats
+
+log = logging.getLogger("sharpen")
+
+# prompts scored and written together; a crash loses at most these
+CHUNK = 16
+
+
+def sample_into(
+    path: Path,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    *,
+    label: str,
+    timings: Journal | None = None,
+) -> list[Row]:
+    """Draw what `path` does not hold yet; return all its rows, one a prompt, in input order.
+
+    Every finished prompt is on disk before the next batch starts. `timings` gets one row a
+    batch, so that a resumed run still knows what it cost.
+    """
+    journal = Journal(path)
+    rows = {row["prompt_id"]: row for row in journal.rows}
+    by_id = {prompt.id: prompt for prompt in prompts}
+    started = time.monotonic()
+    bar = tqdm(total=len(prompts), initial=len(rows), desc=label, unit="prompt")
+    with bar:
+        for finished in sampler.sample(prompts, config, done=set(rows)):
+            fresh = [samples_row(by_id[samples.prompt_id], samples) for samples in finished]
+            journal.append(fresh)
+            rows |= {row["prompt_id"]: row for row in fresh}
+            if timings is not None:
+                now = time.monotonic()
+                timings.append([{"stage": label, "seconds": now - started}])
+                started = now
+            for samples in finished:
+                _warn_of_nan(by_id[samples.prompt_id], samples)
+            bar.update(len(finished))
+    ordered = [rows[prompt.id] for prompt in prompts]
+    if [row["prompt_id"] for row in Journal(path).rows] != [row["prompt_id"] for row in ordered]:
+        write_rows(path, ordered)
+    return ordered
+
+
+def score_samples(
+    path: Path, scorer: Scorer, samples: list[Row], stats: tuple[str, ...], timings: Journal
+) -> Scores:
+    """Token statistics of every sample, kept in `path` one prompt a line."""
+    journal = Journal(path)
+    rows = list(journal.rows)
+    started = time.monotonic()
+    with tqdm(total=len(samples), initial=len(rows), desc="score", unit="prompt") as bar:
+        for start in range(len(rows), len(samples), CHUNK):
+            chunk = samples[start : start + CHUNK]
+            scores = scorer.score(
+                [row["prompt_ids"] for row in chunk],
+                [row["completion_ids"] for row in chunk],
+                stats=stats,
+            )
+            nested = nested_stats(scores, stats)
+            fresh = [
+                {"prompt_id": row["prompt_id"], **{name: nested[name][p] for name in stats}}
+                for p, row in enumerate(chunk)
+            ]
+            journal.append(fresh)
+            rows += fresh
+            now = time.monotonic()
+            timings.append([{"stage": "score", "seconds": now - started}])
+            started = now
+            bar.update(len(chunk))
+    lengths = [[len(ids) for ids in row["completion_ids"]] for row in samples]
+    columns = {
+        name: torch.tensor(
+            [
+                float("nan") if x is None else x
+                for row in rows
+                for tokens in row[name]
+                for x in tokens
+            ],
+            dtype=torch.float32,
+        )
+        for name in stats
+    }
+    return Scores.of(TokenStats(**columns), lengths, [is_finished(row) for row in samples])
+
+
+def samples_row(prompt: Prompt, samples: Samples) -> Row:
+    """The record of one prompt's samples."""
+    return {
+        "prompt_id": prompt.id,
+        "prompt": prompt.text,
+        "prompt_ids": list(prompt.ids),
+        "completions": samples.completions,
+        "completion_ids": samples.completion_ids,
+        "logprobs": [json_numbers(row) for row in samples.logprobs],
+        "finish_reasons": samples.finish_reasons,
+    }
+
+
+def json_numbers(values: Sequence[float]) -> list[float | None]:
+    """fp32 numbers in as few digits as name them; what JSON cannot say (NaN, inf) is null."""
+    return [
+        float(str(value)) if np.isfinite(value) else None
+        for value in np.asarray(values, dtype=np.float32)
+    ]
+
+
+def nested_stats(scores: Scores, stats: Sequence[str]) -> dict[str, list[list[list[float | None]]]]:
+    """Token statistics as lists: one a prompt, of one a completion, of one number a token."""
+    bounds = scores.offsets.tolist()
+    nested = {}
+    for name in stats:
+        values = json_numbers(getattr(scores.tokens, name).tolist())
+        completions = [values[a:b] for a, b in itertools.pairwise(bounds)]
+        groups = itertools.pairwise(scores.groups.tolist())
+        nested[name] = [completions[a:b] for a, b in groups]
+    return nested
+
+
+def is_finished(row: Row) -> list[bool]:
+    """Which samples of a record the model ended by itself, within the token limit."""
+    return [reason == "stop" for reason in row["finish_reasons"]]
+
+
+def _warn_of_nan(prompt: Prompt, samples: Samples) -> None:
+    bad = [i for i, reason in enumerate(samples.finish_reasons) if reason == "nan"]
+    if bad:
+        log.warning(
+            "%s: the model's logits are NaN for %d of %d samples (first: sample %d); "
+            "they are kept as they are and never chosen.",
+            prompt.place, len(bad), len(samples.finish_reasons), bad[0],
+        )  # fmt: skip
+
+
+def settings_beside(path: Path) -> Path:
+    """Where the settings of a single output file live."""
+    return path.with_name(f"{path.name}.run.json")
