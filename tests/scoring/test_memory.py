@@ -1,0 +1,52 @@
+"""Nothing as large as the logits of all scored tokens is ever allocated."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from sharpen import Scorer
+from sharpen.scoring import token_stats
+from tiny import alone, opaque, tiny
+
+V = 20_000
+PROMPTS = [[1, 2, 3]]
+N, LENGTH = 24, 50
+COMPLETIONS = [[[5] * LENGTH] * N]
+LOGITS_BYTES = 4 * V * N * LENGTH  # 92 MiB
+
+
+def largest_allocation(function) -> int:
+    """Bytes of the largest single allocation while `function` runs, inside custom ops too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    return max(event.self_cpu_memory_usage for event in record.events() or [])
+
+
+def test_the_instrument_sees_the_logits_of_one_sequence():
+    model = tiny(vocab_size=V)
+    with torch.no_grad():
+        seen = largest_allocation(lambda: alone(model, PROMPTS, COMPLETIONS))
+    assert seen >= LOGITS_BYTES / N
+
+
+@pytest.mark.parametrize("stats", [("logprob",), ("entropy", "self_certainty", "is_greedy")])
+def test_hidden_route_never_holds_logits(stats):
+    scorer = Scorer(tiny(vocab_size=V))
+    assert scorer.route == "hidden"
+    seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS, stats=stats))
+    assert seen < LOGITS_BYTES / 10
+
+
+def test_nor_does_its_backward():
+    scorer = Scorer(tiny(vocab_size=V))
+    assert scorer.route == "hidden"
+    seen = largest_allocation(lambda: scorer.logprobs(PROMPTS, COMPLETIONS).sum().backward())
+    assert seen < LOGITS_BYTES / 10
+
+
+def test_logits_route_holds_those_of_one_small_batch(monkeypatch):
+    scorer = Scorer(opaque(vocab_size=V))
+    assert scorer.route == "logits"
+    monkeypatch.setattr(token_stats, "LOGITS_BYTES", LOGITS_BYTES // 5)
+    seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS))
+    assert seen <= LOGITS_BYTES / 5
