@@ -13,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from .errors import InputError, SharpenError
 
 VERBS = {
@@ -39,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         sys.stderr.write(f"sharpen: `VERB` must be one of {', '.join(VERBS)}, got {verb!r}.\n")
         return 2
-    logging.basicConfig(format="sharpen: %(message)s", level=logging.INFO)
+    _log_to_stderr()
     try:
         config = parse(verb, rest)
-        _quiet_transformers()
+        _quiet_libraries()
         importlib.import_module(f"sharpen.commands.{verb}").run(config)
     except SharpenError as error:
         sys.stderr.write(f"sharpen: {error}\n")
@@ -53,10 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quiet_transformers() -> None:
-    """A checkpoint's own advice and loading bar are not news to the user of a command."""
+class _BesideProgressBars(logging.Handler):
+    """Writes to stderr without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    """Our own messages, one line each; once, however often a process calls `main`."""
+    for name in ("sharpen", "sharpen_kernels"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            handler = _BesideProgressBars()
+            handler.setFormatter(logging.Formatter("sharpen: %(message)s"))
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+def _quiet_libraries() -> None:
+    """A checkpoint's own advice, loading bars and retries are not news to the user of a command."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
