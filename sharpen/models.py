@@ -72,9 +72,7 @@ def load_model(
         InputError: If there is no such model, or it is not readable under these rules.
     """
     target = resolve_model(name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = _device(device)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise InputError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -104,6 +102,21 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_why(name, error, "tokenizer")) from error
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        # a device that torch knows may still not be there
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"`device` must be one that this machine has, got {str(device)!r} ({reason})."
+        ) from error
+    return found
 
 
 def _why(name: str | Path, error: Exception, part: str) -> str:

@@ -48,6 +48,12 @@ def test_pickled_weights_are_read_only_when_asked_for(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(InputError, match="`device` must be one that this machine has, got"):
+        load_model("game24", device=device)
+
+
 def test_dtype_by_name(tmp_path):
     tiny().save_pretrained(tmp_path)
     assert load_model(tmp_path, device="cpu", dtype="bfloat16").dtype == torch.bfloat16

@@ -5,9 +5,9 @@
 Each batch mixes solutions of the 800 base-training puzzles with random problems: four numbers
 in 1..13 and another target in 1..100, uniform over the targets they can make. No target is 24
 there, so no puzzle of the sharpening or test split is ever seen. Only completion tokens carry
-loss. Writes config.json, model.safetensors, tokenizer.json and training.json with the settings,
-the hardware, the wall time and the metrics on the sharpening split (the test split is left for
-the user to measure).
+loss. Writes config.json, model.safetensors, tokenizer.json, training.json and a model card with
+the settings, the hardware, the wall time and the metrics on the sharpening split (the test split
+is left for the user to measure).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .model_card import write_card
 from .puzzles import MAX_CARD, TARGET, Numbers, Step, integer_solutions, split_puzzles, steps_from
 from .tokenizer import MAX_LENGTH, build_tokenizer, special_ids
 from .traces import is_solution, prompt_text, trace_text
@@ -141,11 +142,9 @@ def train(args: argparse.Namespace) -> None:
         problems = [base_problem(rng, puzzles) for _ in range(n_base)]
         problems += [random_problem(rng) for _ in range(args.batch - n_base)]
         ids, labels = encode(problems, tokenizer)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-            keep = labels[:, 1:] != IGNORED
-            logits = model.lm_head(hidden[keep])
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][keep])
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        keep = labels[:, 1:] != IGNORED
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[keep]), labels[:, 1:][keep])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -164,10 +163,10 @@ def train(args: argparse.Namespace) -> None:
         "sharpen_greedy": accuracy(model, tokenizer, held_out, sample=False),
         "sharpen_sample": accuracy(model, tokenizer, held_out, sample=True),
     }
-    save(args, model, tokenizer, metrics, seconds)
+    save(args, model, tokenizer, {"base_puzzles": len(puzzles), "metrics": metrics}, seconds)
 
 
-def save(args, model, tokenizer, metrics, seconds) -> None:
+def save(args, model, tokenizer, found, seconds) -> None:
     """Write weights, tokenizer, generation defaults and the numbers for the model card."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -178,13 +177,14 @@ def save(args, model, tokenizer, metrics, seconds) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     card = {
-        "settings": vars(args),
+        "settings": {name: value for name, value in vars(args).items() if name != "out"},
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds),
         "machine": f"{platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",
-        "metrics": metrics,
+        **found,
     }
     (out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_card(out)
     sys.stdout.write(json.dumps(card, indent=2) + "\n")
 
 
@@ -200,7 +200,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval-every", type=int, default=250)
-    parser.add_argument("--bf16", action="store_true", help="autocast the forward to bfloat16")
     train(parser.parse_args())
 
 
