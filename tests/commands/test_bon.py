@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 from sharpen.cli import main
 from sharpen.tasks import get_task
-from shipped import SMALL_RUN, bon
+from shipped import SMALL_RUN, bon, broken_model
 
 FILES = ["chosen.jsonl", "greedy.jsonl", "report.html", "samples.jsonl", "summary.json"]
 
@@ -137,6 +137,19 @@ def test_a_prompt_whose_samples_were_all_cut_is_left_out(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"]["best_of_n"]["logprob"]["8"] == 0
     assert summary["invalid_share"] == 1
+
+
+def test_nan_logits_are_named_and_the_run_goes_on(tmp_path, caplog):
+    prompts = tmp_path / "prompts.jsonl"
+    texts = [f"Numbers: {n} 2 3 4 Target: 24\n" for n in (1, 13, 5)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    model = broken_model(tmp_path / "broken")
+    command = ["bon", "--model", str(model), "--prompts", str(prompts), "--device", "cpu"]
+    out = tmp_path / "run"
+    assert main([*command, "-n", "4", "--max-new-tokens", "40", "--out", str(out)]) == 0
+    assert f"{prompts}:2: the model's logits are NaN for 4 of 4 samples" in caplog.text
+    assert rows(out / "samples.jsonl")[1]["finish_reasons"] == ["nan"] * 4
+    assert {row["prompt"] for row in rows(out / "chosen.jsonl")} == {texts[0], texts[2]}
 
 
 def test_other_settings_are_refused_with_the_difference(run, capsys):

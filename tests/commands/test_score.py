@@ -5,6 +5,7 @@ import torch
 
 from sharpen.cli import main
 from sharpen.models import load_model, load_tokenizer
+from shipped import broken_model
 
 PROMPT = "Numbers: 1 2 3 4 Target: 24\n"
 TRACE = "4 * 3 = 12 left: 1 2 12\n12 * 2 = 24 left: 1 24\n24 * 1 = 24"
@@ -83,16 +84,8 @@ def test_a_torn_output_is_continued_to_the_same_bytes(tmp_path):
 
 
 def test_nan_is_null_named_and_alone(tmp_path, caplog):
-    model, tokenizer = load_model("game24", device="cpu"), load_tokenizer("game24")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("13")] = float("nan")
-    # tied weights would spread the NaN to every logit
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num())
-    model.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
     rows = [{"prompt": PROMPT, "completion": f"{i} + 1"} for i in (5, 13, 6)]
-    code, scored = score(tmp_path, rows, model=tmp_path / "broken")
+    code, scored = score(tmp_path, rows, model=broken_model(tmp_path / "broken"))
     assert code == 0
     assert [row["rewards"]["logprob"] is None for row in scored] == [False, True, False]
     assert "in.jsonl:2: the model's logits are NaN" in caplog.text
