@@ -45,6 +45,7 @@ def sample_into(
         for finished in sampler.sample(prompts, config, done=set(rows)):
             fresh = [samples_row(by_id[samples.prompt_id], samples) for samples in finished]
             journal.append(fresh)
+            # insertion order is the order of the file
             rows |= {row["prompt_id"]: row for row in fresh}
             if timings is not None:
                 now = time.monotonic()
@@ -54,7 +55,7 @@ def sample_into(
                 _warn_of_nan(by_id[samples.prompt_id], samples)
             bar.update(len(finished))
     ordered = [rows[prompt.id] for prompt in prompts]
-    if [row["prompt_id"] for row in Journal(path).rows] != [row["prompt_id"] for row in ordered]:
+    if list(rows) != [prompt.id for prompt in prompts]:
         write_rows(path, ordered)
     return ordered
 
