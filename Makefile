@@ -35,7 +35,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/pyright
 
-# the wheel, installed by itself into a clean environment that only borrows torch and friends
+# the wheel, used in a fresh environment that holds it and its dependencies, nothing else
 wheel: $(READY)
 	rm -rf build/wheel
 	$(BIN)/python -m build --quiet --outdir build/wheel .

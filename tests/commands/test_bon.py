@@ -11,6 +11,7 @@ import pytest
 from datasets import load_dataset
 
 from sharpen.cli import main
+from sharpen.models import load_model, load_tokenizer
 from sharpen.tasks import get_task
 from shipped import SMALL_RUN, bon, broken_model
 
@@ -129,6 +130,26 @@ def test_prompts_from_a_file_give_a_run_without_grades(tmp_path):
     assert row["prompt_id"] == "mine"
     assert row["prompt"] == "Numbers: 1 2 3 4 Target: 24\n"
     assert row["correct"] is None
+
+
+def test_messages_become_a_conversation_that_trl_reads(tmp_path):
+    model, tokenizer = load_model("game24", device="cpu"), load_tokenizer("game24")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    messages = [{"role": "user", "content": "Numbers: 1 2 3 4 Target: 24\n"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": messages}) + "\n")
+    command = ["bon", "--model", str(tmp_path / "chat"), "--prompts", str(prompts), "-n", "4"]
+    out = tmp_path / "run"
+    assert main([*command, "--max-new-tokens", "40", "--device", "cpu", "--out", str(out)]) == 0
+    (row,) = rows(out / "chosen.jsonl")
+    assert row["prompt"] == messages
+    (answer,) = row["completion"]
+    assert answer["role"] == "assistant"
+    (drawn,) = rows(out / "samples.jsonl")
+    assert drawn["prompt"] == messages[0]["content"]
+    assert answer["content"] == drawn["completions"][row["sample_id"]]
 
 
 def test_a_prompt_whose_samples_were_all_cut_is_left_out(tmp_path):
