@@ -16,6 +16,7 @@ def test_a_right_trace_is_right():
     "completion",
     [
         pytest.param(GOOD.replace("= 24", "= 25"), id="wrong-result"),
+        pytest.param(GOOD.replace("12 * 2 = 24", "12 - 2 = 10"), id="true-but-another-target"),
         pytest.param(GOOD.replace("8 + 4 = 12", "8 + 4 = 13"), id="wrong-arithmetic"),
         pytest.param(GOOD.replace("left: 2 12", "left: 2 13"), id="wrong-left"),
         pytest.param(GOOD.replace("6 - 4 = 2", "7 - 4 = 2"), id="number-not-there"),
