@@ -2,3 +2,4 @@
 
 from .linear_logprob import linear_logprob as linear_logprob
 from .stats import TokenStats as TokenStats
+from .token_logprob import token_logprob as token_logprob
