@@ -9,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sharpen_kernels import _segment_reduce_triton as segments
 from sharpen_kernels import _token_logprob_triton as logits
 from sharpen_kernels._launch import INTERPRETED
 
@@ -19,13 +20,19 @@ pytestmark = pytest.mark.skipif(
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTS = ("target_ptr", "first_ptr", "top1_ptr", "row_ptr", "rank_ptr")
 TYPES = dict.fromkeys(INTS, "*i64") | {"vocab_mask_ptr": "*u8"}
+SEGMENT_INTS = ("offsets_ptr", "infinite_ptr", "width_ptr", "argmax_ptr")
+TYPES |= dict.fromkeys(SEGMENT_INTS, "*i64") | {"eligible_ptr": "*u8"}
+TYPES |= {"running_ptr": "*fp64", "numbers_ptr": "*fp64"}
 TYPES |= {"temperature": "fp32", "softcap": "fp32"}
 CASES = {
-    "row bf16": (logits._row_kernel, "*bf16", logits.FORWARD, {}),
-    "row fp32": (logits._row_kernel, "*fp32", logits.FORWARD, {}),
-    "rank bf16": (logits._rank_kernel, "*bf16", logits.RANK, {}),
-    "grad bf16": (logits._grad_kernel, "*bf16", logits.BACKWARD, {}),
-    "grad fp32": (logits._grad_kernel, "*fp32", logits.BACKWARD, {}),
+    "row bf16": (logits._row_kernel, "*bf16", logits.FORWARD),
+    "row fp32": (logits._row_kernel, "*fp32", logits.FORWARD),
+    "rank bf16": (logits._rank_kernel, "*bf16", logits.RANK),
+    "grad bf16": (logits._grad_kernel, "*bf16", logits.BACKWARD),
+    "grad fp32": (logits._grad_kernel, "*fp32", logits.BACKWARD),
+    "sequence": (segments._sequence_kernel, "*fp32", segments.SEQUENCE),
+    "window": (segments._window_kernel, "*fp32", segments.WINDOW),
+    "group": (segments._group_kernel, "*fp32", segments.GROUP),
 }
 
 
@@ -43,9 +50,9 @@ def signature(kernel, floats, constants):
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a warm cache hides a broken kernel
-    kernel, floats, launch, constants = CASES[case]
-    flags = {name: True for name in kernel.arg_names if name.startswith(("WANT_", "HAS_"))}
-    constants = constants | flags
+    kernel, floats, launch = CASES[case]
+    flags = (name for name in kernel.arg_names if name.startswith(("WANT_", "HAS_")))
+    constants = dict.fromkeys(flags, True)
     constants |= {name: x for name, x in launch.items() if name in kernel.arg_names}
     options = {name: x for name, x in launch.items() if name not in constants}
     # as a contiguous tensor has it, and as Triton specialises it
