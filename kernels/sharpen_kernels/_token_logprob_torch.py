@@ -220,31 +220,38 @@ def backward(grads: Tensor, state: Tensor, logits: Tensor, read: Read, pairs: Pa
     prob = of_lse + certain - of_logprob
     uniform = certain / n_valid.clamp(min=1)
     has_entropy, has_certainty = bool(grads[2].any()), bool(grads[3].any())
+    # elsewhere p = 0 already makes the gradient of a masked column 0
+    has_dead = has_certainty or read.softcap is not None or not bool(active.all())
     dlogits = logits.new_zeros(logits.shape)
     step = _rows_at_once(read, logits)
     for i, span in enumerate(pairs.spans(R, step)):
         rows = slice(i * step, min((i + 1) * step, R))
         for columns, masked in _segments(read, logits):
             z = _logits(logits[rows, columns], read, masked, state.dtype)
-            log_p = (z - finite_shift(top[rows])).sub_(log_mass[rows])
-            p = log_p.exp()
-            dz = p * prob[rows]
+            column = pairs.target[span] - columns.start
+            here = (column >= 0) & (column < z.shape[1])
+            index = (row[span] - rows.start) * z.shape[1] + column.clamp(0, z.shape[1] - 1)
+            here &= z.view(-1)[index] > float("-inf")
+            dead = slope = None
+            if has_dead:
+                dead = (z == float("-inf")) | ~active[rows, None]
+            if read.softcap is not None:
+                slope = 1 - (z * (read.temperature / read.softcap)).square_()
+            log_p = z.sub_(finite_shift(top[rows])).sub_(log_mass[rows])
+            p = log_p.exp() if has_entropy else log_p.exp_()
+            dz = p * prob[rows] if has_entropy else p.mul_(prob[rows])
             if has_entropy:
                 # dH / dz = -p (log p + H), 0 in a masked column, where log p = -inf
                 log_p.clamp_(min=torch.finfo(z.dtype).min).add_(entropy[rows])
                 dz -= p.mul_(log_p).mul_(of_entropy[rows])
             if has_certainty:
                 dz -= uniform[rows]
-            column = pairs.target[span] - columns.start
-            here = (column >= 0) & (column < z.shape[1])
-            index = (row[span] - rows.start) * z.shape[1] + column.clamp(0, z.shape[1] - 1)
             _add_at(dz.view(-1), index, torch.where(here, grads[0, span], 0.0))
-            if read.softcap is not None:
-                dz *= 1 - (z * (read.temperature / read.softcap)).square_()
+            if slope is not None:
+                dz *= slope
             if read.temperature != 1.0:
                 dz /= read.temperature
-            dead = ~active[rows, None] | (z == float("-inf"))
-            dlogits[rows, columns] = dz.masked_fill_(dead, 0.0).to(logits.dtype)
+            dlogits[rows, columns] = dz if dead is None else dz.masked_fill_(dead, 0.0)
     return dlogits
 
 

@@ -95,6 +95,19 @@ def test_huge_logits(scale, dtype, device):
     assert_matches_fp64(problem, ("logprob", "lse", "margin", "top1", "rank"))
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_first_tiles_far_below_the_rest(device):
+    problem = logit_problem(2, 300, device=device)
+    want = values(problem | {"logits": problem["logits"][:, 150:], "target": problem["target"] % 9})
+    # 64 of these, all at their own top: the sum of exp times the gap overflows fp32
+    problem["logits"][:, :150] = -1e37
+    problem["target"] = problem["target"] % 9 + 150
+    got = values_and_gradient(token_logprob, problem)
+    for name in ("logprob", "lse", "entropy", "varentropy", "sum_p2", "margin", "rank"):
+        torch.testing.assert_close(got[name], want[name], msg=name)
+    assert got["dlogits"].isfinite().all()
+
+
 def test_largest_half_precision_logits(device):
     problem = logit_problem(3, 300, dtype=torch.float16, device=device)
     problem["logits"][:, 3] = 65504.0
@@ -145,6 +158,8 @@ def test_masked_target_is_minus_infinity_and_ranks_last(how, device):
     assert got["rank"][:2].tolist() == [300.0, 300.0]
     assert got["dlogits"].isfinite().all()
     assert (got["dlogits"][:, 4] == 0).all()
+    alone = values_and_gradient(token_logprob, problem, ("logprob",), **options)
+    assert (alone["dlogits"][:, 4] == 0).all()
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
