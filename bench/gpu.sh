@@ -51,15 +51,20 @@ if has pytest; then
   step accuracy 150 "${pytest[@]}" tests/kernels/test_linear_logprob.py -k cuda
   step edges 120 "${pytest[@]}" tests/kernels/test_linear_logprob_edges.py -k cuda
   step contract 60 "${pytest[@]}" tests/kernels/test_linear_logprob_contract.py -k cuda
+  step logits 120 "${pytest[@]}" tests/kernels/test_token_logprob*.py -k cuda
+  step segments 60 "${pytest[@]}" tests/kernels/test_segment_reduce*.py -k cuda
 else
   echo "pytest is missing: the device tests did not run, only bench --check" >>"$summary"
   failed=1
 fi
 step check 60 "$python" -m bench.linear_logprob --check
+step check_logits 60 "$python" -m bench.token_logprob --check
+step bench_logits 120 timeout 110 \
+  "$python" -m bench.token_logprob --seconds 1 --out "$out/token_logprob.jsonl"
 step bench 540 timeout $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) \
   "$python" -m bench.linear_logprob --seconds 2 --out "$out/linear_logprob.jsonl"
 
-tail -n 3 "$out"/{bits,accuracy,edges,contract}.log 2>/dev/null
-grep " ms" "$out/bench.log"
+tail -n 3 "$out"/{bits,accuracy,edges,contract,logits,segments}.log 2>/dev/null
+grep -h " ms" "$out/bench_logits.log" "$out/bench.log"
 cat "$out/machine.json" "$summary"
 exit "$failed"

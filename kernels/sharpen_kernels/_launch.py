@@ -34,11 +34,11 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
         )
 
 
-def check_device(name: str, x: Tensor, device: torch.device) -> None:
-    """Raise `ValueError` unless `x` lives on `device`."""
+def check_device(name: str, x: Tensor, device: torch.device, like: str = "hidden") -> None:
+    """Raise `ValueError` unless `x` lives on `device`, as the argument `like` does."""
     if x.device != device:
         raise ValueError(
-            f"`{name}` must be on {device} as `hidden` is, got {x.device}; "
+            f"`{name}` must be on {device} as `{like}` is, got {x.device}; "
             f'move it with `.to("{device}")`.'
         )
 

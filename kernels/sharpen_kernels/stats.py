@@ -1,13 +1,19 @@
-"""What can be asked about a scored token.  S scored tokens; nats, but for `is_greedy`."""
+"""What can be asked about a scored token.  S scored tokens; nats unless said otherwise."""
 
 import dataclasses
 from typing import Literal, get_args
 
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 Statistic = Literal["logprob", "lse", "entropy", "self_certainty", "is_greedy"]
 NAMES: tuple[Statistic, ...] = get_args(Statistic)
+# what logits that are there to be read can be asked as well
+LogitStatistic = Literal[
+    "logprob", "lse", "entropy", "self_certainty", "is_greedy",
+    "varentropy", "sum_p2", "top1", "margin", "rank",
+]  # fmt: skip
+LOGIT_NAMES: tuple[LogitStatistic, ...] = get_args(LogitStatistic)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,8 +28,14 @@ class TokenStats:
         entropy         -sum_v p[v] log p[v]
         self_certainty  KL(uniform over the unmasked columns || p) = lse - mean(z) - log n
         is_greedy       1.0 where the target is the argmax of z (lowest column of a tie), else 0.0
+        varentropy      sum_v p[v] (log p[v] + entropy)^2, the variance of -log p; nats squared
+        sum_p2          sum_v p[v]^2, the probability that two draws agree; in (0, 1]
+        top1            the argmax of z (lowest column of a tie), an id; -1 where there is none
+        margin          largest z minus second largest, 0 in a tie, inf with one unmasked column
+        rank            1 + the number of unmasked columns ahead of the target: those of larger z,
+                        and those of equal z further left; 1.0 exactly where is_greedy is 1.0
 
-    fp32; fp64 where the hidden rows or the weight are.
+    fp32; fp64 where the input is. `top1` is int64: fp32 has no ids above 2^24.
     """
 
     logprob: Float32[Tensor, " S"] | None = None
@@ -31,3 +43,8 @@ class TokenStats:
     entropy: Float32[Tensor, " S"] | None = None
     self_certainty: Float32[Tensor, " S"] | None = None
     is_greedy: Float32[Tensor, " S"] | None = None
+    varentropy: Float32[Tensor, " S"] | None = None
+    sum_p2: Float32[Tensor, " S"] | None = None
+    top1: Int64[Tensor, " S"] | None = None
+    margin: Float32[Tensor, " S"] | None = None
+    rank: Float32[Tensor, " S"] | None = None

@@ -37,3 +37,16 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setitem(fused.FP32, "SEGMENT", 128)
     monkeypatch.setitem(fused.TENSOR_CORES, "SEGMENT", 128)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Segments of 64 columns (PyTorch) and tiles of 128 (Triton) for ops that read logits."""
+    from sharpen_kernels import _token_logprob_torch as blocked
+    from sharpen_kernels import _token_logprob_triton as fused
+
+    monkeypatch.setattr(blocked, "SEGMENT", 64)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
+    for launch in (fused.FORWARD, fused.RANK, fused.BACKWARD):
+        monkeypatch.setitem(launch, "BLOCK_V", 128)
