@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from sharpen.limits import ModelLimits
-from sharpen_kernels import TokenStats
+from sharpen_kernels import TokenStats, token_logprob
 from sharpen_kernels.linear_logprob import Statistic
 
 from .batching import inverse_of, make_batches
@@ -57,7 +57,8 @@ def token_stats(
             parts.append(head.token_stats(model, hidden_SD, batch.target, stats=stats))
         else:
             logits_SV = logit_rows(model, batch)
-            parts.append(stats_of_logits(logits_SV, batch.target.to(logits_SV.device), stats))
+            target_S = batch.target.to(logits_SV.device)
+            parts.append(token_logprob(logits_SV, target_S, stats=stats))
     return _join(parts, inverse_of(places), stats, input_device(model))
 
 
@@ -74,35 +75,3 @@ def _join(
         column_S = torch.cat([getattr(part, name) for part in parts])
         columns[name] = column_S[inverse.to(column_S.device)]
     return TokenStats(**columns)
-
-
-def stats_of_logits(
-    logits: Float[Tensor, "S V"], target: Int64[Tensor, " S"], stats: Sequence[Statistic]
-) -> TokenStats:
-    """`linear_logprob`'s statistics from logits at hand; holds a few tensors of their size.
-
-    A logit of -inf is a masked id: it has no part in the entropy, and is not among the ids
-    that self-certainty is uniform over.
-    """
-    wide_SV = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse_S = wide_SV.logsumexp(dim=1)
-    # not wide - lse, which rounds to above 0 where p is near 1
-    logprob_SV = wide_SV.log_softmax(dim=1)
-    masked_SV = wide_SV == float("-inf")
-    finite_SV = logprob_SV.masked_fill(masked_SV, 0.0)
-    columns = {
-        "logprob": lambda: logprob_SV.gather(1, target[:, None]).squeeze(1),
-        "lse": lambda: lse_S,
-        "entropy": lambda: -(logprob_SV.exp() * finite_SV).sum(dim=1),
-        "self_certainty": lambda: _self_certainty(finite_SV, (~masked_SV).sum(dim=1)),
-        "is_greedy": lambda: torch.where(
-            lse_S.isfinite(), (wide_SV.argmax(dim=1) == target).to(lse_S.dtype), float("nan")
-        ),
-    }
-    return TokenStats(**{name: columns[name]() for name in stats})
-
-
-def _self_certainty(
-    logprob: Float[Tensor, "S V"], n_unmasked: Int64[Tensor, " S"]
-) -> Float[Tensor, " S"]:
-    return -logprob.sum(dim=1) / n_unmasked - n_unmasked.log()
