@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from . import _linear_logprob_cpu as native
 from . import _linear_logprob_torch as chunked
 from ._launch import check_device, check_dtype, check_shape, exact_matmul, runs_triton
 from ._rows import Pairs, Rows, token_values
@@ -66,6 +67,8 @@ def _linear_logprob(
             from . import _linear_logprob_fwd as fused
 
             done, chosen = fused.forward(hidden, head, pairs, names)
+        elif native.takes(hidden, head):
+            done, chosen = native.forward(hidden, head, pairs, names)
         else:
             done, chosen = chunked.forward(hidden, head, pairs, names)
     return token_values(names, done, chosen, pairs, vocab_size, ignore_index), _state(done)
@@ -102,7 +105,8 @@ def _linear_logprob_bwd(
     names = stats.split(",")
     grads = {n: g for n, g in zip(names, dvalues, strict=True) if n != "is_greedy"}
     with exact_matmul(hidden.device):
-        if hidden.shape[0] > 0 and runs_triton(hidden, state.dtype):
+        elsewhere = runs_triton(hidden, state.dtype) or native.takes(hidden, head)
+        if hidden.shape[0] > 0 and elsewhere:
             # one GEMM's rounding must serve p and lse: for p near 1, 1 - p is but rounding
             state = _state(chunked.forward(hidden, head, pairs, names)[0])
         found = chunked.backward(grads, state, hidden, head, pairs, needs)
