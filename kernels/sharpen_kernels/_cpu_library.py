@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,20 +36,32 @@ logger = logging.getLogger(__name__)
 
 
 class Library:
-    """The loaded functions."""
+    """The loaded functions; those that compute raise `RuntimeError` with the C++ message."""
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         self._library.linear_logprob_error.restype = ctypes.c_char_p
-        self.panel: int = self._library.linear_logprob_panel()
+        self._library.linear_logprob_backward_bytes.restype = ctypes.c_int64
 
     def could_run(self) -> bool:
         """Whether oneDNN's micro-kernels run on this CPU."""
         return bool(self._library.linear_logprob_could_run())
 
     def forward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
-        """Run the forward pass; raises `RuntimeError` with the message of the C++."""
-        if self._library.linear_logprob_forward(ctypes.byref(problem), dtype == torch.bfloat16):
+        """Run the forward pass."""
+        self._run(self._library.linear_logprob_forward, problem, dtype)
+
+    def backward_bytes(self, problem: ctypes.Structure, dtype: torch.dtype) -> int:
+        """Workspace that `backward` wants."""
+        is_bf16 = dtype == torch.bfloat16
+        return self._library.linear_logprob_backward_bytes(ctypes.byref(problem), is_bf16)
+
+    def backward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        """Run the backward pass."""
+        self._run(self._library.linear_logprob_backward, problem, dtype)
+
+    def _run(self, function: Any, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        if function(ctypes.byref(problem), dtype == torch.bfloat16):
             raise RuntimeError(self._library.linear_logprob_error().decode())
 
 

@@ -1,4 +1,4 @@
-"""`linear_logprob` forward on a CPU with AVX-512: one call of the C++ in `cpu/`.
+"""`linear_logprob` on a CPU with AVX-512: calls of the C++ in `cpu/`, forward and backward.
 
 The contract, the statistics and their merge law are those of `_linear_logprob_torch.py`; logits
 live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is.
@@ -7,21 +7,25 @@ R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import _cpu_library
-from ._linear_logprob_torch import Head
+from ._linear_logprob_torch import Head, RowGrads
 from ._rows import Pairs, Partial, Rows, finish
 
+PANEL = BLOCK = 64  # columns and rows of one product, as in `cpu/tile.h`
 # bytes of a packed segment of the weight: it shares the core's second cache with a tile and a block
 SEGMENT_BYTES = 2**19
+MAX_COLUMNS = 512
 PARTIALS_BYTES = 16 * 2**20  # rows are taken in passes, so that their partials fit
 SCRATCH_BYTES = 44 * 2**20  # of all threads: where a core needs megabytes, some cores stay idle
-BLOCK_ROWS = 64
-MIN_COLUMNS, MAX_COLUMNS = 64, 512
+# backward: elements of a wave of the weight, and of a pass over the rows, and their largest sides
+WAVE_ELEMENTS, PASS_ELEMENTS = 2**20, 2**20
+MAX_WAVE, MAX_PASS = 1024, 1024
 
 
 class _Partials(ctypes.Structure):
@@ -30,21 +34,42 @@ class _Partials(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in Partial._fields]
 
 
-class _Problem(ctypes.Structure):
-    """`Problem` of `cpu/linear_logprob.cpp`, field by field."""
+class _Inputs(ctypes.Structure):
+    """`Inputs` of `cpu/tile.h`, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "target", "first")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "depth")),
         *((name, ctypes.c_int64) for name in ("hidden_stride", "weight_stride")),
         *((name, ctypes.c_float) for name in ("temperature", "softcap")),
-        *((name, ctypes.c_int64) for name in ("segment_columns", "block_rows", "pass_rows")),
-        ("threads", ctypes.c_int64),
+    ]
+
+
+class _Forward(ctypes.Structure):
+    """`Forward` of `cpu/linear_logprob.cpp`."""
+
+    _fields_ = [
+        ("inputs", _Inputs),
+        *((name, ctypes.c_int64) for name in ("segment_columns", "pass_rows", "threads")),
         ("merged", _Partials),
         ("chosen", ctypes.c_void_p),
         ("partials", _Partials),
         ("scratch", ctypes.c_void_p),
         ("scratch_bytes", ctypes.c_int64),
+    ]
+
+
+OF_ROW = ("top", "log_mass", "prob", "entropy", "of_entropy", "uniform", "active")
+
+
+class _Backward(ctypes.Structure):
+    """`Backward` of `cpu/linear_logprob_bwd.h`, its `RowGrads` written out."""
+
+    _fields_ = [
+        ("inputs", _Inputs),
+        *((name, ctypes.c_void_p) for name in (*OF_ROW, "of_chosen")),
+        *((name, ctypes.c_int64) for name in ("wave_columns", "pass_rows", "threads")),
+        *((name, ctypes.c_void_p) for name in ("dhidden", "dweight", "dbias", "memory")),
     ]
 
 
@@ -60,10 +85,34 @@ def takes(hidden: Tensor, head: Head) -> bool:
     )
 
 
-def segment_columns(D: int, itemsize: int, panel: int) -> int:
-    """Columns of a segment: set by D and the dtype, never by the number of rows or threads."""
-    fitting = SEGMENT_BYTES // (D * itemsize) // panel * panel
-    return max(MIN_COLUMNS, min(MAX_COLUMNS, fitting))
+def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[_Inputs, list[Tensor]]:
+    """What both passes read, and the copies that must outlive the call."""
+    bias = None if head.bias is None else head.bias[: head.vocab_size].float().contiguous()
+    target, first = pairs.target.contiguous(), pairs.first.contiguous()
+    inputs = _Inputs(
+        hidden=hidden.data_ptr(),
+        weight=head.weight.data_ptr(),
+        bias=_pointer(bias),
+        target=target.data_ptr(),
+        first=first.data_ptr(),
+        rows=hidden.shape[0],
+        columns=head.vocab_size,
+        depth=hidden.shape[1],
+        hidden_stride=hidden.stride(0),
+        weight_stride=head.weight.stride(0),
+        temperature=head.temperature,
+        softcap=head.softcap or 0.0,
+    )
+    return inputs, [target, first, *([] if bias is None else [bias])]
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _whole(n: int, unit: int = BLOCK) -> int:
+    """`n` rounded up to a multiple of `unit`."""
+    return -(-n // unit) * unit
 
 
 def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple[Rows, Tensor]:
@@ -75,38 +124,26 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
     library = _cpu_library.load()
     assert library is not None
     R, D = hidden.shape
-    itemsize = hidden.element_size()
-    columns = segment_columns(D, itemsize, library.panel)
+    size = hidden.element_size()
+    # set by D and the dtype, never by the number of rows or threads
+    columns = max(PANEL, min(MAX_COLUMNS, SEGMENT_BYTES // (D * size) // PANEL * PANEL))
     n_segments = -(-head.vocab_size // columns)
     fields = _asked(stats)
-    blocks = PARTIALS_BYTES // (4 * n_segments * len(fields) * BLOCK_ROWS)
-    pass_rows = min(max(1, blocks), -(-R // BLOCK_ROWS)) * BLOCK_ROWS
-    deep = (D + 1) // 2 * 2
-    parts = (columns * deep * itemsize, BLOCK_ROWS * columns * 4, BLOCK_ROWS * deep * itemsize)
-    scratch_bytes = sum(-(-n // 64) * 64 for n in parts)
+    blocks = PARTIALS_BYTES // (4 * n_segments * len(fields) * BLOCK)
+    pass_rows = min(max(1, blocks) * BLOCK, _whole(R))
+    deep = _whole(D, 2)
+    of_thread = (columns * deep * size, BLOCK * columns * 4, BLOCK * deep * size)
+    scratch_bytes = sum(_whole(n, 64) for n in of_thread)
     threads = min(torch.get_num_threads(), n_segments, max(1, SCRATCH_BYTES // scratch_bytes))
 
-    bias = None if head.bias is None else head.bias[: head.vocab_size].float().contiguous()
-    target, first = pairs.target.contiguous(), pairs.first.contiguous()
+    inputs, _kept = _inputs(hidden, head, pairs)
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
     merged = {name: _empty(name, R) for name in fields}
     partials = {name: _empty(name, n_segments * pass_rows) for name in fields}
     scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
-    problem = _Problem(
-        hidden=hidden.data_ptr(),
-        weight=head.weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        target=target.data_ptr(),
-        first=first.data_ptr(),
-        rows=R,
-        columns=head.vocab_size,
-        depth=D,
-        hidden_stride=hidden.stride(0),
-        weight_stride=head.weight.stride(0),
-        temperature=head.temperature,
-        softcap=head.softcap or 0.0,
+    problem = _Forward(
+        inputs=inputs,
         segment_columns=columns,
-        block_rows=BLOCK_ROWS,
         pass_rows=pass_rows,
         threads=threads,
         merged=_Partials(**{name: x.data_ptr() for name, x in merged.items()}),
@@ -121,6 +158,60 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
     if (greedy := found["greedy"]) is not None:
         found["greedy"] = greedy.to(torch.int64)
     return finish(Partial(**cast(dict[str, Tensor], found))), chosen
+
+
+def backward(
+    grads: dict[str, Tensor],
+    state: Tensor,
+    hidden: Tensor,
+    head: Head,
+    pairs: Pairs,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, those that `needs` names; logits are recomputed.
+
+    `state` must come from `forward` above: the logits here are the same bits as there. Arguments
+    and workspace as in `_linear_logprob_torch.backward`.
+    """
+    library = _cpu_library.load()
+    assert library is not None
+    R, D = hidden.shape
+    need_hidden, need_weight, need_bias = needs
+    padded = _whole(R)
+    dhidden = state.new_zeros((padded, D)) if need_hidden else None
+    dweight = dbias = None
+    if need_weight:
+        dweight = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
+        dweight[head.vocab_size :] = 0
+    if need_bias and head.bias is not None:
+        dbias = state.new_zeros(head.bias.shape)
+    of_row = RowGrads(grads, state, pairs.row, padded)
+    of_chosen = grads["logprob"].contiguous() if "logprob" in grads else None
+    inputs, _kept = _inputs(hidden, head, pairs)
+    problem = _Backward(
+        inputs=inputs,
+        of_chosen=_pointer(of_chosen),
+        wave_columns=min(_fitting(WAVE_ELEMENTS, D, MAX_WAVE), _whole(head.vocab_size)),
+        pass_rows=min(_fitting(PASS_ELEMENTS, D, MAX_PASS), padded),
+        threads=torch.get_num_threads(),
+        dhidden=_pointer(dhidden),
+        dweight=_pointer(dweight),
+        dbias=_pointer(dbias),
+        **{name: _pointer(getattr(of_row, name)) for name in OF_ROW},
+    )
+    memory = torch.empty(library.backward_bytes(problem, hidden.dtype), dtype=torch.uint8)
+    problem.memory = memory.data_ptr()
+    library.backward(problem, hidden.dtype)
+    if dhidden is not None:
+        dhidden = dhidden[:R].to(hidden.dtype)
+    if dbias is not None and head.bias is not None:
+        dbias = dbias.to(head.bias.dtype)
+    return dhidden, dweight, dbias
+
+
+def _fitting(elements: int, D: int, most: int) -> int:
+    """Rows of D elements that fit, in whole blocks."""
+    return max(BLOCK, min(most, elements // D // BLOCK * BLOCK))
 
 
 def _asked(stats: list[str]) -> list[str]:

@@ -105,11 +105,14 @@ def _linear_logprob_bwd(
     names = stats.split(",")
     grads = {n: g for n, g in zip(names, dvalues, strict=True) if n != "is_greedy"}
     with exact_matmul(hidden.device):
-        elsewhere = runs_triton(hidden, state.dtype) or native.takes(hidden, head)
-        if hidden.shape[0] > 0 and elsewhere:
+        if hidden.shape[0] > 0 and runs_triton(hidden, state.dtype):
             # one GEMM's rounding must serve p and lse: for p near 1, 1 - p is but rounding
             state = _state(chunked.forward(hidden, head, pairs, names)[0])
-        found = chunked.backward(grads, state, hidden, head, pairs, needs)
+            found = chunked.backward(grads, state, hidden, head, pairs, needs)
+        elif hidden.shape[0] > 0 and grads and target.shape[0] > 0 and native.takes(hidden, head):
+            found = native.backward(grads, state, hidden, head, pairs, needs)
+        else:
+            found = chunked.backward(grads, state, hidden, head, pairs, needs)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
     return dhidden, dweight, dbias
 

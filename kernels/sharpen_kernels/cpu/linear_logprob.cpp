@@ -6,14 +6,10 @@
 // Segments and blocks are fixed by V and D; a block is always full (zero rows behind the last), so a
 // row meets the same instructions in any batch. Segments go to threads as they come free and are
 // merged in order, so bits do not depend on the number of threads either.
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
-
-#include <atomic>
-#include <cstring>
 #include <exception>
 #include <string>
 
+#include "linear_logprob_bwd.h"
 #include "row_statistics.h"
 #include "tile.h"
 
@@ -21,17 +17,9 @@ using namespace sharpen;
 
 namespace {
 
-struct Problem {
-  // inputs; strides in elements, columns beside each other
-  const void* hidden;
-  const void* weight;
-  const float* bias;  // or null
-  const int64_t* target;
-  const int64_t* first;  // pairs of row r: first[r] ... first[r + 1]
-  int64_t rows, columns, depth, hidden_stride, weight_stride;
-  float temperature, softcap;  // softcap 0: none
-  // plan
-  int64_t segment_columns, block_rows, pass_rows, threads;
+struct Forward {
+  Inputs in;
+  int64_t segment_columns, pass_rows, threads;
   // outputs, [rows] each, or null where not asked for; chosen [pairs], NaN beforehand
   Partials merged;
   float* chosen;
@@ -54,87 +42,48 @@ RowPartial row_partial_for(const Partials& p) {
   return m ? row_partial<false, true, false> : row_partial<false, false, false>;
 }
 
+// Statistics of the rows from `begin` to `end` over one segment.
 template <typename T>
-class Segment {
- public:
-  Segment(const Problem& problem, int64_t thread) : problem_(problem) {
-    char* memory = problem.scratch + thread * problem.scratch_bytes;
-    const auto take = [&memory](int64_t n, int64_t size) {
-      char* start = memory;
-      memory += (n * size + 63) / 64 * 64;
-      return start;
-    };
-    depth_ = padded_depth<T>(problem.depth);
-    packed_ = reinterpret_cast<T*>(take(problem.segment_columns * depth_, sizeof(T)));
-    tile_ = reinterpret_cast<float*>(take(problem.block_rows * problem.segment_columns, 4));
-    block_ = reinterpret_cast<T*>(take(problem.block_rows * depth_, sizeof(T)));
-  }
+void reduce_segment(const Forward& p, int64_t thread, int64_t segment, int64_t begin, int64_t end) {
+  const Inputs& in = p.in;
+  const int64_t depth = padded_depth<T>(in.depth);
+  char* memory = p.scratch + thread * p.scratch_bytes;
+  auto* packed = reinterpret_cast<T*>(take(&memory, p.segment_columns * depth * sizeof(T)));
+  auto* tile = reinterpret_cast<float*>(take(&memory, BLOCK * p.segment_columns * 4));
+  const Product<T> product{in, reinterpret_cast<T*>(take(&memory, BLOCK * depth * sizeof(T)))};
 
-  // Statistics of the rows from `begin` to `end` over one segment.
-  void run(int64_t segment, int64_t begin, int64_t end) {
-    const Problem& p = problem_;
-    const int64_t start = segment * p.segment_columns;
-    const int64_t width = std::min(p.segment_columns, p.columns - start);
-    const int64_t wide = (width + PANEL - 1) / PANEL * PANEL;
-    const auto* weight = static_cast<const T*>(p.weight) + start * p.weight_stride;
-    pack(weight, p.weight_stride, width, p.depth, packed_);
-    const RowPartial reduce = row_partial_for(p.partials);
-    const LogitMap map{p.bias == nullptr ? nullptr : p.bias + start, p.temperature, p.softcap};
-    for (int64_t row = begin; row < end; row += p.block_rows) {
-      const int64_t n_rows = std::min(p.block_rows, end - row);
-      multiply(row, n_rows, wide);
-      for (int64_t r = 0; r < n_rows; ++r) {
-        float* z = tile_ + r * wide;
-        map.apply(z, width);
-        reduce(z, width, start, p.partials, segment * p.pass_rows + row + r - begin);
-        for (int64_t pair = p.first[row + r]; pair < p.first[row + r + 1]; ++pair) {
-          const int64_t column = p.target[pair] - start;
-          if (column >= 0 && column < width) p.chosen[pair] = z[column];
-        }
+  const int64_t start = segment * p.segment_columns;
+  const int64_t width = std::min(p.segment_columns, in.columns - start);
+  const int64_t wide = round_up(width, PANEL);
+  const auto* weight = static_cast<const T*>(in.weight) + start * in.weight_stride;
+  pack(weight, in.weight_stride, width, in.depth, packed);
+  const RowPartial reduce = row_partial_for(p.partials);
+  const LogitMap map{in.bias == nullptr ? nullptr : in.bias + start, in.temperature, in.softcap};
+  for (int64_t row = begin; row < end; row += BLOCK) {
+    const int64_t n_rows = std::min(BLOCK, end - row);
+    product.run(packed, row, n_rows, nullptr, wide, tile);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      float* z = tile + r * wide;
+      map.apply(z, width);
+      reduce(z, width, start, p.partials, segment * p.pass_rows + row + r - begin);
+      for (int64_t pair = in.first[row + r]; pair < in.first[row + r + 1]; ++pair) {
+        const int64_t column = in.target[pair] - start;
+        if (column >= 0 && column < width) p.chosen[pair] = z[column];
       }
     }
   }
-
- private:
-  // Logits of a block into the tile [block_rows, wide].
-  void multiply(int64_t row, int64_t n_rows, int64_t wide) {
-    const Problem& p = problem_;
-    const T* x = static_cast<const T*>(p.hidden) + row * p.hidden_stride;
-    int64_t stride = p.hidden_stride;
-    if (n_rows < p.block_rows || depth_ != p.depth) {
-      std::memset(block_, 0, p.block_rows * depth_ * sizeof(T));
-      for (int64_t r = 0; r < n_rows; ++r) {
-        std::memcpy(block_ + r * depth_, x + r * stride, p.depth * sizeof(T));
-      }
-      x = block_;
-      stride = depth_;
-    }
-    for (int64_t v = 0; v < wide; v += PANEL) {
-      at::native::cpublas::brgemm(p.block_rows, PANEL, depth_, stride, PANEL, wide, false, x,
-                                  packed_ + v * depth_, tile_ + v, sizeof(T) == 2);
-    }
-  }
-
-  const Problem& problem_;
-  int64_t depth_;
-  T* packed_;
-  float* tile_;
-  T* block_;
-};
+}
 
 template <typename T>
-void forward(const Problem& p) {
-  const int64_t segments = (p.columns + p.segment_columns - 1) / p.segment_columns;
-  for (int64_t begin = 0; begin < p.rows; begin += p.pass_rows) {
-    const int64_t end = std::min(p.rows, begin + p.pass_rows);
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> thread{0};
-    at::parallel_for(0, p.threads, 1, [&](int64_t, int64_t) {
-      Segment<T> work(p, thread++);
-      for (int64_t s = next++; s < segments; s = next++) work.run(s, begin, end);
-      at::native::cpublas::brgemm_release(sizeof(T) == 2);
+void forward(const Forward& p) {
+  const int64_t rows = p.in.rows;
+  const int64_t segments = round_up(p.in.columns, p.segment_columns) / p.segment_columns;
+  for (int64_t begin = 0; begin < rows; begin += p.pass_rows) {
+    const int64_t end = std::min(rows, begin + p.pass_rows);
+    share_out<T>(p.threads, segments, [&](int64_t thread, int64_t segment) {
+      reduce_segment<T>(p, thread, segment, begin, end);
     });
-    at::parallel_for(0, (end - begin + LANES - 1) / LANES, 16, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, round_up(end - begin, LANES) / LANES, 16, [&](int64_t from, int64_t to) {
       for (int64_t row = from * LANES; row < std::min(to * LANES, end - begin); row += LANES) {
         const int64_t n = std::min<int64_t>(LANES, end - begin - row);
         merge_rows(p.partials, segments, p.pass_rows, row, n, p.merged, begin + row);
@@ -145,21 +94,31 @@ void forward(const Problem& p) {
 
 thread_local std::string last_error;
 
-}  // namespace
-
-// 0, or 1 with the message in `linear_logprob_error`.
-extern "C" int linear_logprob_forward(const Problem* problem, int is_bf16) {
+template <typename Run>
+int guarded(const Run& run) {
   try {
-    if (is_bf16 != 0) {
-      forward<at::BFloat16>(*problem);
-    } else {
-      forward<float>(*problem);
-    }
+    run();
     return 0;
   } catch (const std::exception& error) {
     last_error = error.what();
     return 1;
   }
+}
+
+}  // namespace
+
+// 0, or 1 with the message in `linear_logprob_error`.
+extern "C" int linear_logprob_forward(const Forward* p, int is_bf16) {
+  return guarded([&] { is_bf16 != 0 ? forward<at::BFloat16>(*p) : forward<float>(*p); });
+}
+
+extern "C" int linear_logprob_backward(const Backward* p, int is_bf16) {
+  return guarded([&] { is_bf16 != 0 ? backward<at::BFloat16>(*p) : backward<float>(*p); });
+}
+
+// Bytes of memory that `linear_logprob_backward` wants at `memory`.
+extern "C" int64_t linear_logprob_backward_bytes(const Backward* p, int is_bf16) {
+  return is_bf16 != 0 ? Workspace<at::BFloat16>().layout(*p) : Workspace<float>().layout(*p);
 }
 
 extern "C" const char* linear_logprob_error() { return last_error.c_str(); }
@@ -168,5 +127,3 @@ extern "C" const char* linear_logprob_error() { return last_error.c_str(); }
 extern "C" int linear_logprob_could_run() {
   return at::native::cpublas::could_pack(at::kBFloat16) ? 1 : 0;
 }
-
-extern "C" int linear_logprob_panel() { return PANEL; }

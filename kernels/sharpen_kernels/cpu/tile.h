@@ -1,20 +1,54 @@
-// A segment of the weight packed for the micro-kernel, and what follows the product.
+// A tile of logits: the weight packed for oneDNN's micro-kernel, the product, and what follows it.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
-#include <c10/util/BFloat16.h>
+#include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstring>
 
 namespace sharpen {
 
-#ifndef SHARPEN_PANEL
-#define SHARPEN_PANEL 64
-#endif
 // Columns of one product: the micro-kernel reads a panel of the packed weight as one stream.
-constexpr int64_t PANEL = SHARPEN_PANEL;
+constexpr int64_t PANEL = 64;
+// Rows of one product, always: a row meets the same instructions in any batch.
+constexpr int64_t BLOCK = 64;
+
+// What both passes read; strides in elements, columns beside each other.
+struct Inputs {
+  const void* hidden;
+  const void* weight;
+  const float* bias;  // or null
+  const int64_t* target;
+  const int64_t* first;  // pairs of row r: first[r] ... first[r + 1]
+  int64_t rows, columns, depth, hidden_stride, weight_stride;
+  float temperature, softcap;  // softcap 0: none
+};
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Next piece of 64-byte aligned memory.
+inline char* take(char** memory, int64_t bytes) {
+  char* start = *memory;
+  *memory += round_up(bytes, 64);
+  return start;
+}
+
+// `run(thread, task)` for every task, each once, in any order, as threads come free.
+template <typename T, typename Run>
+void share_out(int64_t threads, int64_t tasks, const Run& run) {
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> thread{0};
+  at::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
+    const int64_t mine = thread++;
+    for (int64_t i = next++; i < tasks; i = next++) run(mine, i);
+    at::native::cpublas::brgemm_release(sizeof(T) == 2);
+  });
+}
 
 // Depth of packed rows: the dot-product units take bf16 in pairs.
 template <typename T>
@@ -84,6 +118,35 @@ void pack(const T* weight, int64_t stride, int64_t width, int64_t depth, T* out)
     for (int64_t k = 0; k < words; ++k) _mm512_storeu_si512(panel + k * PANEL, _mm512_setzero_si512());
   }
 }
+
+// Columns start ... start + width of the weight times one block of rows, as a tile [BLOCK, wide]
+// of logits; rows from `n_rows` on, and those not `active` (null: all are), are taken as zeros.
+template <typename T>
+struct Product {
+  const Inputs& in;
+  T* block;  // memory for a block of rows
+
+  void run(const T* packed, int64_t row, int64_t n_rows, const uint8_t* active, int64_t wide,
+           float* tile) const {
+    const int64_t depth = padded_depth<T>(in.depth);
+    const T* x = static_cast<const T*>(in.hidden) + row * in.hidden_stride;
+    int64_t stride = in.hidden_stride;
+    const bool all = active == nullptr || std::memchr(active, 0, n_rows) == nullptr;
+    if (n_rows < BLOCK || depth != in.depth || !all) {
+      std::memset(static_cast<void*>(block), 0, BLOCK * depth * sizeof(T));
+      for (int64_t r = 0; r < n_rows; ++r) {
+        if (active != nullptr && active[r] == 0) continue;
+        std::memcpy(static_cast<void*>(block + r * depth), x + r * stride, in.depth * sizeof(T));
+      }
+      x = block;
+      stride = depth;
+    }
+    for (int64_t v = 0; v < wide; v += PANEL) {
+      at::native::cpublas::brgemm(BLOCK, PANEL, depth, stride, PANEL, wide, false, x,
+                                  packed + v * depth, tile + v, sizeof(T) == 2);
+    }
+  }
+};
 
 // softcap(u + bias) / temperature with softcap(u) = c tanh(u / c).
 struct LogitMap {
