@@ -23,9 +23,11 @@ SEGMENT_BYTES = 2**19
 MAX_COLUMNS = 512
 PARTIALS_BYTES = 16 * 2**20  # rows are taken in passes, so that their partials fit
 SCRATCH_BYTES = 44 * 2**20  # of all threads: where a core needs megabytes, some cores stay idle
-# backward: elements of a wave of the weight, and of a pass over the rows, and their largest sides
-WAVE_ELEMENTS, PASS_ELEMENTS = 2**20, 2**20
-MAX_WAVE, MAX_PASS = 1024, 1024
+# backward: columns of a wave and rows of a pass, and elements of the weight or of hidden in one
+MAX_WAVE, MAX_PASS = 512, 1024
+SIDE_ELEMENTS = 2**21
+TILE_BYTES = BLOCK * 256 * 4  # of fp32, as in `cpu/linear_logprob_bwd.h`
+BACKWARD_SCRATCH_BYTES = 24 * 2**20
 
 
 class _Partials(ctypes.Structure):
@@ -187,13 +189,14 @@ def backward(
         dbias = state.new_zeros(head.bias.shape)
     of_row = RowGrads(grads, state, pairs.row, padded)
     of_chosen = grads["logprob"].contiguous() if "logprob" in grads else None
+    of_thread = TILE_BYTES + BLOCK * _whole(D, 2) * hidden.element_size()
     inputs, _kept = _inputs(hidden, head, pairs)
     problem = _Backward(
         inputs=inputs,
         of_chosen=_pointer(of_chosen),
-        wave_columns=min(_fitting(WAVE_ELEMENTS, D, MAX_WAVE), _whole(head.vocab_size)),
-        pass_rows=min(_fitting(PASS_ELEMENTS, D, MAX_PASS), padded),
-        threads=torch.get_num_threads(),
+        wave_columns=min(_fitting(D, MAX_WAVE), _whole(head.vocab_size)),
+        pass_rows=min(_fitting(D, MAX_PASS), padded),
+        threads=min(torch.get_num_threads(), max(1, BACKWARD_SCRATCH_BYTES // of_thread)),
         dhidden=_pointer(dhidden),
         dweight=_pointer(dweight),
         dbias=_pointer(dbias),
@@ -209,9 +212,9 @@ def backward(
     return dhidden, dweight, dbias
 
 
-def _fitting(elements: int, D: int, most: int) -> int:
-    """Rows of D elements that fit, in whole blocks."""
-    return max(BLOCK, min(most, elements // D // BLOCK * BLOCK))
+def _fitting(D: int, most: int) -> int:
+    """Rows of D elements that fit SIDE_ELEMENTS, in whole blocks."""
+    return max(BLOCK, min(most, SIDE_ELEMENTS // D // BLOCK * BLOCK))
 
 
 def _asked(stats: list[str]) -> list[str]:

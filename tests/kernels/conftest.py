@@ -38,5 +38,7 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(native, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(native, "PARTIALS_BYTES", 1)  # passes of one block of rows
+    monkeypatch.setattr(native, "MAX_WAVE", 64)
+    monkeypatch.setattr(native, "MAX_PASS", 64)
     monkeypatch.setitem(fused.FP32, "SEGMENT", 128)
     monkeypatch.setitem(fused.TENSOR_CORES, "SEGMENT", 128)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oracle import assert_matches_fp64, head_problem, values
-from sharpen_kernels import _cpu_library
+from oracle import assert_matches_fp64, head_problem, values, values_and_gradients
+from sharpen_kernels import _cpu_library, linear_logprob
 from sharpen_kernels import _linear_logprob_cpu as native
 from sharpen_kernels import _linear_logprob_torch as chunked
 from sharpen_kernels._launch import INTERPRETED
@@ -44,19 +44,36 @@ def test_as_accurate_as_torch_on_a_large_vocabulary(dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [15, 40, 96])
-@pytest.mark.parametrize("small", [False, True], ids=["", "small segments"])
-def test_same_bits_with_any_number_of_threads(dtype, D, small, request):
-    if small:
-        request.getfixturevalue("small_segments")
-    problem = head_problem(150, 3000, D, dtype=dtype, bias=True)
-    want = values(problem)
+@pytest.mark.parametrize("D", [600, 257])  # several chunks of the depth, and ragged ones
+def test_waves_passes_and_chunks(dtype, D, small_segments):
+    assert_matches_fp64(head_problem(140, 200, D, dtype=dtype, bias=True), softcap=8.0)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [15, 300])
+def test_same_bits_with_any_number_of_threads(dtype, D):
+    problem = head_problem(150, 1500, D, dtype=dtype, bias=True)
+    want = values_and_gradients(linear_logprob, problem)
     for threads in (2, 3):
         torch.set_num_threads(threads)
         try:
-            assert same(values(problem), want)
+            assert same(values_and_gradients(linear_logprob, problem), want)
         finally:
             torch.set_num_threads(1)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_certain_row_has_a_clean_gradient(dtype):
+    # p of the target is all but 1: the gradient is 1 - p, which only the same logits can give
+    problem = head_problem(64, 300, 32, dtype=dtype)
+    problem["weight"][:64] = 3 * problem["hidden"]
+    problem["target"] = torch.arange(64)
+    got = assert_matches_fp64(problem, stats=("logprob",))
+    certain = got["logprob"] == 0
+    assert certain.sum() > 20
+    assert got["dhidden"][certain].abs().max() < 1e-5
 
 
 @needs_library

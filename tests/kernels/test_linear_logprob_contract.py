@@ -69,6 +69,18 @@ def test_native_workspace_is_bounded(dtype):
     with LiveBytes() as forward:
         native.forward(problem["hidden"], head, pairs, list(NAMES))
     assert forward.peak < 24 * 2**20
+    # in fp32 the logits are 20 MiB and the weight 128 MiB
+    problem = head_problem(640, 8000, 4096, dtype=dtype)
+    head = chunked.Head(problem["weight"], None, 1.0, None, 8000)
+    pairs = Pairs.of(problem["target"], None, 640)
+    with LiveBytes() as backward:
+        outputs = native.backward(
+            {"logprob": torch.ones(640)}, torch.ones(4, 640), problem["hidden"], head, pairs,
+            (True, True, False),
+        )  # fmt: skip
+    held = sum(x.nbytes for x in outputs if x is not None)
+    wide = 640 * 4096 * 4 if dtype == torch.bfloat16 else 0  # the gradient of hidden in fp32
+    assert backward.peak - held - wide < 64 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -27,7 +27,7 @@ struct Backward {
 };
 
 constexpr int64_t TILE_COLUMNS = 256;
-constexpr int64_t DEPTH_CHUNK = 512;  // of one task of a product
+constexpr int64_t DEPTH_CHUNK = 256;  // of one task of a product
 
 template <typename T>
 struct Workspace {
