@@ -8,7 +8,7 @@ R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 
 import ctypes
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from ._rows import Pairs, Partial, Rows, finish
 PANEL = BLOCK = 64  # columns and rows of one product, as in `cpu/tile.h`
 # bytes of a packed segment of the weight: it shares the core's second cache with a tile and a block
 SEGMENT_BYTES = 2**19
-MAX_COLUMNS = 512
+MIN_COLUMNS, MAX_COLUMNS = {2: 128, 4: 64}, 512  # the least by size of an element
 PARTIALS_BYTES = 16 * 2**20  # rows are taken in passes, so that their partials fit
 SCRATCH_BYTES = 44 * 2**20  # of all threads: where a core needs megabytes, some cores stay idle
+TASKS, MIN_CHUNK = 4, 256  # tasks a thread where rows can be cut so, and rows of the smallest
 # backward: columns of a wave and rows of a pass, and elements of the weight or of hidden in one
 MAX_WAVE, MAX_PASS = 512, 1024
 SIDE_ELEMENTS = 2**21
@@ -52,7 +53,8 @@ class _Forward(ctypes.Structure):
 
     _fields_ = [
         ("inputs", _Inputs),
-        *((name, ctypes.c_int64) for name in ("segment_columns", "pass_rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("segment_columns", "pass_rows", "chunk_rows")),
+        ("threads", ctypes.c_int64),
         ("merged", _Partials),
         ("chosen", ctypes.c_void_p),
         ("partials", _Partials),
@@ -77,11 +79,13 @@ class _Backward(ctypes.Structure):
 
 def takes(hidden: Tensor, head: Head) -> bool:
     """Whether the C++ kernel scores these tensors: their kind here, and a library that loads."""
+    mkldnn: Any = torch.backends.mkldnn  # a module to type checkers, an object with more inside
     return (
         hidden.device.type == "cpu"
         and hidden.dtype == head.weight.dtype
         and hidden.dtype in (torch.float32, torch.bfloat16)
         and hidden.shape[1] > 0
+        and mkldnn.enabled
         and all(x.shape[1] == 1 or x.stride(1) == 1 for x in (hidden, head.weight))
         and _cpu_library.load() is not None
     )
@@ -128,7 +132,8 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
     R, D = hidden.shape
     size = hidden.element_size()
     # set by D and the dtype, never by the number of rows or threads
-    columns = max(PANEL, min(MAX_COLUMNS, SEGMENT_BYTES // (D * size) // PANEL * PANEL))
+    fitting = SEGMENT_BYTES // (D * size) // PANEL * PANEL
+    columns = max(MIN_COLUMNS[size], min(MAX_COLUMNS, fitting))
     n_segments = -(-head.vocab_size // columns)
     fields = _asked(stats)
     blocks = PARTIALS_BYTES // (4 * n_segments * len(fields) * BLOCK)
@@ -136,7 +141,10 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
     deep = _whole(D, 2)
     of_thread = (columns * deep * size, BLOCK * columns * 4, BLOCK * deep * size)
     scratch_bytes = sum(_whole(n, 64) for n in of_thread)
-    threads = min(torch.get_num_threads(), n_segments, max(1, SCRATCH_BYTES // scratch_bytes))
+    threads = min(torch.get_num_threads(), max(1, SCRATCH_BYTES // scratch_bytes))
+    # few segments for many threads: each is packed by several, for some of the rows
+    chunks = -(-TASKS * threads // n_segments) if threads > 1 else 1
+    chunk_rows = max(MIN_CHUNK, _whole(-(-pass_rows // chunks)))
 
     inputs, _kept = _inputs(hidden, head, pairs)
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
@@ -147,6 +155,7 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
         inputs=inputs,
         segment_columns=columns,
         pass_rows=pass_rows,
+        chunk_rows=chunk_rows,
         threads=threads,
         merged=_Partials(**{name: x.data_ptr() for name, x in merged.items()}),
         chosen=chosen.data_ptr(),

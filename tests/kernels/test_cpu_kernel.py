@@ -44,14 +44,15 @@ def test_as_accurate_as_torch_on_a_large_vocabulary(dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [600, 257])  # several chunks of the depth, and ragged ones
+# several chunks of the depth, ragged ones, several blocks of the depth
+@pytest.mark.parametrize("D", [600, 257, 1057])
 def test_waves_passes_and_chunks(dtype, D, small_segments):
     assert_matches_fp64(head_problem(140, 200, D, dtype=dtype, bias=True), softcap=8.0)
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [15, 300])
+@pytest.mark.parametrize("D", [15, 300, 1100])
 def test_same_bits_with_any_number_of_threads(dtype, D):
     problem = head_problem(150, 1500, D, dtype=dtype, bias=True)
     want = values_and_gradients(linear_logprob, problem)
@@ -89,15 +90,17 @@ def test_same_bits_from_strided_rows(dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_in_any_passes_over_the_rows(dtype, monkeypatch):
+@pytest.mark.parametrize("name", ["PARTIALS_BYTES", "MIN_CHUNK"])
+def test_same_bits_in_any_passes_and_chunks_of_rows(dtype, name, monkeypatch):
     problem = head_problem(300, 700, 40, dtype=dtype)
     want = values(problem)
-    monkeypatch.setattr(native, "PARTIALS_BYTES", 1)
+    monkeypatch.setattr(native, name, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert same(values(problem), want)
 
 
 @needs_library
-def test_takes_what_it_multiplies_as_it_is():
+def test_takes_what_it_multiplies_as_it_is(monkeypatch):
     x, w = torch.zeros(3, 8), torch.zeros(9, 8)
 
     def takes(x, w):
@@ -112,6 +115,8 @@ def test_takes_what_it_multiplies_as_it_is():
     assert not takes(x, torch.zeros(8, 9).T)
     assert not takes(torch.zeros(8, 3).T, w)
     assert not takes(x[:, :0], w[:, :0])
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not takes(x, w)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -19,7 +19,7 @@ namespace {
 
 struct Forward {
   Inputs in;
-  int64_t segment_columns, pass_rows, threads;
+  int64_t segment_columns, pass_rows, chunk_rows, threads;
   // outputs, [rows] each, or null where not asked for; chosen [pairs], NaN beforehand
   Partials merged;
   float* chosen;
@@ -42,9 +42,10 @@ RowPartial row_partial_for(const Partials& p) {
   return m ? row_partial<false, true, false> : row_partial<false, false, false>;
 }
 
-// Statistics of the rows from `begin` to `end` over one segment.
+// Statistics of the rows from `begin` to `end`, in the pass that starts at `pass`, over one segment.
 template <typename T>
-void reduce_segment(const Forward& p, int64_t thread, int64_t segment, int64_t begin, int64_t end) {
+void reduce_segment(const Forward& p, int64_t thread, int64_t segment, int64_t pass, int64_t begin,
+                    int64_t end) {
   const Inputs& in = p.in;
   const int64_t depth = padded_depth<T>(in.depth);
   char* memory = p.scratch + thread * p.scratch_bytes;
@@ -54,18 +55,18 @@ void reduce_segment(const Forward& p, int64_t thread, int64_t segment, int64_t b
 
   const int64_t start = segment * p.segment_columns;
   const int64_t width = std::min(p.segment_columns, in.columns - start);
-  const int64_t wide = round_up(width, PANEL);
+  const int64_t stride = round_up(width, LANES);
   const auto* weight = static_cast<const T*>(in.weight) + start * in.weight_stride;
   pack(weight, in.weight_stride, width, in.depth, packed);
   const RowPartial reduce = row_partial_for(p.partials);
   const LogitMap map{in.bias == nullptr ? nullptr : in.bias + start, in.temperature, in.softcap};
   for (int64_t row = begin; row < end; row += BLOCK) {
     const int64_t n_rows = std::min(BLOCK, end - row);
-    product.run(packed, row, n_rows, nullptr, wide, tile);
+    product.run(packed, row, n_rows, nullptr, width, tile, stride);
     for (int64_t r = 0; r < n_rows; ++r) {
-      float* z = tile + r * wide;
+      float* z = tile + r * stride;
       map.apply(z, width);
-      reduce(z, width, start, p.partials, segment * p.pass_rows + row + r - begin);
+      reduce(z, width, start, p.partials, segment * p.pass_rows + row + r - pass);
       for (int64_t pair = in.first[row + r]; pair < in.first[row + r + 1]; ++pair) {
         const int64_t column = in.target[pair] - start;
         if (column >= 0 && column < width) p.chosen[pair] = z[column];
@@ -80,8 +81,11 @@ void forward(const Forward& p) {
   const int64_t segments = round_up(p.in.columns, p.segment_columns) / p.segment_columns;
   for (int64_t begin = 0; begin < rows; begin += p.pass_rows) {
     const int64_t end = std::min(rows, begin + p.pass_rows);
-    share_out<T>(p.threads, segments, [&](int64_t thread, int64_t segment) {
-      reduce_segment<T>(p, thread, segment, begin, end);
+    const int64_t chunks = round_up(end - begin, p.chunk_rows) / p.chunk_rows;
+    share_out<T>(p.threads, segments * chunks, [&](int64_t thread, int64_t i) {
+      const int64_t from = begin + i % chunks * p.chunk_rows;
+      const int64_t to = std::min(end, from + p.chunk_rows);
+      reduce_segment<T>(p, thread, i / chunks, begin, from, to);
     });
     at::parallel_for(0, round_up(end - begin, LANES) / LANES, 16, [&](int64_t from, int64_t to) {
       for (int64_t row = from * LANES; row < std::min(to * LANES, end - begin); row += LANES) {

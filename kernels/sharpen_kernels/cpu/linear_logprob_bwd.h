@@ -172,8 +172,8 @@ class BackwardPass {
     const int64_t width = std::min(TILE_COLUMNS, width_ - column);
     const int64_t wide = round_up(width, PANEL);
     const uint8_t* active = p_.of_row.active + first;
-    product.run(space_.weight_by_depth + column * padded_depth<T>(depth_), first, n, active, wide,
-                tile);
+    product.run(space_.weight_by_depth + column * padded_depth<T>(depth_), first, n, active, width,
+                tile, wide);
     const int64_t start = start_ + column;
     const LogitMap map{in.bias == nullptr ? nullptr : in.bias + start, in.temperature, in.softcap};
     for (int64_t r = 0; r < BLOCK; ++r) {

@@ -11,10 +11,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "tile.h"
+
 namespace sharpen {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int LANES = 16;
 // exp of less is below the smallest normal number: counted as 0, so no product meets a denormal
 constexpr float LOWEST_EXPONENT = -87.33F;
 

@@ -13,10 +13,15 @@
 
 namespace sharpen {
 
+constexpr int LANES = 16;  // of fp32 in a register
 // Columns of one product: the micro-kernel reads a panel of the packed weight as one stream.
 constexpr int64_t PANEL = 64;
 // Rows of one product, always: a row meets the same instructions in any batch.
 constexpr int64_t BLOCK = 64;
+// Depth of one product, a multiple of 2: its factors stay in the core's cache. In fp32 the blocks'
+// sums are added up apart, which halves the error of one long chain.
+template <typename T>
+constexpr int64_t DEPTH_BLOCK = sizeof(T) == 2 ? 1024 : 256;
 
 // What both passes read; strides in elements, columns beside each other.
 struct Inputs {
@@ -119,15 +124,15 @@ void pack(const T* weight, int64_t stride, int64_t width, int64_t depth, T* out)
   }
 }
 
-// Columns start ... start + width of the weight times one block of rows, as a tile [BLOCK, wide]
-// of logits; rows from `n_rows` on, and those not `active` (null: all are), are taken as zeros.
+// `width` columns of the weight times one block of rows: logits in the tile, rows `stride` apart.
+// Rows from `n_rows` on, and those not `active` (null: all are), are taken as zeros.
 template <typename T>
 struct Product {
   const Inputs& in;
   T* block;  // memory for a block of rows
 
-  void run(const T* packed, int64_t row, int64_t n_rows, const uint8_t* active, int64_t wide,
-           float* tile) const {
+  void run(const T* packed, int64_t row, int64_t n_rows, const uint8_t* active, int64_t width,
+           float* tile, int64_t tile_stride) const {
     const int64_t depth = padded_depth<T>(in.depth);
     const T* x = static_cast<const T*>(in.hidden) + row * in.hidden_stride;
     int64_t stride = in.hidden_stride;
@@ -141,9 +146,13 @@ struct Product {
       x = block;
       stride = depth;
     }
-    for (int64_t v = 0; v < wide; v += PANEL) {
-      at::native::cpublas::brgemm(BLOCK, PANEL, depth, stride, PANEL, wide, false, x,
-                                  packed + v * depth, tile + v, sizeof(T) == 2);
+    for (int64_t d = 0; d < depth; d += DEPTH_BLOCK<T>) {
+      const int64_t deep = std::min(DEPTH_BLOCK<T>, depth - d);
+      for (int64_t v = 0; v < width; v += PANEL) {
+        const int64_t wide = std::min(PANEL, round_up(width - v, LANES));
+        at::native::cpublas::brgemm(BLOCK, wide, deep, stride, PANEL, tile_stride, d > 0, x + d,
+                                    packed + v * depth + d * PANEL, tile + v, sizeof(T) == 2);
+      }
     }
   }
 };
