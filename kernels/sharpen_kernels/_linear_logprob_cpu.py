@@ -150,7 +150,7 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
     merged = {name: _empty(name, R) for name in fields}
     partials = {name: _empty(name, n_segments * pass_rows) for name in fields}
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads * scratch_bytes // 4, dtype=torch.float32)
     problem = _Forward(
         inputs=inputs,
         segment_columns=columns,
@@ -211,7 +211,8 @@ def backward(
         dbias=_pointer(dbias),
         **{name: _pointer(getattr(of_row, name)) for name in OF_ROW},
     )
-    memory = torch.empty(library.backward_bytes(problem, hidden.dtype), dtype=torch.uint8)
+    n_bytes = library.backward_bytes(problem, hidden.dtype)
+    memory = torch.empty(n_bytes // 4, dtype=torch.float32)
     problem.memory = memory.data_ptr()
     library.backward(problem, hidden.dtype)
     if dhidden is not None:

@@ -78,6 +78,19 @@ def test_near_certain_row_has_a_clean_gradient(dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("large", ["hidden", "weight"])
+def test_bf16_gradient_that_cancels(large):
+    # 300 terms of 64 / 300 against one of -64: p rounded to bf16 would leave 0.1 of what is 0
+    problem = head_problem(300, 300, 8, dtype=torch.bfloat16)
+    problem["hidden"][:] = problem["weight"][:] = 0
+    problem[large][:] = 64
+    problem["target"] = torch.arange(300)
+    leaf = problem["weight" if large == "hidden" else "hidden"].requires_grad_()
+    linear_logprob(**problem).logprob.sum().backward()
+    assert leaf.grad.abs().max() < 2e-3
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_from_strided_rows(dtype):
     problem = head_problem(70, 300, 40, dtype=dtype)
