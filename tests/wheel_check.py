@@ -18,6 +18,8 @@ NEEDED = [
     "sharpen/py.typed",
     "sharpen/tasks/game24/base_model/model.safetensors",
     "sharpen/tasks/game24/base_model/tokenizer.json",
+    "sharpen_kernels/cpu/linear_logprob.cpp",
+    "sharpen_kernels/cpu/tile.h",
     "sharpen_kernels/linear_logprob.py",
 ]
 BOTH = "import transformers, sharpen; from transformers import LlamaForCausalLM"

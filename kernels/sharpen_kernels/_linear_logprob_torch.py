@@ -158,7 +158,7 @@ def _add_chosen(dz: Tensor, z: Tensor, row: Tensor, column: Tensor, grad: Tensor
     _add_at(dz.view(-1), index, torch.where(here, grad, 0.0))
 
 
-class _RowGrads:
+class RowGrads:
     """Coefficients of one logit's gradient, a value a row, padded to whole blocks of rows.
 
     A row that no gradient reaches gets log_mass = inf, so p = 0: it adds exact zeros to every
@@ -231,7 +231,7 @@ def backward(
     dbias = torch.zeros_like(head.bias) if need_bias and head.bias is not None else None
     if R > 0 and pairs.row.shape[0] > 0 and grads:
         spans = pairs.spans(R, BACKWARD_BLOCKS * step)
-        of_row = _RowGrads(grads, state, pairs.row, size)
+        of_row = RowGrads(grads, state, pairs.row, size)
         for start, weight, bias in head.segments(dtype):
             dweight_v = None if dweight is None else weight.new_zeros(weight.shape)
             dbias_v = None if dbias is None else weight.new_zeros(weight.shape[0])

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from . import _linear_logprob_cpu as native
 from . import _linear_logprob_torch as chunked
 from ._launch import check_device, check_dtype, check_shape, exact_matmul, runs_triton
 from ._rows import Pairs, Rows, token_values
@@ -66,6 +67,8 @@ def _linear_logprob(
             from . import _linear_logprob_fwd as fused
 
             done, chosen = fused.forward(hidden, head, pairs, names)
+        elif native.takes(hidden, head):
+            done, chosen = native.forward(hidden, head, pairs, names)
         else:
             done, chosen = chunked.forward(hidden, head, pairs, names)
     return token_values(names, done, chosen, pairs, vocab_size, ignore_index), _state(done)
@@ -105,7 +108,11 @@ def _linear_logprob_bwd(
         if hidden.shape[0] > 0 and runs_triton(hidden, state.dtype):
             # one GEMM's rounding must serve p and lse: for p near 1, 1 - p is but rounding
             state = _state(chunked.forward(hidden, head, pairs, names)[0])
-        found = chunked.backward(grads, state, hidden, head, pairs, needs)
+            found = chunked.backward(grads, state, hidden, head, pairs, needs)
+        elif hidden.shape[0] > 0 and grads and target.shape[0] > 0 and native.takes(hidden, head):
+            found = native.backward(grads, state, hidden, head, pairs, needs)
+        else:
+            found = chunked.backward(grads, state, hidden, head, pairs, needs)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
     return dhidden, dweight, dbias
 

@@ -30,11 +30,16 @@ def _ieee_specials_are_no_warning():
 
 @pytest.fixture
 def small_segments(monkeypatch):
-    """Segments of 64 columns (PyTorch) and 128 (Triton): many to merge, at little cost."""
+    """Segments of 64 columns (PyTorch, C++) and 128 (Triton): many to merge, at little cost."""
+    from sharpen_kernels import _linear_logprob_cpu as native
     from sharpen_kernels import _linear_logprob_fwd as fused
     from sharpen_kernels import _linear_logprob_torch as chunked
 
     monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr(native, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(native, "PARTIALS_BYTES", 1)  # passes of one block of rows
+    monkeypatch.setattr(native, "MAX_WAVE", 64)
+    monkeypatch.setattr(native, "MAX_PASS", 64)
     monkeypatch.setitem(fused.FP32, "SEGMENT", 128)
     monkeypatch.setitem(fused.TENSOR_CORES, "SEGMENT", 128)
 

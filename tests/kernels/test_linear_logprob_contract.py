@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oracle import DIFFERENTIABLE, head_problem, values
-from sharpen_kernels import TokenStats, linear_logprob
+from sharpen_kernels import TokenStats, _cpu_library, linear_logprob
+from sharpen_kernels import _linear_logprob_cpu as native
 from sharpen_kernels import _linear_logprob_torch as chunked
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels._rows import Pairs
+from sharpen_kernels.stats import NAMES
 
 OP = torch.ops.sharpen.linear_logprob
 
@@ -54,6 +56,31 @@ def is_tensor(x):
 
 def is_float(x):
     return is_tensor(x) and x.is_floating_point()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_native_workspace_is_bounded(dtype):
+    if _cpu_library.load() is None:
+        pytest.skip("no C++ kernel on this machine")
+    # partials of all rows at once would be 115 MiB
+    problem = head_problem(10_000, 40_000, 8, dtype=dtype)
+    head = chunked.Head(problem["weight"], None, 1.0, None, 40_000)
+    pairs = Pairs.of(problem["target"], None, 10_000)
+    with LiveBytes() as forward:
+        native.forward(problem["hidden"], head, pairs, list(NAMES))
+    assert forward.peak < 24 * 2**20
+    # in fp32 the logits are 20 MiB and the weight 128 MiB
+    problem = head_problem(640, 8000, 4096, dtype=dtype)
+    head = chunked.Head(problem["weight"], None, 1.0, None, 8000)
+    pairs = Pairs.of(problem["target"], None, 640)
+    with LiveBytes() as backward:
+        outputs = native.backward(
+            {"logprob": torch.ones(640)}, torch.ones(4, 640), problem["hidden"], head, pairs,
+            (True, True, False),
+        )  # fmt: skip
+    held = sum(x.nbytes for x in outputs if x is not None)
+    wide = 640 * 4096 * 4 if dtype == torch.bfloat16 else 0  # the gradient of hidden in fp32
+    assert backward.peak - held - wide < 64 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -125,7 +152,7 @@ def test_each_device_takes_its_own_route(device, monkeypatch):
     from sharpen_kernels import _linear_logprob_fwd as fused
 
     taken = []
-    for module, route in ((fused, "triton"), (chunked, "torch")):
+    for module, route in ((fused, "triton"), (native, "native"), (chunked, "torch")):
         forward = module.forward
         monkeypatch.setattr(
             module, "forward", lambda *a, _f=forward, _r=route: taken.append(_r) or _f(*a)
@@ -133,7 +160,8 @@ def test_each_device_takes_its_own_route(device, monkeypatch):
     problem = head_problem(2, 9, 4, device=device)
     values(problem)
     values(problem | {name: problem[name].double() for name in ("hidden", "weight")})
-    assert taken == ["triton" if INTERPRETED or device == "cuda" else "torch", "torch"]
+    plain = "native" if _cpu_library.load() else "torch"
+    assert taken == ["triton" if INTERPRETED or device == "cuda" else plain, "torch"]
 
 
 def test_docstring_example_runs():

@@ -188,14 +188,15 @@ def test_strides(name, layout, device):
         torch.testing.assert_close(value, want[key], msg=key)
 
 
-def test_offsets_beyond_2_to_the_31(device):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_offsets_beyond_2_to_the_31(dtype, device):
     if device == "cuda":
-        far = torch.zeros(2**31 + 64, dtype=torch.float16, device=device)
+        far = torch.zeros(2**31 + 64, dtype=dtype, device=device)
     else:
         # pages of an anonymous map exist once touched; 0x4000 reserves no swap for the rest
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        far = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64), flags=flags), dtype=torch.float16)
-    problem = head_problem(3, 3, 16, dtype=torch.float16, device=device)
+        far = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64), flags=flags), dtype=dtype)
+    problem = head_problem(3, 3, 16, dtype=dtype, device=device)
     want = values(problem)
     for name in ("weight", "hidden"):
         view = far.as_strided((3, 16), (2**30 + 8, 1))

@@ -1,0 +1,147 @@
+"""The C++ in `cpu/`: compiled once for a machine and a build of torch, kept, loaded on first use.
+
+Where nothing can be compiled or the CPU lacks AVX-512, `load` says so once in the log and returns
+`None`: PyTorch computes the same, more slowly.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCES = Path(__file__).parent / "cpu"
+# no contraction: a statistic's bits must not depend on what the compiler fuses it with
+COMPILE = [
+    "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-DNDEBUG",
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
+    "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512",
+]  # fmt: skip
+# torch's own OpenMP runtime serves: linking another would start a second pool of threads
+LINK = ["-shared", "-ltorch_cpu", "-lc10"]
+TIMEOUT = 600  # seconds a compiler may take
+
+logger = logging.getLogger(__name__)
+
+
+class Library:
+    """The loaded functions; those that compute raise `RuntimeError` with the C++ message."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+        self._library.linear_logprob_error.restype = ctypes.c_char_p
+        self._library.linear_logprob_backward_bytes.restype = ctypes.c_int64
+
+    def could_run(self) -> bool:
+        """Whether oneDNN's micro-kernels run on this CPU."""
+        return bool(self._library.linear_logprob_could_run())
+
+    def forward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        """Run the forward pass."""
+        self._run(self._library.linear_logprob_forward, problem, dtype)
+
+    def backward_bytes(self, problem: ctypes.Structure, dtype: torch.dtype) -> int:
+        """Workspace that `backward` wants."""
+        is_bf16 = dtype == torch.bfloat16
+        return self._library.linear_logprob_backward_bytes(ctypes.byref(problem), is_bf16)
+
+    def backward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        """Run the backward pass."""
+        self._run(self._library.linear_logprob_backward, problem, dtype)
+
+    def _run(self, function: Any, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        if function(ctypes.byref(problem), dtype == torch.bfloat16):
+            raise RuntimeError(self._library.linear_logprob_error().decode())
+
+
+@functools.cache
+def load() -> Library | None:
+    """The library, if it can run here; compiled if no build is kept yet."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if os.environ.get("SHARPEN_CPU_KERNEL") == "0" or not capability.startswith("AVX512"):
+        logger.info("Tensors on the CPU are scored by PyTorch: no AVX-512, or not wanted.")
+        return None
+    try:
+        library = Library(build())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or ""
+        logger.warning(
+            "The C++ kernel cannot be built: tensors on the CPU are scored by PyTorch, more "
+            "slowly. %s %s", error, output[-2000:],
+        )  # fmt: skip
+        return None
+    return library if library.could_run() else None
+
+
+def build() -> Path:
+    """Path of the compiled library, from the cache where it is there; safe among processes."""
+    folder = cache_folder()
+    path = folder / f"{_key()}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f"{path.stem}.lock"):
+        if not path.exists():
+            logger.info("Compiling the C++ kernel for the CPU into %s, once.", path)
+            begun = time.perf_counter()
+            _compile(path)
+            logger.info("Compiled in %.1f s.", time.perf_counter() - begun)
+    return path
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: SHARPEN_CACHE, else `sharpen` in the user's cache folder."""
+    if chosen := os.environ.get("SHARPEN_CACHE"):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "sharpen"
+
+
+def _key() -> str:
+    """Of everything the build depends on: sources, flags, torch; the CPU is in the flags."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    digest.update(" ".join([*COMPILE, *LINK, str(torch.__version__)]).encode())
+    return f"cpu-{digest.hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the system drops the lock of a process that dies."""
+    with path.open("w") as file:
+        # without locks (some network folders) each process compiles, and the last one's stays
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(path: Path) -> None:
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"No compiler `{compiler}`; install g++ or set CXX.")
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    # the finished file appears at once, under its final name
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = []
+        for source in sorted(SOURCES.glob("*.cpp")):
+            objects.append(f"{folder}/{source.stem}.o")
+            _run(compiler, *COMPILE, *include, "-c", str(source), "-o", objects[-1])
+        _run(compiler, *objects, f"-L{root / 'lib'}", *LINK, "-o", f"{folder}/library.so")
+        os.replace(f"{folder}/library.so", path)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)

@@ -1,0 +1,100 @@
+// From the logits of a row to their gradient, and that gradient as the factor of a product.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "row_statistics.h"
+#include "tile.h"
+
+namespace sharpen {
+
+// Coefficients of the gradient of a row's logits, [rows up to whole blocks]; null where 0.
+struct RowGrads {
+  const float* top;
+  const float* log_mass;
+  const float* prob;
+  const float* entropy;
+  const float* of_entropy;
+  const float* uniform;
+  const uint8_t* active;  // rows that no gradient reaches add exact zeros
+};
+
+// Logits of one row become, in place, the gradient of what the map was applied to;
+// `of_chosen` [pairs], or null, is added at the targets.
+inline void row_gradient(float* z, int64_t start, int64_t width, const Inputs& in,
+                         const RowGrads& g, const float* of_chosen, int64_t row) {
+  const float slope = in.softcap == 0.0F ? 0.0F : in.temperature / in.softcap;
+  // the chosen logits, before they are written over
+  thread_local std::vector<std::pair<int64_t, float>> chosen;
+  chosen.clear();
+  for (int64_t pair = in.first[row]; of_chosen != nullptr && pair < in.first[row + 1]; ++pair) {
+    const int64_t column = in.target[pair] - start;
+    if (column < 0 || column >= width || z[column] == -INF) continue;
+    const float t = z[column] * slope;
+    chosen.emplace_back(column, of_chosen[pair] * (1.0F - t * t) / in.temperature);
+  }
+  const __m512 top = _mm512_set1_ps(g.top[row]);
+  const __m512 log_mass = _mm512_set1_ps(g.log_mass[row]);
+  const __m512 prob = _mm512_set1_ps(g.prob[row]);
+  for (int64_t v = 0; v < width; v += LANES) {
+    const auto n = static_cast<uint32_t>(std::min<int64_t>(LANES, width - v));
+    const auto here = static_cast<__mmask16>((1U << n) - 1);
+    const __m512 logit = _mm512_maskz_loadu_ps(here, z + v);
+    const __m512 log_p = _mm512_sub_ps(_mm512_sub_ps(logit, top), log_mass);
+    const __m512 e = exp_of_nonpositive(log_p);
+    __m512 dz = _mm512_mul_ps(e, prob);
+    if (g.of_entropy != nullptr) {
+      // dH / dz = -p (log p + H), 0 in a masked column, where log p = -inf
+      const __m512 log_ph = _mm512_add_ps(_mm512_max_ps(_mm512_set1_ps(-1e3F), log_p),
+                                          _mm512_set1_ps(g.entropy[row]));
+      const __m512 weighted = _mm512_mul_ps(e, _mm512_set1_ps(g.of_entropy[row]));
+      dz = _mm512_fnmadd_ps(weighted, log_ph, dz);
+    }
+    if (g.uniform != nullptr) {
+      const __mmask16 counts = _mm512_cmp_ps_mask(logit, _mm512_set1_ps(-INF), _CMP_GT_OQ);
+      dz = _mm512_mask_sub_ps(dz, counts, dz, _mm512_set1_ps(g.uniform[row]));
+    }
+    if (in.softcap != 0.0F) {
+      const __m512 t = _mm512_mul_ps(logit, _mm512_set1_ps(slope));
+      dz = _mm512_mul_ps(dz, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0F)));
+    }
+    if (in.temperature != 1.0F) dz = _mm512_div_ps(dz, _mm512_set1_ps(in.temperature));
+    _mm512_mask_storeu_ps(z + v, here, dz);
+  }
+  for (const auto& [column, grad] : chosen) z[column] += grad;
+}
+
+// Gradient of the tile's logits as the left factor of products: T itself or the sum of two.
+template <typename T>
+struct Factor {
+  T* high;
+  T* low;  // null for fp32
+
+  void store(int64_t at, __m512 x) const {
+    if constexpr (sizeof(T) == 4) {
+      _mm512_storeu_ps(high + at, x);
+    } else {
+      const __m512i top = bf16_bits(x);
+      const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
+      store_bits(high + at, top);
+      store_bits(low + at, bf16_bits(rest));
+    }
+  }
+
+ private:
+  // Rounded to nearest even; NaN stays NaN.
+  static __m512i bf16_bits(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
+  }
+  static void store_bits(T* out, __m512i bits) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
+  }
+};
+
+}  // namespace sharpen
