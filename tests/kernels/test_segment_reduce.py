@@ -119,6 +119,12 @@ def test_every_statistic_matches_the_loops(window, device):
     assert_matches_loops(*problem(device), window=window)
 
 
+@pytest.mark.parametrize("offset", [0.0, 9.0])
+def test_values_of_any_sign(offset, device):
+    x, offsets, groups = problem(device, [5, 70, 1], [0, 3])
+    assert_matches_loops(2 * torch.randn_like(x) + offset, offsets, groups, ulps=4, by="min")
+
+
 @pytest.mark.parametrize("by", SEQUENCE_NAMES)
 @pytest.mark.parametrize("temperature", [0.1, 3.0])
 def test_groups_reduce_any_statistic(by, temperature, device):

@@ -49,7 +49,9 @@ def test_masked_vocabulary(how, masked, device):
     assert (got["varentropy"] >= 0).all()
     only = problem | {"logits": problem["logits"][:, mask]}
     only["target"] = (mask.cumsum(0) - 1)[problem["target"]]
+    masked_gradient = got["dlogits"]
     got = assert_matches_fp64(only, WITHOUT_MARGIN)
+    torch.testing.assert_close(masked_gradient[:, mask], got["dlogits"])
     for name, x in values(problem, WITHOUT_MARGIN, **options).items():
         want = mask.nonzero()[:, 0][got[name]] if name == "top1" else got[name]
         torch.testing.assert_close(x, want, msg=name)
