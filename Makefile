@@ -45,6 +45,7 @@ check: lint types test wheel
 
 bench: $(READY)
 	$(BIN)/python -m bench.linear_logprob
+	$(BIN)/python -m bench.linear_logprob_cpu
 	$(BIN)/python -m bench.token_logprob
 
 clean:
