@@ -187,6 +187,13 @@ def test_tie_goes_to_the_first_and_one_member_has_no_spread(device):
     assert got["log_mean_exp"].tolist() == [-1.0, -INF, 5.0]
 
 
+def test_tie_across_tiles_goes_to_the_first(device):
+    x, offsets = torch.zeros(70, device=device), torch.arange(71, device=device)
+    x[:3] = -1.0
+    _, got = reduce(x, offsets, torch.tensor([0, 70], device=device))
+    assert got["argmax"].tolist() == [3]
+
+
 def test_hand_worked(device):
     x = torch.tensor([-1.0, -3.0, -2.0, 0.0, -4.0], device=device)
     offsets = torch.tensor([0, 4, 5], device=device)
