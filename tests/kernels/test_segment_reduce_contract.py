@@ -85,6 +85,15 @@ def test_fp64_in_fp64_out(device):
     torch.testing.assert_close(found.sequences["x"].sum[0], x[1:4].sum(), rtol=1e-15, atol=1e-15)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_sums_are_those_of_fp64(scale, device):
+    x = scale * (100 + torch.randn(6000, device=device))
+    found = segment_reduce({"x": x}, torch.tensor([0, 6000], device=device), stats=("sum", "mean"))
+    total = x.double().sum()
+    assert found.sequences["x"].sum[0] == total.float()
+    assert found.sequences["x"].mean[0] == (total / 6000).float()
+
+
 def test_opcheck(device):
     x = torch.randn(2, 10, device=device, requires_grad=True)
     offsets = torch.tensor(OFFSETS, device=device)
