@@ -81,7 +81,10 @@ def load() -> Library | None:
             "slowly. %s %s", error, output[-2000:],
         )  # fmt: skip
         return None
-    return library if library.could_run() else None
+    if library.could_run():
+        return library
+    logger.info("Tensors on the CPU are scored by PyTorch: oneDNN's micro-kernels do not run here.")
+    return None
 
 
 def build() -> Path:

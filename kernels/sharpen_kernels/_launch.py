@@ -4,7 +4,9 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,22 @@ def check_device(name: str, x: Tensor, device: torch.device, like: str = "hidden
             f"`{name}` must be on {device} as `{like}` is, got {x.device}; "
             f'move it with `.to("{device}")`.'
         )
+
+
+def check_options(
+    stats: Sequence[str], known: Sequence[str], temperature: float, softcap: float | None
+) -> tuple[str, ...]:
+    """Raise `ValueError` unless the options have a meaning; the names in `stats`, each once."""
+    if isinstance(stats, str) or not stats or not set(stats) <= set(known):
+        raise ValueError(f"`stats` must be a tuple of names out of {known}, got {stats!r}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"`temperature` must be finite and above 0, got {temperature}; "
+            "for the greedy choice ask for `is_greedy`."
+        )
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"`softcap` must be finite and above 0, got {softcap}; None is no cap.")
+    return tuple(dict.fromkeys(stats))
 
 
 def runs_triton(x: Tensor, dtype: torch.dtype) -> bool:

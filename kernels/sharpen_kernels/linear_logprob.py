@@ -11,7 +11,6 @@ R hidden rows, S (row, target) pairs, V vocabulary, D hidden.  Accumulates in fp
 the same bits in any batch and with any subset of statistics.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,14 @@ from torch import Tensor
 
 from . import _linear_logprob_cpu as native
 from . import _linear_logprob_torch as chunked
-from ._launch import check_device, check_dtype, check_shape, exact_matmul, runs_triton
+from ._launch import (
+    check_device,
+    check_dtype,
+    check_options,
+    check_shape,
+    exact_matmul,
+    runs_triton,
+)
 from ._rows import Pairs, Rows, token_values
 from .stats import NAMES, Statistic, TokenStats
 
@@ -192,7 +198,7 @@ def linear_logprob(
         >>> found.logprob, found.lse
         (tensor([-0.6931]), tensor([2.6931]))
     """
-    names = _check_options(stats, temperature, softcap)
+    names = check_options(stats, NAMES, temperature, softcap)
     V = _check_tensors(hidden, weight, target, rows, bias, vocab_size)
     options = (float(temperature), softcap, V, ignore_index, ",".join(names))
     values, _ = _linear_logprob(hidden, weight, target, rows, bias, *options)
@@ -200,21 +206,6 @@ def linear_logprob(
     if "is_greedy" in found:
         found["is_greedy"] = found["is_greedy"].detach()
     return TokenStats(**found)
-
-
-def _check_options(
-    stats: Sequence[str], temperature: float, softcap: float | None
-) -> tuple[str, ...]:
-    if isinstance(stats, str) or not stats or not set(stats) <= set(NAMES):
-        raise ValueError(f"`stats` must be a tuple of names out of {NAMES}, got {stats!r}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"`temperature` must be finite and above 0, got {temperature}; "
-            "for the greedy choice ask for `is_greedy`."
-        )
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"`softcap` must be finite and above 0, got {softcap}; None is no cap.")
-    return tuple(dict.fromkeys(stats))
 
 
 def _check_tensors(

@@ -11,7 +11,6 @@ R rows of logits, S (row, target) pairs, V vocabulary.  Accumulates in fp32.  A 
 bits in any batch and with any subset of statistics.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from . import _token_logprob_torch as blocked
-from ._launch import check_device, check_dtype, check_shape, runs_triton
+from ._launch import check_device, check_dtype, check_options, check_shape, runs_triton
 from ._logits import DIFFERENTIABLE, Read, pair_values
 from ._rows import Pairs
 from .stats import LOGIT_NAMES, LogitStatistic, TokenStats
@@ -177,28 +176,13 @@ def token_logprob(
         >>> found.logprob, found.top1, found.rank
         (tensor([-0.6931,  0.0000]), tensor([0, 0]), tensor([2., 1.]))
     """
-    names = _check_options(stats, temperature, softcap)
+    names = check_options(stats, LOGIT_NAMES, temperature, softcap)
     V = _check_tensors(logits, target, rows, vocab_size, vocab_mask)
     options = (float(temperature), softcap, V, ignore_index, ",".join(names))
     values, top1, _ = _token_logprob(logits, target, rows, vocab_mask, *options)
     found = dict(zip(_floats(list(names)), values, strict=True))
     found = {name: x if name in DIFFERENTIABLE else x.detach() for name, x in found.items()}
     return TokenStats(**found, top1=top1 if "top1" in names else None)
-
-
-def _check_options(
-    stats: Sequence[str], temperature: float, softcap: float | None
-) -> tuple[str, ...]:
-    if isinstance(stats, str) or not stats or not set(stats) <= set(LOGIT_NAMES):
-        raise ValueError(f"`stats` must be a tuple of names out of {LOGIT_NAMES}, got {stats!r}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"`temperature` must be finite and above 0, got {temperature}; "
-            "for the greedy choice ask for `is_greedy`."
-        )
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"`softcap` must be finite and above 0, got {softcap}; None is no cap.")
-    return tuple(dict.fromkeys(stats))
 
 
 def _check_tensors(

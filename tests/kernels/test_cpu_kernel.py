@@ -157,6 +157,18 @@ def test_another_cpu_or_a_no_compiles_nothing(capability, wanted, monkeypatch):
     assert _cpu_library.load() is None
 
 
+@needs_library
+@pytest.mark.usefixtures("fresh")
+def test_a_cpu_without_the_micro_kernels_is_told_and_scored_by_pytorch(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="sharpen_kernels")
+    monkeypatch.setattr(_cpu_library.Library, "could_run", lambda self: False)
+    problem = head_problem(3, 70, 8)
+    assert_matches_fp64(problem)
+    values(problem)
+    said = [r.getMessage() for r in caplog.records if "scored by PyTorch" in r.getMessage()]
+    assert len(said) == 1
+
+
 def python(code, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", code],
