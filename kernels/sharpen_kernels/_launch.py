@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stats import MAX_K, NAMES, Wanted
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float32)
 # read once: Triton itself reads it when the kernels are decorated
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -45,12 +48,44 @@ def check_device(name: str, x: Tensor, device: torch.device, like: str = "hidden
         )
 
 
+def check_pairs(
+    target: Tensor, rows: Tensor | None, R: int, device: torch.device, like: str
+) -> None:
+    """Raise unless `target` and `rows` [S] can pair targets with the R rows of `like`."""
+    if target.ndim != 1:
+        raise ValueError(
+            f"`target` must be 1-D, got shape {tuple(target.shape)}; call `.flatten()`."
+        )
+    check_dtype("target", target, torch.int64)
+    check_device("target", target, device, like)
+    if rows is None:
+        check_shape("target", target, R=R)
+    else:
+        check_dtype("rows", rows, torch.int64)
+        check_shape("rows", rows, S=target.shape[0])
+        check_device("rows", rows, device, like)
+
+
+def check_vocabulary(
+    vocab_size: int | None, vocab_mask: Tensor | None, V: int, like: Tensor, columns: str
+) -> int:
+    """Raise unless both name columns out of V; the number of columns that count."""
+    n_columns = V if vocab_size is None else vocab_size
+    if not 1 <= n_columns <= V:
+        raise ValueError(f"`vocab_size` must be in 1..{V}, the {columns}, got {n_columns}.")
+    if vocab_mask is not None:
+        check_dtype("vocab_mask", vocab_mask, torch.bool)
+        check_shape("vocab_mask", vocab_mask, V=V)
+        check_device("vocab_mask", vocab_mask, like.device, columns.split("`")[1])
+    return n_columns
+
+
 def check_options(
-    stats: Sequence[str], known: Sequence[str], temperature: float, softcap: float | None
-) -> tuple[str, ...]:
-    """Raise `ValueError` unless the options have a meaning; the names in `stats`, each once."""
-    if isinstance(stats, str) or not stats or not set(stats) <= set(known):
-        raise ValueError(f"`stats` must be a tuple of names out of {known}, got {stats!r}.")
+    stats: Sequence[str], temperature: float, softcap: float | None, renyi_order: float, k: int
+) -> Wanted:
+    """Raise `ValueError` unless the options have a meaning; what is wanted, each name once."""
+    if isinstance(stats, str) or not stats or not set(stats) <= set(NAMES):
+        raise ValueError(f"`stats` must be a tuple of names out of {NAMES}, got {stats!r}.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
             f"`temperature` must be finite and above 0, got {temperature}; "
@@ -58,7 +93,11 @@ def check_options(
         )
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"`softcap` must be finite and above 0, got {softcap}; None is no cap.")
-    return tuple(dict.fromkeys(stats))
+    if not (math.isfinite(renyi_order) and renyi_order > 0):
+        raise ValueError(f"`renyi_order` must be finite and above 0, got {renyi_order}.")
+    if isinstance(k, bool) or not 1 <= k <= MAX_K:
+        raise ValueError(f"`k` must be in 1..{MAX_K}, got {k}; for more, sort the logits.")
+    return Wanted(tuple(dict.fromkeys(stats)), float(renyi_order), k)
 
 
 def runs_triton(x: Tensor, dtype: torch.dtype) -> bool:

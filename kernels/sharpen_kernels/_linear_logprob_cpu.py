@@ -1,6 +1,6 @@
 """`linear_logprob` on a CPU with AVX-512: calls of the C++ in `cpu/`, forward and backward.
 
-The contract, the statistics and their merge law are those of `_linear_logprob_torch.py`; logits
+The contract, the statistics and their merge law are those of `_linear_logprob_chunk.py`; logits
 live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is.
 
 R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from . import _cpu_library
-from ._linear_logprob_torch import Head, RowGrads
-from ._rows import Pairs, Partial, Rows, finish
+from ._linear_logprob_chunk import Head, RowGrads
+from ._pairs import Pairs
+from ._rows import Partial
+from .stats import Wanted
 
 PANEL = BLOCK = 64  # columns and rows of one product, as in `cpu/tile.h`
 # bytes of a packed segment of the weight: it shares the core's second cache with a tile and a block
@@ -121,7 +123,7 @@ def _whole(n: int, unit: int = BLOCK) -> int:
     return -(-n // unit) * unit
 
 
-def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple[Rows, Tensor]:
+def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:
     """Statistics of every row, and the logit of every pair's target (NaN outside the vocabulary).
 
     Wants R > 0 and what `takes` says. Workspace: partials of a pass over rows, and for each thread
@@ -182,7 +184,7 @@ def backward(
     """Gradients of hidden, weight and bias, those that `needs` names; logits are recomputed.
 
     `state` must come from `forward` above: the logits here are the same bits as there. Arguments
-    and workspace as in `_linear_logprob_torch.backward`.
+    and workspace as in `_linear_logprob_chunk.backward`.
     """
     library = _cpu_library.load()
     assert library is not None

@@ -1,40 +1,62 @@
-"""The state that a row of logits leaves behind, its merge law, and the pairs that read it.
+"""The state that a row of logits leaves behind, and its merge law: each formula once.
 
 A row's vocabulary is cut into fixed segments; each leaves a `Partial`, and partials are merged
 from the first column to the last, so that a row's bits do not depend on its batch.
 Exponentials are centred on the running maximum: exact for logits of any offset, entropy >= 0.
-The mean is merged as a mean (Chan et al. 1979), not as a sum: its error does not grow with V.
 
-R hidden rows, S (row, target) pairs, V vocabulary.
+R rows, V vocabulary, k the best columns of a row that are kept.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .stats import Wanted
+
+# exp of it is 0 in fp32 and fp64; what it scales must be 0 as well, whatever the power of the gap
+FAR = -1e3
+
 
 class Partial(NamedTuple):
-    """Statistics of some columns of R rows; `None` where not asked for."""
+    """Statistics of some columns of R rows, [R] each; `None` where not asked for."""
 
-    top: Tensor  # [R] maximum of z, -inf where every column is masked
-    mass: Tensor  # [R] sum of exp(z - top)
-    spread: Tensor | None  # [R] sum of exp(z - top) (z - top)
-    mean: Tensor | None  # [R] mean of z over the unmasked columns, 0 where there is none
-    n_valid: Tensor | None  # [R] number of unmasked columns, as a float
-    greedy: Tensor | None  # [R] int64 column of the maximum, the lowest of a tie
+    top: Tensor  # maximum of z, -inf where every column is masked
+    mass: Tensor  # sum of e = exp(z - top)
+    spread: Tensor | None = None  # sum of e (z - top)
+    square: Tensor | None = None  # sum of e (z - top - spread / mass)^2
+    squares: Tensor | None = None  # sum of e^2
+    powers: Tensor | None = None  # sum of exp(a (z - top)), a the order of `renyi`
+    total: Tensor | None = None  # sum of z - top over the unmasked columns
+    n_valid: Tensor | None = None  # number of unmasked columns, as a float
+    column: Tensor | None = None  # int64 column of the maximum, the lowest of a tie
+    second: Tensor | None = None  # the largest z but for that column
+    best: Tensor | None = None  # [R, k] largest z, falling; -inf past the unmasked columns
+    best_column: Tensor | None = None  # [R, k] int64 their columns, lowest first of a tie
 
 
 class Rows(NamedTuple):
     """Finished statistics of R rows; `None` where not asked for.  lse = top + log_mass."""
 
     top: Tensor
-    log_mass: Tensor
-    entropy: Tensor | None
-    self_certainty: Tensor | None
-    n_valid: Tensor | None
-    greedy: Tensor | None
+    log_mass: Tensor  # NaN where the row holds a NaN
+    entropy: Tensor | None = None
+    self_certainty: Tensor | None = None
+    n_valid: Tensor | None = None
+    varentropy: Tensor | None = None
+    sum_p2: Tensor | None = None
+    renyi: Tensor | None = None
+    top1: Tensor | None = None  # int64, -1 where there is none
+    margin: Tensor | None = None
+    topk: Tensor | None = None  # [R, k]
+    topk_id: Tensor | None = None  # [R, k] int64, -1 where there is none
+    topk_mean: Tensor | None = None
+
+    def state(self) -> Tensor:
+        """What backward reads [4, R]: top, log_mass, entropy, n_valid; 0 where not computed."""
+        zero = torch.zeros_like(self.top)
+        kept = (self.top, self.log_mass, self.entropy, self.n_valid)
+        return torch.stack([zero if x is None else x for x in kept])
 
 
 def finite_shift(top: Tensor) -> Tensor:
@@ -42,107 +64,167 @@ def finite_shift(top: Tensor) -> Tensor:
     return torch.where(top == float("-inf"), 0.0, top)
 
 
-def merge(left: Partial, right: Partial) -> Partial:
-    """The partial of two neighbouring runs of columns, `left` the lower ones."""
-    top = torch.maximum(left.top, right.top)
-    shift = finite_shift(top)
-    # an empty side is 0 in every sum; a finite gap keeps 0 * gap from being nan
-    lowest = torch.finfo(top.dtype).min
-    gap_left = (left.top - shift).clamp(min=lowest)
-    gap_right = (right.top - shift).clamp(min=lowest)
-    scale_left, scale_right = gap_left.exp(), gap_right.exp()
-    spread = mean = n_valid = greedy = None
-    if left.spread is not None and right.spread is not None:
-        spread = scale_left * (left.spread + left.mass * gap_left)
-        spread += scale_right * (right.spread + right.mass * gap_right)
-    if left.mean is not None and right.mean is not None:
-        assert left.n_valid is not None
-        assert right.n_valid is not None
-        n_valid = left.n_valid + right.n_valid
-        mean = left.mean + (right.mean - left.mean) * (right.n_valid / n_valid.clamp(min=1))
-    if left.greedy is not None and right.greedy is not None:
-        greedy = torch.where(right.top > left.top, right.greedy, left.greedy)
-    mass = left.mass * scale_left + right.mass * scale_right
-    return Partial(top, mass, spread, mean, n_valid, greedy)
+def _mean(spread: Tensor, mass: Tensor) -> Tensor:
+    return spread / mass.masked_fill(mass == 0, 1.0)
 
 
-def finish(part: Partial) -> Rows:
-    """Statistics of rows whose every column is in `part`."""
-    log_mass = part.mass.log()
-    entropy = self_certainty = None
+def partial(z: Tensor, start: int, wanted: Wanted) -> Partial:
+    """The partial of logits [B, v] whose first column is `start`; may overwrite them."""
+    fields = wanted.fields
+    found: dict[str, Tensor] = {}
+    if "best" in fields:
+        best, at = largest(z, wanted.k)
+        found |= {"best": best, "best_column": at + start}
+    if "column" in fields:
+        # documented: of equal maxima, the first
+        top, at = z.max(dim=1)
+        found["column"] = at + start
+        if "second" in fields:
+            found["second"] = z.scatter(1, at[:, None], float("-inf")).amax(dim=1)
+    else:
+        top = z.amax(dim=1)
+    centred = fields & {"spread", "total", "powers"}
+    masked = None
+    # masks are slow on a CPU, and rare; a GPU would have to wait for the answer
+    if centred and (z.is_cuda or z.amin(1).isneginf().any()):
+        masked = z == float("-inf")
+    z -= finite_shift(top)[:, None]
+    if "powers" in fields:
+        found["powers"] = (wanted.renyi_order * z).exp_().sum(dim=1)
+    e = z.exp() if centred else z.exp_()
+    mass = e.sum(dim=1)
+    if centred and masked is not None:
+        # a masked column adds 0; 0 * -inf would add nan
+        z.masked_fill_(masked, 0.0)
+    if "total" in fields:
+        found["total"] = z.sum(dim=1)
+        n_valid = torch.full_like(top, z.shape[1])
+        found["n_valid"] = n_valid if masked is None else n_valid - masked.sum(dim=1)
+    if "spread" in fields:
+        spread = found["spread"] = (e * z).sum(dim=1)
+        if "square" in fields:
+            z -= _mean(spread, mass)[:, None]
+            found["square"] = (e * z).mul_(z).sum(dim=1)
+    if "squares" in fields:
+        found["squares"] = e.square_().sum(dim=1)
+    return Partial(top, mass, **found)
+
+
+def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `z` [B, v], falling, and their columns, lowest first of a tie.
+
+    Where v < k the rest is -inf, of any column.
+    """
+    n = min(k, z.shape[1])
+    if z.dtype == torch.float64:
+        values, column = z.sort(dim=1, descending=True, stable=True)
+        values, column = values[:, :n], column[:, :n]
+    else:
+        # topk leaves ties open: rank by (value, -column) in one integer; + 0 makes 0 of -0
+        bits = (z + 0.0).view(torch.int32)
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        last = 2**31 - 1
+        key = (ordered.long() << 32) + (last - torch.arange(z.shape[1], device=z.device))
+        column = last - (key.topk(n, dim=1).values & 0xFFFFFFFF)
+        values = z.gather(1, column)
+    pad = (0, k - n)
+    return (
+        torch.nn.functional.pad(values, pad, value=float("-inf")),
+        torch.nn.functional.pad(column, pad),
+    )
+
+
+def _moved(part: Partial, shift: Tensor, order: float) -> Partial:
+    """`part` with its sums centred on `shift` instead of on its own top."""
+    gap = torch.where(part.top == float("-inf"), 0.0, part.top - shift)
+    near = gap.clamp(min=FAR)
+    scale = near.exp()
+    moved: dict[str, Tensor] = {"mass": scale * part.mass}
     if part.spread is not None:
-        entropy = log_mass - part.spread / part.mass
-    if part.mean is not None:
+        moved["spread"] = scale * (part.spread + part.mass * near)
+    if part.square is not None:
+        moved["square"] = scale * part.square
+    if part.squares is not None:
+        moved["squares"] = scale * scale * part.squares
+    if part.powers is not None:
+        moved["powers"] = (order * gap).exp() * part.powers
+    if part.total is not None:
         assert part.n_valid is not None
-        self_certainty = (part.top - part.mean) - part.n_valid.log() + log_mass
-    return Rows(part.top, log_mass, entropy, self_certainty, part.n_valid, part.greedy)
+        moved["total"] = part.total + part.n_valid * gap
+    return part._replace(**moved)
 
 
-class Pairs(NamedTuple):
-    """The (row, target) pairs, sorted by row; the pairs of row r are first[r] ... first[r + 1]."""
+def merge(left: Partial, right: Partial, order: float = 2.0) -> Partial:
+    """The partial of two neighbouring runs of columns, `left` the lower ones.
 
-    row: Tensor  # [S] int64
-    target: Tensor  # [S] int64
-    first: Tensor  # [R + 1] int64
-    order: Tensor | None  # [S] int64: where each pair stood; None if it has not moved
-
-    @classmethod
-    def of(cls, target: Tensor, rows: Tensor | None, R: int) -> "Pairs":
-        """Pairs of `target` with `rows`, or with every row in turn where `rows` is None."""
-        bounds = torch.arange(R + 1, device=target.device)
-        if rows is None:
-            return cls(bounds[:R], target, bounds, None)
-        row, order = rows.sort(stable=True)
-        return cls(row, target[order], torch.searchsorted(row, bounds), order)
-
-    def spans(self, R: int, step: int) -> list[slice]:
-        """Which pairs belong to each block of `step` rows.  Waits for the device if they moved."""
-        starts = [*range(0, R, step), R]
-        edges = starts if self.order is None else self.first[starts].tolist()
-        return [slice(a, b) for a, b in itertools.pairwise(edges)]
-
-    def sort(self, x: Tensor) -> Tensor:
-        """`x` [K, S], given in the caller's order, in that of the pairs."""
-        return x if self.order is None else x[:, self.order]
-
-    def unsort(self, x: Tensor) -> Tensor:
-        """`x` [K, S], given in the order of the pairs, in that of the caller."""
-        if self.order is None:
-            return x
-        out = torch.empty_like(x)
-        out[:, self.order] = x
-        return out
-
-    def counted(self, R: int, V: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Which pairs [S] are inside the rows and the vocabulary, and which are ignored."""
-        ignored = self.target == ignore_index
-        inside = (self.target >= 0) & (self.target < V) & (self.row >= 0) & (self.row < R)
-        return inside & ~ignored, ignored
+    `order` is the a of `renyi`.
+    """
+    top = torch.maximum(left.top, right.top)
+    a, b = (_moved(part, finite_shift(top), order) for part in (left, right))
+    summed = ("mass", "spread", "square", "squares", "powers", "total", "n_valid")
+    both = {
+        name: getattr(a, name) + getattr(b, name) for name in summed if getattr(a, name) is not None
+    }
+    if a.square is not None and a.spread is not None and b.spread is not None:
+        # Chan et al. 1979: squares about two means become squares about the common one
+        apart = _mean(b.spread, b.mass) - _mean(a.spread, a.mass)
+        share = a.mass * _mean(b.mass, both["mass"])
+        both["square"] = both["square"] + share * apart.square()
+    if left.column is not None and right.column is not None:
+        both["column"] = torch.where(right.top > left.top, right.column, left.column)
+    if left.second is not None and right.second is not None:
+        loser = torch.minimum(left.top, right.top)
+        both["second"] = torch.maximum(loser, torch.maximum(left.second, right.second))
+    if left.best is not None and right.best is not None:
+        assert left.best_column is not None
+        assert right.best_column is not None
+        # stable: of a tie the left one stays first
+        best, at = torch.cat([left.best, right.best], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
+        k = left.best.shape[1]
+        both["best"] = best[:, :k]
+        columns = torch.cat([left.best_column, right.best_column], dim=1)
+        both["best_column"] = columns.gather(1, at[:, :k])
+    return Partial(top, **both)
 
 
-def token_values(
-    stats: list[str], rows: Rows, chosen: Tensor, pairs: Pairs, V: int, ignore_index: int
-) -> Tensor:
-    """Values [K, S] of the asked statistics; `chosen` [S] is the target's logit, pairs' order."""
-    R = rows.top.shape[0]
+def finish(part: Partial, order: float = 2.0) -> Rows:
+    """Statistics of rows whose every column is in `part`; `order` is the a of `renyi`."""
+    log_mass = part.mass.log()
+    found: dict[str, Tensor] = {}
+    nothing = ~log_mass.isfinite()
+    if part.spread is not None:
+        found["entropy"] = log_mass - part.spread / part.mass
+    if part.total is not None and part.n_valid is not None:
+        found["n_valid"] = part.n_valid
+        found["self_certainty"] = log_mass - part.total / part.n_valid - part.n_valid.log()
+    if part.square is not None:
+        found["varentropy"] = part.square / part.mass
+    if part.squares is not None:
+        found["sum_p2"] = part.squares / part.mass / part.mass
+    if part.powers is not None:
+        found["renyi"] = (part.powers.log() - order * log_mass).exp()
+    if part.column is not None:
+        found["top1"] = part.column.masked_fill(nothing, -1)
+    if part.second is not None:
+        found["margin"] = (part.top - part.second).masked_fill(nothing, float("nan"))
+    if part.best is not None and part.best_column is not None:
+        absent = part.best == float("-inf")
+        # both terms come from one set of logits: the first is <= 0, the second >= 0
+        topk = (part.best - part.top[:, None]) - log_mass[:, None]
+        found["topk"] = topk.masked_fill(nothing[:, None], float("nan"))
+        found["topk_id"] = part.best_column.masked_fill(absent | nothing[:, None], -1)
+        found["topk_mean"] = found["topk"].masked_fill(absent, 0.0).sum(1) / (~absent).sum(1)
+    return Rows(part.top, log_mass, **found)
 
-    def of_pair(x: Tensor | None) -> Tensor:
-        assert x is not None
-        return x if pairs.order is None else x[pairs.row.clamp(0, R - 1)]
 
-    values = []
-    for name in stats:
-        if name == "logprob":
-            # both terms come from one set of logits: the first is <= 0, the second >= 0
-            value = (chosen - of_pair(rows.top)) - of_pair(rows.log_mass)
-        elif name == "lse":
-            value = of_pair(rows.top + rows.log_mass)
-        elif name == "is_greedy":
-            value = (of_pair(rows.greedy) == pairs.target).to(chosen.dtype)
-            value = value.masked_fill(~of_pair(rows.log_mass).isfinite(), float("nan"))
-        else:
-            value = of_pair(getattr(rows, name))
-        values.append(value)
-    inside, ignored = pairs.counted(R, V, ignore_index)
-    out = torch.stack(values).masked_fill(~inside, float("nan")).masked_fill(ignored, 0.0)
-    return pairs.unsort(out)
+def cut(part: Partial, n: int) -> Partial:
+    """The first `n` rows of `part`."""
+    return Partial._make(None if x is None else x[:n] for x in part)
+
+
+def stack(parts: list[Partial]) -> Partial:
+    """The rows of `parts`, one after another."""
+    fields = zip(*parts, strict=True)
+    return Partial._make(None if x[0] is None else torch.cat(x) for x in fields)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._linear_logprob_fwd import _tanh
+from ._linear_logprob_fused import _tanh
 from ._logits import LogitRows, Read
 from ._rows import Pairs
 

@@ -12,25 +12,29 @@ the same bits in any batch and with any subset of statistics.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from . import _linear_logprob_chunk as chunked
 from . import _linear_logprob_cpu as native
-from . import _linear_logprob_torch as chunked
 from ._launch import (
+    FLOATS,
     check_device,
     check_dtype,
     check_options,
+    check_pairs,
     check_shape,
+    check_vocabulary,
     exact_matmul,
     runs_triton,
 )
-from ._rows import Pairs, Rows, token_values
-from .stats import NAMES, Statistic, TokenStats
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float32)
+from ._pairs import Pairs, Values, pair_values
+from ._rows import finish
+from .stats import DIFFERENTIABLE, Statistic, TokenStats, Wanted
+from .token_logprob import token_logprob_reference
 
 
 def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -38,11 +42,13 @@ def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
-def _state(rows: Rows) -> Tensor:
-    """What backward reads [4, R]: top, log_mass, entropy, n_valid; 0 where not computed."""
-    zero = torch.zeros_like(rows.top)
-    kept = (rows.top, rows.log_mass, rows.entropy, rows.n_valid)
-    return torch.stack([zero if x is None else x for x in kept])
+def _route(hidden: Tensor, head: chunked.Head) -> Any:
+    """The module that computes these tensors: one for forward, ranks and backward, never by R."""
+    if runs_triton(hidden, _wide(hidden, head.weight)):
+        from . import _linear_logprob_fused as fused
+
+        return fused
+    return native if native.takes(hidden, head) else chunked
 
 
 @torch.library.custom_op("sharpen::linear_logprob", mutates_args=())
@@ -52,39 +58,40 @@ def _linear_logprob(
     target: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
+    vocab_mask: Tensor | None,
     temperature: float,
     softcap: float | None,
     vocab_size: int,
     ignore_index: int,
     stats: str,
-) -> tuple[Tensor, Tensor]:
-    """Values [K, S] of the K statistics named in `stats`, and what backward needs of each row."""
+    renyi_order: float,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Values`, and what backward needs of each row [4, R]."""
     R = hidden.shape[0]
     dtype = _wide(hidden, weight)
-    names = stats.split(",")
+    wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
     if R == 0 or target.shape[0] == 0:
-        values = hidden.new_full((len(names), target.shape[0]), float("nan"), dtype=dtype)
-        values.masked_fill_(target == ignore_index, 0.0)
-        return values, hidden.new_zeros((4, R), dtype=dtype)
-    head = chunked.Head(weight, bias, temperature, softcap, vocab_size)
+        values = Values.of_no_row(wanted, target, ignore_index, dtype)
+        return *values.all(), hidden.new_zeros((4, R), dtype=dtype)
+    head = chunked.Head(weight, bias, temperature, softcap, vocab_size, vocab_mask)
     pairs = Pairs.of(target, rows, R)
+    route = _route(hidden, head)
     with exact_matmul(hidden.device):
-        if runs_triton(hidden, dtype):
-            from . import _linear_logprob_fwd as fused
-
-            done, chosen = fused.forward(hidden, head, pairs, names)
-        elif native.takes(hidden, head):
-            done, chosen = native.forward(hidden, head, pairs, names)
-        else:
-            done, chosen = chunked.forward(hidden, head, pairs, names)
-    return token_values(names, done, chosen, pairs, vocab_size, ignore_index), _state(done)
+        part, chosen = route.forward(hidden, head, pairs, wanted)
+        rank = 1 + route.ranks(hidden, head, pairs, chosen) if "rank" in wanted.names else None
+    found = finish(part, renyi_order)
+    values = pair_values(wanted, found, chosen, rank, pairs, vocab_size, ignore_index)
+    return *values.all(), found.state()
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, rows, bias, temperature, softcap, vocab_size, ignore_index, stats):
+def _(hidden, weight, target, rows, bias, vocab_mask, *options):
     dtype = _wide(hidden, weight)
-    values = hidden.new_empty((stats.count(",") + 1, target.shape[0]), dtype=dtype)
-    return values, hidden.new_empty((4, hidden.shape[0]), dtype=dtype)
+    *_, stats, renyi_order, k = options
+    wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
+    values = Values.empty(wanted, target.shape[0], hidden, dtype)
+    return *values.all(), hidden.new_empty((4, hidden.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("sharpen::linear_logprob_bwd", mutates_args=())
@@ -96,6 +103,7 @@ def _linear_logprob_bwd(
     target: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
+    vocab_mask: Tensor | None,
     temperature: float,
     softcap: float | None,
     vocab_size: int,
@@ -103,22 +111,20 @@ def _linear_logprob_bwd(
     stats: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for each that `needs` leaves out."""
-    head = chunked.Head(weight, bias, temperature, softcap, vocab_size)
-    pairs = Pairs.of(target, rows, hidden.shape[0])
-    counts, _ = pairs.counted(hidden.shape[0], vocab_size, ignore_index)
+    """Gradients of hidden, weight and bias; an empty tensor for each that `needs` leaves out.
+
+    `stats` names the rows of `dvalues` [K, S].
+    """
+    R = hidden.shape[0]
+    head = chunked.Head(weight, bias, temperature, softcap, vocab_size, vocab_mask)
+    pairs = Pairs.of(target, rows, R)
+    counts, _ = pairs.counted(R, vocab_size, ignore_index)
     dvalues = torch.where(counts, pairs.sort(dvalues.to(state.dtype)), 0.0)
-    names = stats.split(",")
-    grads = {n: g for n, g in zip(names, dvalues, strict=True) if n != "is_greedy"}
+    named = zip(stats.split(","), dvalues, strict=True)
+    grads = {name: g for name, g in named if name in DIFFERENTIABLE}
+    route = _route(hidden, head) if R > 0 and grads and target.shape[0] > 0 else chunked
     with exact_matmul(hidden.device):
-        if hidden.shape[0] > 0 and runs_triton(hidden, state.dtype):
-            # one GEMM's rounding must serve p and lse: for p near 1, 1 - p is but rounding
-            state = _state(chunked.forward(hidden, head, pairs, names)[0])
-            found = chunked.backward(grads, state, hidden, head, pairs, needs)
-        elif hidden.shape[0] > 0 and grads and target.shape[0] > 0 and native.takes(hidden, head):
-            found = native.backward(grads, state, hidden, head, pairs, needs)
-        else:
-            found = chunked.backward(grads, state, hidden, head, pairs, needs)
+        found = route.backward(grads, state, hidden, head, pairs, needs)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
     return dhidden, dweight, dbias
 
@@ -133,15 +139,18 @@ def _(dvalues, state, hidden, weight, target, rows, bias, *options):
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, target, rows, bias, *ctx.options = inputs
-    ctx.save_for_backward(output[1], hidden, weight, target, rows, bias)
+    *tensors, temperature, softcap, vocab_size, ignore_index, stats, renyi_order, k = inputs
+    numbers = ",".join(Wanted(tuple(stats.split(",")), renyi_order, k).numbers)
+    ctx.options = temperature, softcap, vocab_size, ignore_index, numbers
+    ctx.mark_non_differentiable(*output[1:4])
+    ctx.save_for_backward(output[4], *tensors)
 
 
-def _backward(ctx, dvalues, _dstate):
+def _backward(ctx, dvalues, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     found = _linear_logprob_bwd(dvalues, *ctx.saved_tensors, *ctx.options, needs)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(found, needs, strict=True))
-    return dhidden, dweight, None, None, dbias, None, None, None, None, None
+    return dhidden, dweight, None, None, dbias, *[None] * 8
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)
@@ -157,22 +166,25 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    vocab_mask: Bool[Tensor, " V"] | None = None,
     ignore_index: int = -100,
     stats: Sequence[Statistic] = ("logprob",),
+    renyi_order: float = 2.0,
+    k: int = 20,
 ) -> TokenStats:
     """Statistics, in nats, of `target` under the softmax of a linear head; no [R, V] logits.
 
         z = softcap(hidden W^T + bias) / temperature,    softcap(u) = c tanh(u / c)
         logprob[s] = z[rows[s], target[s]] - log(sum_v exp(z[rows[s], v]))
 
-    The formula of every statistic is on `TokenStats`. Logits of -inf (a mask, through `bias`)
+    The formula of every statistic is on `TokenStats`. Logits of -inf, by `vocab_mask` or `bias`,
     are outside the vocabulary: they count in no statistic and get no gradient.
 
     Args:
         hidden: Final hidden rows, after the model's last norm; fp16, bf16, fp32 or fp64.
         weight: The head, rows past `vocab_size` unused; any strides, not copied.
-        target: Token ids to score. `ignore_index` gives exactly 0 in every statistic; any other
-            id outside [0, vocab_size) gives NaN there. Neither gets a gradient.
+        target: Token ids to score. `ignore_index` gives exactly 0 in every statistic (-1 for an
+            id); any other id outside [0, vocab_size) gives NaN there (-1). Neither gets a gradient.
         rows: The hidden row that predicts each target, in any order, repeats welcome: the sum
             over the vocabulary is paid once a row. None pairs row s with target s. A row
             outside [0, R) gives NaN.
@@ -180,13 +192,18 @@ def linear_logprob(
         temperature: Divides the logits; finite and above 0.
         softcap: The cap c, above 0; None for no cap.
         vocab_size: Tokens of the vocabulary, where `weight` is padded with further rows.
+        vocab_mask: True where a column belongs to the vocabulary; the logits of the others are
+            -inf, after softcap and temperature.
         ignore_index: The target of a position that is not scored.
-        stats: Which statistics to compute; each comes out the same in any company.
+        stats: Which statistics to compute; each comes out the same in any company. `rank` takes
+            a second pass over the vocabulary.
+        renyi_order: The order a of `renyi`; finite and above 0.
+        k: Columns of `topk`, `topk_id` and `topk_mean`, 1 to 32.
 
     Returns:
-        `TokenStats` of [S] tensors in the order of `target`, fp32 (fp64 where an input is fp64).
-        All but `is_greedy` are differentiable, once, in hidden, weight and bias. A row whose
-        columns are all masked has lse -inf and the rest NaN; NaN stays in its row.
+        `TokenStats` in the order of `target`, fp32 (fp64 where an input is fp64). `logprob`, `lse`,
+        `entropy` and `self_certainty` are differentiable, once, in hidden, weight and bias. A row
+        whose columns are all masked has lse -inf and the rest NaN; NaN stays in its row.
 
     Raises:
         ValueError: If a shape, device, number or name of a statistic is not as above.
@@ -198,25 +215,20 @@ def linear_logprob(
         >>> found.logprob, found.lse
         (tensor([-0.6931]), tensor([2.6931]))
     """
-    names = check_options(stats, NAMES, temperature, softcap)
-    V = _check_tensors(hidden, weight, target, rows, bias, vocab_size)
-    options = (float(temperature), softcap, V, ignore_index, ",".join(names))
-    values, _ = _linear_logprob(hidden, weight, target, rows, bias, *options)
-    found = dict(zip(names, values, strict=True))
-    if "is_greedy" in found:
-        found["is_greedy"] = found["is_greedy"].detach()
-    return TokenStats(**found)
+    wanted = check_options(stats, temperature, softcap, renyi_order, k)
+    V = _check_tensors(hidden, weight, target, rows, bias)
+    n_columns = check_vocabulary(vocab_size, vocab_mask, V, hidden, "rows of `weight`")
+    *values, _ = _linear_logprob(
+        hidden, weight, target, rows, bias, vocab_mask,
+        float(temperature), softcap, n_columns, ignore_index, ",".join(wanted.names), *wanted[1:],
+    )  # fmt: skip
+    return TokenStats.of(Values(*values).by_name(wanted))
 
 
 def _check_tensors(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    vocab_size: int | None,
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, bias: Tensor | None
 ) -> int:
-    """Raise unless the tensors fit together; the number of columns that count."""
+    """Raise unless the tensors fit together; the number of rows of the weight."""
     for name, x in (("hidden", hidden), ("weight", weight)):
         if x.ndim != 2:
             fix = "flatten the leading dimensions" if x.ndim > 2 else "unsqueeze it"
@@ -225,27 +237,13 @@ def _check_tensors(
     R, D = hidden.shape
     V = weight.shape[0]
     check_shape("weight", weight, V=V, D=D)
-    if target.ndim != 1:
-        raise ValueError(
-            f"`target` must be 1-D, got shape {tuple(target.shape)}; call `.flatten()`."
-        )
-    check_dtype("target", target, torch.int64)
-    if rows is None:
-        check_shape("target", target, R=R)
-    else:
-        check_dtype("rows", rows, torch.int64)
-        check_shape("rows", rows, S=target.shape[0])
-        check_device("rows", rows, hidden.device)
+    check_device("weight", weight, hidden.device)
+    check_pairs(target, rows, R, hidden.device, "hidden")
     if bias is not None:
         check_dtype("bias", bias, *FLOATS)
         check_shape("bias", bias, V=V)
         check_device("bias", bias, hidden.device)
-    check_device("weight", weight, hidden.device)
-    check_device("target", target, hidden.device)
-    n_columns = V if vocab_size is None else vocab_size
-    if not 1 <= n_columns <= V:
-        raise ValueError(f"`vocab_size` must be in 1..{V}, the rows of `weight`, got {n_columns}.")
-    return n_columns
+    return V
 
 
 def linear_logprob_reference(
@@ -258,30 +256,26 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    vocab_mask: Bool[Tensor, " V"] | None = None,
     ignore_index: int = -100,
     stats: Sequence[Statistic] = ("logprob",),
+    renyi_order: float = 2.0,
+    k: int = 20,
 ) -> TokenStats:
     """`linear_logprob` in plain PyTorch, with all logits at once: fp64 in gives an fp64 oracle."""
     dtype = _wide(hidden, weight)
-    V = vocab_size or weight.shape[0]
-    z = hidden.to(dtype) @ weight[:V].to(dtype).T
-    z = z if bias is None else z + bias[:V].to(dtype)
-    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
-    rows = torch.arange(len(target), device=target.device) if rows is None else rows
-    z = z[rows]
-    lse, log_p, masked = z.logsumexp(1), z.log_softmax(1), z == float("-inf")
-    n = (~masked).sum(1)
-    ignored = target == ignore_index
-    inside = (target >= 0) & (target < V)
-    every = {
-        "logprob": log_p.gather(1, target.clamp(0, V - 1)[:, None])[:, 0],
-        "lse": lse,
-        "entropy": -(log_p.exp() * log_p.masked_fill(masked, 0.0)).sum(1),
-        "self_certainty": lse - z.masked_fill(masked, 0.0).sum(1) / n - n.log(),
-        "is_greedy": (z.argmax(1) == target).to(dtype),
-    }
-    nan = float("nan")
-    found = {
-        name: every[name].masked_fill(~inside, nan).masked_fill(ignored, 0.0) for name in stats
-    }
-    return TokenStats(**found)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    z = z if bias is None else z + bias.to(dtype)
+    return token_logprob_reference(
+        z,
+        target,
+        rows=rows,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        vocab_mask=vocab_mask,
+        ignore_index=ignore_index,
+        stats=stats,
+        renyi_order=renyi_order,
+        k=k,
+    )

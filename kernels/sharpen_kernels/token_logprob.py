@@ -18,12 +18,18 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from . import _token_logprob_torch as blocked
-from ._launch import check_device, check_dtype, check_options, check_shape, runs_triton
-from ._logits import DIFFERENTIABLE, Read, pair_values
-from ._rows import Pairs
-from .stats import LOGIT_NAMES, LogitStatistic, TokenStats
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float32)
+from ._launch import (
+    FLOATS,
+    check_dtype,
+    check_options,
+    check_pairs,
+    check_vocabulary,
+    runs_triton,
+)
+from ._logits import Read
+from ._pairs import Pairs, Values, pair_values
+from ._rows import finish
+from .stats import DIFFERENTIABLE, Statistic, TokenStats, Wanted
 
 
 def _route(logits: Tensor):
@@ -46,35 +52,33 @@ def _token_logprob(
     vocab_size: int,
     ignore_index: int,
     stats: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [K, S] of `stats` but `top1`; `top1` ([0] unless asked for); what backward needs."""
+    renyi_order: float,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Values`, and what backward needs of each row [4, R]."""
     R, S = logits.shape[0], target.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    names = stats.split(",")
+    wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
     if R == 0 or S == 0:
-        values = logits.new_full((len(_floats(names)), S), float("nan"), dtype=dtype)
-        values.masked_fill_(target == ignore_index, 0.0)
-        top1 = torch.full_like(target, -1) if "top1" in names else target.new_zeros(0)
-        return values, top1, logits.new_zeros((4, R), dtype=dtype)
+        values = Values.of_no_row(wanted, target, ignore_index, dtype)
+        return *values.all(), logits.new_zeros((4, R), dtype=dtype)
     read = Read(temperature, softcap, vocab_size, vocab_mask)
     pairs = Pairs.of(target, rows, R)
-    found, chosen, rank = _route(logits).forward(logits, read, pairs, names)
-    values, top1 = pair_values(names, found, chosen, rank, pairs, vocab_size, ignore_index)
-    return values, top1, found.state()
-
-
-def _floats(names: list[str]) -> list[str]:
-    return [name for name in names if name != "top1"]
+    route = _route(logits)
+    part, chosen = route.forward(logits, read, pairs, wanted)
+    rank = 1 + route.ranks(logits, read, pairs, chosen) if "rank" in wanted.names else None
+    found = finish(part, renyi_order)
+    values = pair_values(wanted, found, chosen, rank, pairs, vocab_size, ignore_index)
+    return *values.all(), found.state()
 
 
 @_token_logprob.register_fake
-def _(logits, target, rows, vocab_mask, temperature, softcap, vocab_size, ignore_index, stats):
+def _(logits, target, rows, vocab_mask, *options):
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    names = stats.split(",")
-    S = target.shape[0]
-    values = logits.new_empty((len(_floats(names)), S), dtype=dtype)
-    top1 = target.new_empty(S if "top1" in names else 0)
-    return values, top1, logits.new_empty((4, logits.shape[0]), dtype=dtype)
+    *_, stats, renyi_order, k = options
+    wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
+    values = Values.empty(wanted, target.shape[0], logits, dtype)
+    return *values.all(), logits.new_empty((4, logits.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("sharpen::token_logprob_bwd", mutates_args=())
@@ -91,14 +95,14 @@ def _token_logprob_bwd(
     ignore_index: int,
     stats: str,
 ) -> Tensor:
-    """Gradient of the logits, contiguous, in their dtype."""
+    """Gradient of the logits, contiguous, in their dtype; `stats` names the rows of `dvalues`."""
     R = logits.shape[0]
     if R == 0 or target.shape[0] == 0:
         return logits.new_zeros(logits.shape)
     read = Read(temperature, softcap, vocab_size, vocab_mask)
     pairs = Pairs.of(target, rows, R)
     counts, _ = pairs.counted(R, vocab_size, ignore_index)
-    given = dict(zip(_floats(stats.split(",")), dvalues.to(state.dtype), strict=True))
+    given = dict(zip(stats.split(","), dvalues.to(state.dtype), strict=True)) if stats else {}
     zero = torch.zeros_like(target, dtype=state.dtype)
     grads = torch.stack([given.get(name, zero) for name in DIFFERENTIABLE])
     grads = torch.where(counts, pairs.sort(grads), 0.0)
@@ -111,14 +115,16 @@ def _(dvalues, state, logits, *rest):
 
 
 def _save(ctx, inputs, output):
-    logits, target, rows, vocab_mask, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[2], logits, target, rows, vocab_mask)
+    *tensors, temperature, softcap, vocab_size, ignore_index, stats, renyi_order, k = inputs
+    numbers = ",".join(Wanted(tuple(stats.split(",")), renyi_order, k).numbers)
+    ctx.options = temperature, softcap, vocab_size, ignore_index, numbers
+    ctx.mark_non_differentiable(*output[1:4])
+    ctx.save_for_backward(output[4], *tensors)
 
 
-def _backward(ctx, dvalues, _dtop1, _dstate):
+def _backward(ctx, dvalues, *_):
     dlogits = _token_logprob_bwd(dvalues, *ctx.saved_tensors, *ctx.options)
-    return dlogits, None, None, None, None, None, None, None, None
+    return dlogits, *[None] * 10
 
 
 _token_logprob.register_autograd(_backward, setup_context=_save)
@@ -134,7 +140,9 @@ def token_logprob(
     vocab_size: int | None = None,
     vocab_mask: Bool[Tensor, " V"] | None = None,
     ignore_index: int = -100,
-    stats: Sequence[LogitStatistic] = ("logprob",),
+    stats: Sequence[Statistic] = ("logprob",),
+    renyi_order: float = 2.0,
+    k: int = 20,
 ) -> TokenStats:
     """Statistics, in nats, of `target` under the softmax of `logits`, each read once.
 
@@ -147,9 +155,8 @@ def token_logprob(
     Args:
         logits: As the model's head leaves them, columns past `vocab_size` unused; fp16, bf16,
             fp32 or fp64; any strides, not copied.
-        target: Token ids to score. `ignore_index` gives exactly 0 in every statistic (-1 in
-            `top1`); any other id outside [0, vocab_size) gives NaN there (-1 in `top1`). Neither
-            gets a gradient.
+        target: Token ids to score. `ignore_index` gives exactly 0 in every statistic (-1 for an
+            id); any other id outside [0, vocab_size) gives NaN there (-1). Neither gets a gradient.
         rows: The row that predicts each target, in any order, repeats welcome. None pairs row s
             with target s. A row outside [0, R) gives NaN.
         temperature: Divides the logits; finite and above 0.
@@ -160,11 +167,13 @@ def token_logprob(
         ignore_index: The target of a position that is not scored.
         stats: Which statistics to compute; each comes out the same in any company. `rank` takes
             a second read.
+        renyi_order: The order a of `renyi`; finite and above 0.
+        k: Columns of `topk`, `topk_id` and `topk_mean`, 1 to 32.
 
     Returns:
-        `TokenStats` of [S] tensors in the order of `target`, fp32 (fp64 for fp64 logits; `top1`
-        int64). `logprob`, `lse`, `entropy` and `self_certainty` are differentiable, once. A row
-        that is all masked has lse -inf and the rest NaN; NaN, and +inf, make NaN of their row.
+        `TokenStats` in the order of `target`, fp32 (fp64 for fp64 logits). `logprob`, `lse`,
+        `entropy` and `self_certainty` are differentiable, once. A row that is all masked has lse
+        -inf and the rest NaN; NaN, and +inf, make NaN of their row.
 
     Raises:
         ValueError: If a shape, device, number or name of a statistic is not as above.
@@ -176,50 +185,19 @@ def token_logprob(
         >>> found.logprob, found.top1, found.rank
         (tensor([-0.6931,  0.0000]), tensor([0, 0]), tensor([2., 1.]))
     """
-    names = check_options(stats, LOGIT_NAMES, temperature, softcap)
-    V = _check_tensors(logits, target, rows, vocab_size, vocab_mask)
-    options = (float(temperature), softcap, V, ignore_index, ",".join(names))
-    values, top1, _ = _token_logprob(logits, target, rows, vocab_mask, *options)
-    found = dict(zip(_floats(list(names)), values, strict=True))
-    found = {name: x if name in DIFFERENTIABLE else x.detach() for name, x in found.items()}
-    return TokenStats(**found, top1=top1 if "top1" in names else None)
-
-
-def _check_tensors(
-    logits: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    vocab_size: int | None,
-    vocab_mask: Tensor | None,
-) -> int:
-    """Raise unless the tensors fit together; the number of columns that count."""
+    wanted = check_options(stats, temperature, softcap, renyi_order, k)
     if logits.ndim != 2:
         fix = "flatten the leading dimensions" if logits.ndim > 2 else "unsqueeze it"
         raise ValueError(f"`logits` must be 2-D, got shape {tuple(logits.shape)}; {fix}.")
     check_dtype("logits", logits, *FLOATS)
     R, V = logits.shape
-    if target.ndim != 1:
-        raise ValueError(
-            f"`target` must be 1-D, got shape {tuple(target.shape)}; call `.flatten()`."
-        )
-    check_dtype("target", target, torch.int64)
-    check_device("target", target, logits.device, like="logits")
-    if rows is None:
-        check_shape("target", target, R=R)
-    else:
-        check_dtype("rows", rows, torch.int64)
-        check_shape("rows", rows, S=target.shape[0])
-        check_device("rows", rows, logits.device, like="logits")
-    n_columns = V if vocab_size is None else vocab_size
-    if not 1 <= n_columns <= V:
-        raise ValueError(
-            f"`vocab_size` must be in 1..{V}, the columns of `logits`, got {n_columns}."
-        )
-    if vocab_mask is not None:
-        check_dtype("vocab_mask", vocab_mask, torch.bool)
-        check_shape("vocab_mask", vocab_mask, V=V)
-        check_device("vocab_mask", vocab_mask, logits.device, like="logits")
-    return n_columns
+    check_pairs(target, rows, R, logits.device, "logits")
+    n_columns = check_vocabulary(vocab_size, vocab_mask, V, logits, "columns of `logits`")
+    *values, _ = _token_logprob(
+        logits, target, rows, vocab_mask,
+        float(temperature), softcap, n_columns, ignore_index, ",".join(wanted.names), *wanted[1:],
+    )  # fmt: skip
+    return TokenStats.of(Values(*values).by_name(wanted))
 
 
 def token_logprob_reference(
@@ -232,7 +210,9 @@ def token_logprob_reference(
     vocab_size: int | None = None,
     vocab_mask: Bool[Tensor, " V"] | None = None,
     ignore_index: int = -100,
-    stats: Sequence[LogitStatistic] = ("logprob",),
+    stats: Sequence[Statistic] = ("logprob",),
+    renyi_order: float = 2.0,
+    k: int = 20,
 ) -> TokenStats:
     """`token_logprob` in plain PyTorch, all logits at once: fp64 in gives an fp64 oracle."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -247,7 +227,10 @@ def token_logprob_reference(
     chosen = z.gather(1, at)
     p, log_p_or_0 = log_p.exp(), log_p.masked_fill(masked, 0.0)
     entropy = -(p * log_p_or_0).sum(1)
-    largest = torch.nn.functional.pad(z, (0, 1), value=float("-inf")).topk(2, dim=1).values
+    largest, ids = torch.nn.functional.pad(z, (0, max(2, k)), value=float("-inf")).sort(
+        dim=1, descending=True, stable=True
+    )
+    topk, absent = largest[:, :k] - lse[:, None], largest[:, :k] == float("-inf")
     before = torch.arange(V, device=z.device) < at
     ahead = ((z > chosen) | ((z == chosen) & before)) & ~masked
     every = {
@@ -258,16 +241,20 @@ def token_logprob_reference(
         "is_greedy": (z.argmax(1) == target).to(dtype),
         "varentropy": (p * (log_p_or_0 + entropy[:, None]).square()).sum(1),
         "sum_p2": p.square().sum(1),
+        "renyi": (renyi_order * log_p).exp().sum(1),
+        "top1": z.argmax(1),
         "margin": largest[:, 0] - largest[:, 1],
         "rank": 1 + ahead.sum(1).to(dtype),
+        "topk": topk,
+        "topk_id": ids[:, :k].masked_fill(absent, -1),
+        "topk_mean": topk.masked_fill(absent, 0.0).sum(1) / (~absent).sum(1),
     }
-    ignored = target == ignore_index
-    inside = (target >= 0) & (target < V)
-    nan = float("nan")
-    found = {
-        name: every[name].masked_fill(~inside, nan).masked_fill(ignored, 0.0)
-        for name in stats
-        if name != "top1"
-    }
-    top1 = z.argmax(1).masked_fill(~inside, -1) if "top1" in stats else None
-    return TokenStats(**found, top1=top1)
+    ignored, inside = target == ignore_index, (target >= 0) & (target < V)
+    found = {}
+    for name in stats:
+        x = every[name]
+        shape = (-1, *[1] * (x.ndim - 1))
+        outside, none = (-1, -1) if x.dtype == torch.int64 else (float("nan"), 0.0)
+        x = x.masked_fill(~inside.view(shape), outside)
+        found[name] = x.masked_fill(ignored.view(shape), none)
+    return TokenStats(**found)

@@ -31,9 +31,9 @@ def _ieee_specials_are_no_warning():
 @pytest.fixture
 def small_segments(monkeypatch):
     """Segments of 64 columns (PyTorch, C++) and 128 (Triton): many to merge, at little cost."""
+    from sharpen_kernels import _linear_logprob_chunk as chunked
     from sharpen_kernels import _linear_logprob_cpu as native
-    from sharpen_kernels import _linear_logprob_fwd as fused
-    from sharpen_kernels import _linear_logprob_torch as chunked
+    from sharpen_kernels import _linear_logprob_fused as fused
 
     monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(native, "SEGMENT_BYTES", 1)

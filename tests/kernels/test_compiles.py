@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sharpen_kernels import _linear_logprob_fwd as fused
+from sharpen_kernels import _linear_logprob_fused as fused
 from sharpen_kernels._launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import torch
 
 from oracle import assert_matches_fp64, head_problem, values, values_and_gradients
 from sharpen_kernels import _cpu_library, linear_logprob
+from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native
-from sharpen_kernels import _linear_logprob_torch as chunked
 from sharpen_kernels._launch import INTERPRETED
 
 needs_library = pytest.mark.skipif(

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from oracle import DIFFERENTIABLE, head_problem, values
 from sharpen_kernels import TokenStats, _cpu_library, linear_logprob
+from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native
-from sharpen_kernels import _linear_logprob_torch as chunked
 from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels._rows import Pairs
-from sharpen_kernels.stats import NAMES
+from sharpen_kernels._pairs import Pairs
+from sharpen_kernels.stats import NAMES, Wanted
 
 OP = torch.ops.sharpen.linear_logprob
 
@@ -67,7 +67,7 @@ def test_native_workspace_is_bounded(dtype):
     head = chunked.Head(problem["weight"], None, 1.0, None, 40_000)
     pairs = Pairs.of(problem["target"], None, 10_000)
     with LiveBytes() as forward:
-        native.forward(problem["hidden"], head, pairs, list(NAMES))
+        native.forward(problem["hidden"], head, pairs, Wanted(NAMES))
     assert forward.peak < 24 * 2**20
     # in fp32 the logits are 20 MiB and the weight 128 MiB
     problem = head_problem(640, 8000, 4096, dtype=dtype)
@@ -149,7 +149,7 @@ def test_traces_without_a_graph_break(device):
 
 
 def test_each_device_takes_its_own_route(device, monkeypatch):
-    from sharpen_kernels import _linear_logprob_fwd as fused
+    from sharpen_kernels import _linear_logprob_fused as fused
 
     taken = []
     for module, route in ((fused, "triton"), (native, "native"), (chunked, "torch")):

@@ -5,30 +5,44 @@ import itertools
 import pytest
 import torch
 
-from sharpen_kernels._linear_logprob_torch import _partial
-from sharpen_kernels._rows import Pairs, finish, merge
-from sharpen_kernels.stats import NAMES
+from sharpen_kernels._pairs import Pairs
+from sharpen_kernels._rows import finish, largest, merge, partial
+from sharpen_kernels.stats import NAMES, Wanted
 
 INF = float("inf")
 
 
-def cut(z, *edges):
+def cut(z, *edges, order=2.0):
+    wanted = Wanted(NAMES, order, 4)
     edges = [0, *edges, z.shape[1]]
-    parts = [_partial(z[:, a:b].clone(), a, list(NAMES)) for a, b in itertools.pairwise(edges)]
+    parts = [partial(z[:, a:b].clone(), a, wanted) for a, b in itertools.pairwise(edges)]
     whole = parts[0]
     for part in parts[1:]:
-        whole = merge(whole, part)
-    return finish(whole)._asdict()
+        whole = merge(whole, part, order)
+    return finish(whole, order)._asdict()
 
 
+@pytest.mark.parametrize("order", [0.3, 3.0])
 @pytest.mark.parametrize("edges", [(1,), (5,), (9,), (3, 4, 8)], ids=str)
 @pytest.mark.parametrize("masked", [(), (0,), (0, 1, 2, 3, 4), (9,), tuple(range(1, 10))], ids=str)
-def test_any_cut_gives_the_whole(edges, masked):
+def test_any_cut_gives_the_whole(edges, masked, order):
     z = 3 * torch.randn(6, 10, dtype=torch.float64)
     z[:, list(masked)] = -INF
-    got, want = cut(z, *edges), cut(z)
+    got, want = cut(z, *edges, order=order), cut(z, order=order)
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_largest_are_those_of_a_stable_sort(dtype):
+    z = torch.randint(-3, 4, (50, 40)).to(dtype) / 2  # many ties
+    z[z == 0] *= -1.0  # -0 ties with 0
+    z[:, ::7] = 0.0
+    z[:, 5:9] = -INF
+    values, columns = largest(z, 12)
+    want, order = z.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, want[:, :12])
+    assert torch.equal(columns, order[:, :12])
 
 
 def test_hand_worked():
@@ -38,7 +52,12 @@ def test_hand_worked():
     torch.testing.assert_close(rows["entropy"], -(p * p.log()).sum()[None])
     torch.testing.assert_close(rows["self_certainty"], -(2 * p).log().mean()[None])
     assert rows["n_valid"].tolist() == [2.0]
-    assert rows["greedy"].tolist() == [1]
+    assert rows["top1"].tolist() == [1]
+    assert rows["topk_id"].tolist() == [[1, 0, -1, -1]]
+    torch.testing.assert_close(rows["topk"][0, :2], torch.tensor([0.75, 0.25]).log())
+    torch.testing.assert_close(rows["topk_mean"], p.log().mean()[None])
+    torch.testing.assert_close(rows["sum_p2"], torch.tensor([0.625]))
+    torch.testing.assert_close(rows["renyi"], torch.tensor([0.625]))
 
 
 def test_all_masked_has_no_mass():
@@ -54,4 +73,4 @@ def test_pairs_are_sorted_by_row_and_back():
     assert pairs.first.tolist() == [1, 2, 2, 4]
     assert pairs.spans(3, 2) == [slice(1, 2), slice(2, 4)]
     x = torch.randn(2, 5)
-    assert torch.equal(pairs.unsort(pairs.sort(x)), x)
+    assert torch.equal(pairs.unsort(pairs.sort(x).T).T, x)

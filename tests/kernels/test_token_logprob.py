@@ -8,7 +8,7 @@ import torch
 
 from logit_oracle import assert_matches_fp64, logit_problem, values, values_and_gradient
 from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels.stats import LOGIT_NAMES
+from sharpen_kernels.stats import NAMES
 from sharpen_kernels.token_logprob import token_logprob
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,7 +36,7 @@ def test_vocabulary_of_a_real_model(device):
     assert_matches_fp64(logit_problem(2, 151_665, device=device))
 
 
-@pytest.mark.parametrize("stat", LOGIT_NAMES)
+@pytest.mark.parametrize("stat", NAMES)
 def test_each_statistic_alone(stat, device):
     assert_matches_fp64(logit_problem(6, 70, device=device), stats=(stat,))
 
@@ -165,7 +165,7 @@ def assert_same_bits(got, want):
 def test_same_bits_in_any_batch_at_any_offset(problem, n, tiles, request):
     if tiles == "small":
         request.getfixturevalue("small_tiles")
-    whole = values_and_gradient(token_logprob, problem, LOGIT_NAMES[1:2])
+    whole = values_and_gradient(token_logprob, problem, NAMES[1:2])
     whole |= values(problem)
     for start in (0, 5, R - n):
         kept = slice(start, start + n)
@@ -206,9 +206,9 @@ def test_same_bits_in_any_company_and_order(problem, device):
 def test_same_bits_with_any_subset_of_statistics(device):
     problem = logit_problem(2, 140, device=device)
     every = values(problem)
-    sizes = (1, 9) if INTERPRETED or device == "cuda" else range(1, len(LOGIT_NAMES))
+    sizes = (1, 9) if INTERPRETED or device == "cuda" else range(1, len(NAMES))
     for n in sizes:
-        for stats in itertools.combinations(LOGIT_NAMES, n):
+        for stats in itertools.combinations(NAMES, n):
             assert_same_bits(values(problem, stats), every)
 
 

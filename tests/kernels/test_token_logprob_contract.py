@@ -8,7 +8,7 @@ from logit_oracle import DIFFERENTIABLE, logit_problem, values
 from sharpen_kernels import _token_logprob_torch as blocked
 from sharpen_kernels import token_logprob
 from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels.stats import LOGIT_NAMES
+from sharpen_kernels.stats import NAMES, Wanted
 
 OP = torch.ops.sharpen.token_logprob
 
@@ -90,7 +90,7 @@ def test_cpu_workspace_is_bounded(dtype):
     read = blocked.Read(1.0, None, V, None)
 
     def forward():
-        return blocked.forward(logits, read, pairs, list(LOGIT_NAMES))
+        return blocked.forward(logits, read, pairs, Wanted(NAMES))
 
     state = forward()[0].state()
     grads = torch.ones(4, R)

@@ -12,12 +12,12 @@ from logit_oracle import (
     values,
     values_and_gradient,
 )
-from sharpen_kernels.stats import LOGIT_NAMES
+from sharpen_kernels.stats import NAMES
 from sharpen_kernels.token_logprob import token_logprob
 
 NAN, INF = float("nan"), float("inf")
 # a margin is inf where one column is left
-WITHOUT_MARGIN = tuple(name for name in LOGIT_NAMES if name != "margin")
+WITHOUT_MARGIN = tuple(name for name in NAMES if name != "margin")
 
 
 def masked_problem(how, masked, device):
@@ -175,7 +175,7 @@ def test_nan_stays_in_its_row(poison, device):
     for name, x in got.items():
         assert torch.equal(x[others], clean[name][others]), name
     assert got["top1"][2] == -1
-    for name in set(LOGIT_NAMES) - {"top1"}:
+    for name in set(NAMES) - {"top1"}:
         assert got[name][2].isnan(), name
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import INTERPRETED
-from ._linear_logprob_torch import Head
+from ._linear_logprob_chunk import Head
 from ._rows import Pairs, Rows
 
 # chosen, not measured. SEGMENT: columns a program, enough programs for few rows and few partials

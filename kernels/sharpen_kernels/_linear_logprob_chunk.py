@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._rows import Pairs, Partial, Rows, finish, finite_shift, merge
+from ._pairs import Pairs
+from ._rows import Partial, cut, finite_shift, merge, partial, stack
+from .stats import Wanted
 
 # elements, chosen: 16 MiB of fp32 weight, 1 MiB of fp32 logits that stay in a core's cache
 SEGMENT_ELEMENTS = 2**22
@@ -24,23 +26,34 @@ CUDA_BLOCK_ROWS = 1024
 BACKWARD_BLOCKS = 4  # at a time: the weight's gradient is read and written once for so many
 
 
+class Segment(NamedTuple):
+    """Some neighbouring columns of a head, in the dtype of the sums."""
+
+    start: int
+    weight: Tensor  # [v, D]
+    bias: Tensor | None  # [v]
+    masked: Tensor | None  # [v] bool
+
+
 class Head(NamedTuple):
-    """What turns hidden rows into logits: softcap(x W^T + b) / temperature."""
+    """What turns hidden rows into logits: softcap(x W^T + b) / temperature, then the mask."""
 
     weight: Tensor
     bias: Tensor | None
     temperature: float
     softcap: float | None
     vocab_size: int
+    vocab_mask: Tensor | None = None  # [>= vocab_size] bool, True where a column counts
 
-    def segments(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """First column, weight [v, D] and bias [v] of each segment, in `dtype`."""
+    def segments(self, dtype: torch.dtype) -> Iterator[Segment]:
+        """The columns, a few at a time, from the first to the last."""
         D = self.weight.shape[1]
         width = max(64, min(4096, SEGMENT_ELEMENTS // max(D, 1) // 64 * 64))
         for start in range(0, self.vocab_size, width):
             columns = slice(start, min(start + width, self.vocab_size))
             bias = None if self.bias is None else self.bias[columns].to(dtype)
-            yield start, self.weight[columns].to(dtype), bias
+            masked = None if self.vocab_mask is None else ~self.vocab_mask[columns]
+            yield Segment(start, self.weight[columns].to(dtype), bias, masked)
 
     def block_rows(self) -> int:
         """Rows of a block: set by V, D and the kind of device, never by the number of rows."""
@@ -49,24 +62,27 @@ class Head(NamedTuple):
         V, D = self.vocab_size, self.weight.shape[1]
         return max(64, min(256, BLOCK_ELEMENTS // min(V, 4096), 8 * BLOCK_ELEMENTS // max(D, 1)))
 
-    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, segment: Segment) -> Tensor:
         """Logits of some blocks of rows over one segment, one product a block."""
-        z = x.new_empty(x.shape[0], weight.shape[0])
+        z = x.new_empty(x.shape[0], segment.weight.shape[0])
         step = self.block_rows()
         for block in range(0, x.shape[0], step):
-            torch.mm(x[block : block + step], weight.T, out=z[block : block + step])
-        if bias is not None:
-            z += bias
+            torch.mm(x[block : block + step], segment.weight.T, out=z[block : block + step])
+        if segment.bias is not None:
+            z += segment.bias
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.temperature != 1.0:
             z.div_(self.temperature)
-        return z
+        return z if segment.masked is None else z.masked_fill_(segment.masked, float("-inf"))
 
     def chain(self, dz: Tensor, z: Tensor) -> Tensor:
         """Gradient of x W^T + b from that of the logits, in place."""
         if self.softcap is not None:
             dz *= 1 - (z * (self.temperature / self.softcap)).square_()
+            if self.vocab_mask is not None:
+                # z = -inf there, and 0 * -inf is nan
+                dz.masked_fill_(z == float("-inf"), 0.0)
         if self.temperature != 1.0:
             dz /= self.temperature
         return dz
@@ -82,39 +98,8 @@ def _block(x: Tensor, rows: slice, size: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _partial(z: Tensor, start: int, stats: list[str]) -> Partial:
-    """Statistics of the logits of one block and segment; overwrites `z`."""
-    spread = mean = n_valid = greedy = None
-    if "is_greedy" in stats:
-        # documented: of equal maxima, the first
-        top, greedy = z.max(dim=1)
-        greedy += start
-    else:
-        top = z.amax(dim=1)
-    masked = None
-    # masks are slow on a CPU, and rare; a GPU would have to wait for the answer
-    if {"entropy", "self_certainty"} & set(stats) and (z.is_cuda or z.amin(1).isneginf().any()):
-        masked = z == float("-inf")
-    if "self_certainty" in stats:
-        n_valid = torch.full_like(top, z.shape[1])
-        kept = z
-        if masked is not None:
-            n_valid -= masked.sum(dim=1)
-            kept = z.masked_fill(masked, 0.0)
-        mean = kept.sum(dim=1) / n_valid.clamp(min=1)
-    z -= finite_shift(top)[:, None]
-    exp = z.exp()
-    mass = exp.sum(dim=1)
-    if "entropy" in stats:
-        # a masked column adds 0; 0 * -inf would add nan
-        if masked is not None:
-            z.masked_fill_(masked, 0.0)
-        spread = exp.mul_(z).sum(dim=1)
-    return Partial(top, mass, spread, mean, n_valid, greedy)
-
-
-def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple[Rows, Tensor]:
-    """Statistics of every row, and the logit of every pair's target (NaN outside the vocabulary).
+def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:
+    """The partial of every row, and the logit of every pair's target (NaN outside the vocabulary).
 
     Wants R > 0. Workspace: one segment of the weight unless it is fp32 already, three blocks of
     logits, and a few values a row and segment.
@@ -125,20 +110,43 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple
     spans = pairs.spans(R, step)
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=dtype)
     merged: list[Partial | None] = [None] * len(spans)
-    for start, weight, bias in head.segments(dtype):
-        v = weight.shape[0]
+    for segment in head.segments(dtype):
+        v = segment.weight.shape[0]
         for i, span in enumerate(spans):
             rows = slice(i * step, min((i + 1) * step, R))
-            z = head.logits(_block(hidden, rows, step, dtype), weight, bias)
-            column = pairs.target[span] - start
+            z = head.logits(_block(hidden, rows, step, dtype), segment)
+            column = pairs.target[span] - segment.start
             logit = z[pairs.row[span] - rows.start, column.clamp(0, v - 1)]
             chosen[span] = torch.where((column >= 0) & (column < v), logit, chosen[span])
-            right = _partial(z, start, stats)
+            right = partial(z, segment.start, wanted)
             left = merged[i]
-            merged[i] = right if left is None else merge(left, right)
-    fields = zip(*(part for part in merged if part is not None), strict=True)
-    whole = Partial._make(None if x[0] is None else torch.cat(x)[:R] for x in fields)
-    return finish(whole), chosen
+            merged[i] = right if left is None else merge(left, right, wanted.renyi_order)
+    return cut(stack([part for part in merged if part is not None]), R), chosen
+
+
+def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
+    """Unmasked columns ahead of each pair's target [S] int64; any number for a pair outside.
+
+    `chosen` [S] are the targets' logits, from the `forward` above: these are the same bits.
+    """
+    R = hidden.shape[0]
+    dtype = chosen.dtype
+    step = head.block_rows()
+    spans = pairs.spans(R, step)
+    ahead = torch.zeros_like(pairs.target)
+    for segment in head.segments(dtype):
+        column = torch.arange(segment.weight.shape[0], device=hidden.device) + segment.start
+        for i, span in enumerate(spans):
+            rows = slice(i * step, min((i + 1) * step, R))
+            z = head.logits(_block(hidden, rows, step, dtype), segment)
+            # as many pairs at a time as there are rows: a fork may have any number
+            for j in range(span.start, span.stop, step):
+                some = slice(j, min(j + step, span.stop))
+                of_pair = z[pairs.row[some] - rows.start]
+                own, target = chosen[some, None], pairs.target[some, None]
+                first = (of_pair > own) | ((of_pair == own) & (column < target))
+                ahead[some] += (first & (of_pair > float("-inf"))).sum(dim=1)
+    return ahead
 
 
 def _add_at(out: Tensor, index: Tensor, value: Tensor) -> Tensor:
@@ -232,7 +240,8 @@ def backward(
     if R > 0 and pairs.row.shape[0] > 0 and grads:
         spans = pairs.spans(R, BACKWARD_BLOCKS * step)
         of_row = RowGrads(grads, state, pairs.row, size)
-        for start, weight, bias in head.segments(dtype):
+        for segment in head.segments(dtype):
+            start, weight = segment.start, segment.weight
             dweight_v = None if dweight is None else weight.new_zeros(weight.shape)
             dbias_v = None if dbias is None else weight.new_zeros(weight.shape[0])
             for i, span in enumerate(spans):
@@ -242,7 +251,7 @@ def backward(
                 n = block.stop - block.start
                 x = _block(hidden, slice(block.start, min(block.stop, R)), n, dtype)
                 x = torch.where(of_row.active[block], x, 0.0)
-                z = head.logits(x, weight, bias)
+                z = head.logits(x, segment)
                 dz = of_row.dlogits(z, block)
                 if "logprob" in grads:
                     row, column = pairs.row[span] - block.start, pairs.target[span] - start
