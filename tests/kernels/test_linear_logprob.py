@@ -27,6 +27,31 @@ def test_as_accurate_as_torch(R, V, D, dtype, device):
     assert_matches_fp64(head_problem(R, V, D, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("V", [32_001, 151_665])
+def test_vocabulary_of_a_real_model(V, device):
+    # Llama 2 with a padding token; Qwen 2.5 without the padding of its head
+    assert_matches_fp64(head_problem(2, V, 16, device=device))
+
+
+@pytest.mark.parametrize("D", [31, 127, 129, 255, 257, 1000])
+def test_ragged_depth(D, device):
+    assert_matches_fp64(head_problem(64, 65, D, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_rank_counts_what_a_sort_would(device):
+    problem = head_problem(1, 300, 8, device=device)
+    problem["weight"] = torch.randint(-1, 2, (300, 8), device=device).float()  # many ties
+    problem["hidden"][:] = 1.0
+    z = problem["hidden"] @ problem["weight"].T
+    order = z[0].sort(descending=True, stable=True).indices
+    problem |= {"target": order, "rows": torch.zeros_like(order)}
+    got = values(problem, ("rank", "is_greedy", "topk_id"), k=32)
+    assert got["rank"].tolist() == [float(i) for i in range(1, 301)]
+    assert torch.equal(got["is_greedy"], (got["rank"] == 1).float())
+    assert torch.equal(got["topk_id"][7], order[:32])
+
+
 @pytest.mark.parametrize("stat", NAMES)
 def test_each_statistic_alone(stat, device):
     assert_matches_fp64(head_problem(6, 70, 20, device=device, bias=True), stats=(stat,))
