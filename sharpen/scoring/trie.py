@@ -13,7 +13,9 @@ The leaves, their order and their cuts follow from the ids alone, not from the o
 """
 
 import struct
+import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .pairs import Pair
@@ -55,8 +57,10 @@ def build_trie(
             riders.append(i)
             if k + 1 < len(members) and members[k + 1][0].startswith(tail):
                 continue
-            same = stem == before[0]
-            common.append(len(stem) // 4 + _agree(before[1], tail) if same else _agree(before[0], stem))
+            if stem == before[0]:
+                common.append(len(stem) // 4 + _agree(before[1], tail))
+            else:
+                common.append(_agree(before[0], stem))
             scored.append(riders)
             riders, before = [], (stem, tail)
     own = [pairs[riders[-1]] for riders in scored]
@@ -113,9 +117,7 @@ def _agree(a: bytes, b: bytes) -> int:
     return (8 * n - differ.bit_length()) // 32
 
 
-def _cut(
-    common: list[int], prompts: list[int], min_shared: int
-) -> tuple[list[int], list[int]]:
+def _cut(common: list[int], prompts: list[int], min_shared: int) -> tuple[list[int], list[int]]:
     """Order of the leaves, and what each shares with the one before it in that order.
 
     Args:
@@ -144,34 +146,29 @@ def _cut(
             # a prompt that ends in too short a run leaves it with its own completions
             if not together:
                 keys = ending
-        parts = _parts_by_fork(leaves, joins, fork) if keys is None else _parts_by_key(leaves, joins, keys)
+        parts = _sort_out(leaves, joins, keys) if keys else _split(leaves, joins, fork)
         # the last part first: a stack
         for n, (part, inner) in reversed(list(enumerate(parts))):
             stack.append((part, inner, depth, depth if n else overlap))
     return order, shared
 
 
-def _parts_by_fork(
-    leaves: list[int], joins: list[int], fork: int
-) -> list[tuple[list[int], list[int]]]:
+def _split(leaves: list[int], joins: list[int], fork: int) -> list[tuple[list[int], list[int]]]:
+    """The branches of a fork, each with its leaves and their joins."""
     bounds = [0, *(n for n in range(1, len(joins)) if joins[n] == fork), len(leaves)]
-    return [(leaves[a:b], joins[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(leaves[a:b], joins[a:b]) for a, b in pairwise(bounds)]
 
 
-def _parts_by_key(
+def _sort_out(
     leaves: list[int], joins: list[int], keys: list[int]
 ) -> list[tuple[list[int], list[int]]]:
-    parts = []
-    for key in sorted(set(keys)):
-        part: list[int] = []
-        inner: list[int] = []
-        agree = 0
-        for leaf, join, own in zip(leaves, joins, keys, strict=True):
-            agree = min(agree, join)
-            if own == key:
-                part.append(leaf)
-                inner.append(agree)
-                # what a leaf has in common with itself: more than with any other
-                agree = join_limit
-        parts.append((part, inner))
-    return parts
+    """The leaves of each key, in order, with their joins across what was between them."""
+    parts: dict[int, tuple[list[int], list[int]]] = {key: ([], []) for key in sorted(set(keys))}
+    lowest = dict.fromkeys(parts, sys.maxsize)
+    for leaf, join, own in zip(leaves, joins, keys, strict=True):
+        for key in parts:
+            lowest[key] = min(lowest[key], join)
+        parts[own][0].append(leaf)
+        parts[own][1].append(lowest[own])
+        lowest[own] = sys.maxsize
+    return list(parts.values())
