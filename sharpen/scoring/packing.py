@@ -189,7 +189,7 @@ def _parts(leaves: list[Leaf], first: int, max_tokens: int) -> dict[range, int]:
     """Stretches of the leaves from `first` on that fit a row each, and their tokens."""
     bounds = [n for n in range(first, len(leaves)) if leaves[n].shared == 0]
     sizes: dict[range, int] = {}
-    for start, stop in zip(bounds, [*bounds[1:], len(leaves)], strict=True):
+    for start, stop in pairwise([*bounds, len(leaves)]):
         size = sum(leaf.length - leaf.shared for leaf in leaves[start:stop])
         if size <= max_tokens or stop - start == 1:
             sizes[range(start, stop)] = size

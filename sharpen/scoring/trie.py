@@ -53,7 +53,7 @@ def build_trie(
     before = (b"", b"")
     for stem, members in _families(pairs, chosen):
         riders: list[int] = []
-        for k, (tail, _, i) in enumerate(members):
+        for k, (tail, *_, i) in enumerate(members):
             riders.append(i)
             if k + 1 < len(members) and members[k + 1][0].startswith(tail):
                 continue
@@ -76,11 +76,12 @@ def build_trie(
 
 def _families(
     pairs: Sequence[Pair], chosen: Sequence[int]
-) -> Iterator[tuple[bytes, list[tuple[bytes, int, int]]]]:
-    """Sequences in order of their ids, as (stem, [(tail, tokens of the prompt, pair), ...]).
+) -> Iterator[tuple[bytes, list[tuple[bytes, int, int, int]]]]:
+    """Sequences in order of their ids, as (stem, members).
 
     A stem is a prompt that begins with no other prompt, so sequences of two stems differ before
-    both end, and a prompt is compared once and not once per completion.
+    either stem ends, and a prompt is compared once and not once per completion. A member is
+    (tail, tokens of the prompt, last id of the completion, pair): ties go by content.
     """
     # the list is kept beside its id(), or another list could get the same one
     seen: dict[int, tuple[list[int], bytes]] = {}
@@ -94,12 +95,13 @@ def _families(
         if stem is None or not key.startswith(stem):
             stem = key
         stem_of[key] = stem
-    families: dict[bytes, list[tuple[bytes, int, int]]] = {s: [] for s in stem_of.values()}
+    families: dict[bytes, list[tuple[bytes, int, int, int]]] = {s: [] for s in stem_of.values()}
     for i in chosen:
         prompt, completion = pairs[i]
         key = seen[id(prompt)][1]
         stem = stem_of[key]
-        families[stem].append((key[len(stem) :] + _key(completion[:-1]), len(prompt), i))
+        tail = key[len(stem) :] + _key(completion[:-1])
+        families[stem].append((tail, len(prompt), completion[-1], i))
     for stem, members in families.items():
         yield stem, sorted(members)
 
