@@ -7,3 +7,6 @@ from .segment_stats import Segments as Segments
 from .segment_stats import SequenceStats as SequenceStats
 from .stats import TokenStats as TokenStats
 from .token_logprob import token_logprob as token_logprob
+from .tree import Run as Run
+from .tree import Tree as Tree
+from .tree import tree_mask as tree_mask

@@ -1,0 +1,309 @@
+"""Tree attention as a cascade of ordinary attention calls, merged by log-sum-exp.
+
+Forward: each part of the plan gives its own output o_j and log-sum-exp l_j, and
+
+    lse = log(sum_j exp(l_j)),    out = sum_j exp(l_j - lse) o_j,    a sink is one more l_j with o_j = 0
+
+Backward enters each part again with the MERGED output and log-sum-exp: with P = exp(S - lse) and
+delta = rowsum(dO * O) the parts' gradients are exact and add up.  (Backward through calls that drop
+the gradient of l_j is silently wrong.  The trick is ring attention's, Liu et al. 2023,
+arXiv:2310.01889.)
+
+On a CPU the parts are PyTorch's flash attention, elsewhere and under a softcap plain products.
+H query heads, Hkv key heads, T tokens, K head size of queries and keys, Kv of values.  Memory is
+O(T).  Bits are a function of the whole row's plan; values at rounding level do not depend on it.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._launch import exact_matmul
+from ._tree_attention_plan import Part, Plan, plan_of
+
+BLOCK_ELEMENTS = 1 << 20  # logits of a block of the plain products; chosen
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Rule(NamedTuple):
+    """What a query sees of its ancestors, and how logits are made."""
+
+    end: Tensor
+    position: Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+class _Masks:
+    """Additive masks of the parts of one call; bands of one shape share theirs."""
+
+    def __init__(self, rule: Rule, dtype: torch.dtype):
+        self.rule, self.dtype = rule, dtype
+        self.bands: dict[tuple[int, int, int], Tensor] = {}
+
+    def of(self, part: Part) -> Tensor | None:
+        """Zero where the part's query sees the key, -inf elsewhere; None if `kind` says it all."""
+        if part.kind == "tree":
+            return self._additive(self._tree(part))
+        if part.kind != "band":
+            return None
+        shape = part.n_rows, part.n_cols, part.delta
+        if shape not in self.bands:
+            self.bands[shape] = self._additive(self._band(*shape))
+        return self.bands[shape]
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=self.dtype, device=seen.device)
+        return torch.where(seen, zero, float("-inf"))
+
+    def _band(self, n_rows: int, n_cols: int, delta: int) -> Tensor:
+        place = torch.arange(max(n_rows, n_cols), device=self.rule.end.device)
+        distance = delta + place[:n_rows, None] - place[:n_cols]
+        seen = distance >= 0
+        return seen if self.rule.window is None else seen & (distance < self.rule.window)
+
+    def _tree(self, part: Part) -> Tensor:
+        rows, cols = (
+            slice(part.row, part.row + part.n_rows),
+            slice(part.col, part.col + part.n_cols),
+        )
+        place = torch.arange(part.n_rows, device=self.rule.end.device)
+        seen = place[:, None] >= place[: part.n_cols] + (part.col - part.row)
+        seen &= place[:, None] + part.row < self.rule.end[cols]
+        if self.rule.window is not None:
+            position = self.rule.position
+            seen &= position[rows, None] - position[cols] < self.rule.window
+        return seen
+
+
+def _rows(x: Tensor, part: Part) -> Tensor:
+    """The part's queries in x [H, T, ...]: [n, H, n_rows, ...], a view."""
+    return _slices(x, part.row, part.n_rows, part.n, part.step)
+
+
+def _cols(x: Tensor, part: Part) -> Tensor:
+    """The part's keys in x [H, T, ...]: [n, H, n_cols, ...], a view; copies may overlap."""
+    return _slices(x, part.col, part.n_cols, part.n, part.col_step)
+
+
+def _slices(x: Tensor, start: int, size: int, n: int, step: int) -> Tensor:
+    over_heads, over_rows, *rest = x.stride()
+    offset = x.storage_offset() + start * over_rows
+    strides = (step * over_rows, over_heads, over_rows, *rest)
+    return x.as_strided((n, x.shape[0], size, *x.shape[2:]), strides, offset)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, table: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Output [H, T, Kv] in the dtype of q, log-sum-exp [H, T] in fp32 (fp64); T above 0."""
+    with exact_matmul(q.device):
+        plan = plan_of(table, rule.window)
+        out, lse = _merged(q, k, v, plan, rule)
+        if plan.mixes and out.sum().isnan():
+            # 0 x NaN: a NaN may come from a neighbour in a block that the query does not see
+            out, lse = _merged(q, k, v, plan_of(table, rule.window, small=0), rule)
+    if sinks is not None:
+        sink = sinks.to(lse.dtype)[:, None]
+        out *= torch.sigmoid(lse - sink)[:, :, None]
+        lse = torch.logaddexp(lse, sink)
+    return _as_new(out, v.shape[2], q.dtype), lse
+
+
+def backward(
+    dout: Tensor, saved: tuple[Tensor, ...], sinks: Tensor | None, table: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks; `saved` are q, k, v and the merged output and log-sum-exp."""
+    *_, out, lse = saved
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    with exact_matmul(dout.device):
+        plan = plan_of(table, rule.window)
+        grads = _gradients(dout, saved, plan, rule)
+        if plan.mixes and sum(x.sum() for x in grads).isnan():
+            grads = _gradients(dout, saved, plan_of(table, rule.window, small=0), rule)
+    dsinks = None
+    if sinks is not None:
+        delta = (dout.to(lse.dtype) * out).sum(-1)
+        dsinks = -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum(-1).to(sinks.dtype)
+    dq, dk, dv = (_as_new(g, x.shape[2], x.dtype) for g, x in zip(grads, saved, strict=False))
+    return dq, dk, dv, dsinks
+
+
+def _new(x: Tensor, n_heads: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Room for [n_heads, T, width], a token's heads side by side as models want them."""
+    return x.new_empty((x.shape[1], n_heads, width), dtype=dtype).transpose(0, 1)
+
+
+def _as_new(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The first `width` of every head, laid out as `_new` does."""
+    return x[..., :width].to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rule: Rule) -> tuple[Tensor, Tensor]:
+    route = _Flash(rule, q, v) if _fits_flash(q, rule) else _Plain(rule, q)
+    wide, masks = torch.promote_types(q.dtype, torch.float32), _Masks(rule, q.dtype)
+    q, k, v = (route.padded(x) for x in (q, k, v))
+    out = _new(q, q.shape[0], v.shape[2], wide)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=wide).T
+    for part in (*plan.own, *plan.cross):
+        inputs = _rows(q, part), _cols(k, part), _cols(v, part)
+        part_out, part_lse = route.forward(*inputs, part, masks.of(part))
+        so_far, lse_so_far = _rows(out, part), _rows(lse, part)
+        if part.is_own:
+            so_far.copy_(part_out)
+            lse_so_far.copy_(part_lse)
+        else:
+            share = torch.sigmoid(part_lse - lse_so_far)
+            so_far.lerp_(part_out.to(wide), share[..., None])
+            lse_so_far.copy_(torch.logaddexp(lse_so_far, part_lse))
+    return out, lse
+
+
+def _gradients(
+    dout: Tensor, saved: tuple[Tensor, ...], plan: Plan, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in fp32 (fp64)."""
+    q, k, v, out, lse = saved
+    route = _Flash(rule, q, v) if _fits_flash(q, rule) else _Plain(rule, q)
+    masks = _Masks(rule, q.dtype)
+    dq, dk, dv = (
+        _new(x, x.shape[0], route.padded(x).shape[2], lse.dtype).zero_() for x in (q, k, v)
+    )
+    q, k, v, out, dout = (route.padded(x) for x in (q, k, v, out, dout))
+    for part in (*plan.own, *plan.cross):
+        over_rows = (_rows(x, part) for x in (dout, q, out, lse))
+        over_cols = (_cols(x, part) for x in (k, v))
+        of_q, *of_keys = route.backward(*over_rows, *over_cols, part, masks.of(part))
+        _rows(dq, part).add_(of_q)
+        for total, of_part in zip((dk, dv), of_keys, strict=True):
+            if part.n > 1 and part.col_step == 0:
+                _cols(total, part._replace(n=1)).add_(of_part.sum(0, keepdim=True))
+            else:
+                _cols(total, part).add_(of_part)
+    return dq, dk, dv
+
+
+def _fits_flash(q: Tensor, rule: Rule) -> bool:
+    return q.device.type == "cpu" and rule.softcap is None
+
+
+class _Flash:
+    """Parts by PyTorch's flash attention for CPUs, which wants one head size for all."""
+
+    def __init__(self, rule: Rule, q: Tensor, v: Tensor):
+        self.scale, self.width = rule.scale, max(q.shape[2], v.shape[2])
+
+    def padded(self, x: Tensor) -> Tensor:
+        """`x` with zeros behind each head: they change no logit and weigh nothing."""
+        return F.pad(x, (0, self.width - x.shape[2])) if x.shape[2] < self.width else x
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, mask: Tensor | None):
+        causal = part.kind == "causal"
+        return flash(q, k, v, 0.0, causal, attn_mask=mask, scale=self.scale)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part: Part,
+        mask: Tensor | None,
+    ):
+        tensors = dout, q, k, v, out, lse
+        causal = part.kind == "causal"
+        return flash_backward(*tensors, 0.0, causal, attn_mask=mask, scale=self.scale)
+
+
+class _Plain:
+    """Parts by matrix products in fp32 (fp64), a block of logits at a time."""
+
+    def __init__(self, rule: Rule, q: Tensor):
+        self.scale, self.softcap = rule.scale, rule.softcap
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """`x`: any head sizes do."""
+        return x
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, mask: Tensor | None):
+        n, H, size, _ = q.shape
+        k, v = k.to(self.wide), v.to(self.wide)
+        out = q.new_empty((n, H, size, v.shape[3]), dtype=self.wide)
+        lse = q.new_empty((n, H, size), dtype=self.wide)
+        for rows, n_cols in self._blocks(part, n * H):
+            z, _ = self._logits(q, k, rows, n_cols, part, mask)
+            log_mass = z.logsumexp(-1, keepdim=True)
+            share = torch.exp(z - log_mass)
+            value = share.flatten(2, 3) @ v[:, :, :n_cols]
+            out[:, :, rows] = value.view(n, H, -1, v.shape[3])
+            lse[:, :, rows] = log_mass.view(n, H, -1)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part: Part,
+        mask: Tensor | None,
+    ):
+        n, H, _, K = q.shape
+        Hkv = k.shape[1]
+        k, v = k.to(self.wide), v.to(self.wide)
+        dq = torch.empty_like(q, dtype=self.wide)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for rows, n_cols in self._blocks(part, n * H):
+            z, slope = self._logits(q, k, rows, n_cols, part, mask)
+            dy = dout[:, :, rows].to(self.wide)
+            delta = (dy * out[:, :, rows]).sum(-1).view(n, Hkv, -1, 1)
+            dy = dy.reshape(n, Hkv, -1, v.shape[3])
+            share = torch.exp(z.flatten(2, 3) - lse[:, :, rows].reshape(n, Hkv, -1, 1))
+            dz = share * (dy @ v[:, :, :n_cols].mT - delta) * self.scale
+            if slope is not None:
+                dz *= slope
+            dq[:, :, rows] = (dz @ k[:, :, :n_cols]).view(n, H, -1, K)
+            dk[:, :, :n_cols] += dz.mT @ self._grouped(q, rows, Hkv)
+            dv[:, :, :n_cols] += share.mT @ dy
+        return dq, dk, dv
+
+    def _blocks(self, part: Part, n_heads: int) -> Iterator[tuple[slice, int]]:
+        """Queries of each block, and the keys that it needs."""
+        height = max(1, BLOCK_ELEMENTS // (n_heads * part.n_cols))
+        for start in range(0, part.n_rows, height):
+            stop = min(start + height, part.n_rows)
+            yield slice(start, stop), stop if part.kind == "causal" else part.n_cols
+
+    def _grouped(self, q: Tensor, rows: slice, Hkv: int) -> Tensor:
+        """Queries of a block [n, Hkv, rows of all its heads, K]."""
+        n, _, _, K = q.shape
+        return q[:, :, rows].to(self.wide).reshape(n, Hkv, -1, K)
+
+    def _logits(
+        self, q: Tensor, k: Tensor, rows: slice, n_cols: int, part: Part, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, Hkv, heads x rows..., n_cols], and the slope of the softcap there."""
+        n, Hkv = k.shape[:2]
+        z = (self._grouped(q, rows, Hkv) * self.scale) @ k[:, :, :n_cols].mT
+        slope = None
+        if self.softcap is not None:
+            capped = torch.tanh(z / self.softcap)
+            z, slope = self.softcap * capped, 1 - capped.square()
+        z = z.view(n, Hkv, -1, rows.stop - rows.start, n_cols)
+        if part.kind == "causal":
+            place = torch.arange(rows.stop, device=z.device)
+            z = z.masked_fill(place[rows, None] < place[:n_cols], float("-inf"))
+        elif mask is not None:
+            z = z + mask[rows, :n_cols]
+        return z, slope

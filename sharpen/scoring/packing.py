@@ -1,0 +1,246 @@
+"""Pairs to packed rows under a token budget, prefixes once per row, and back to input order.
+
+T packed tokens, S scored tokens and R hidden rows that predict, of one row.
+
+    prompt -> first answer -> its end            one row, depth first: tree, ids, parent
+                           -> another end        scored token s: `target[s]`, predicted by the
+           -> second answer                      hidden row `source[rows[s]]`, put at `place[s]`
+
+A budget cuts a trie between leaves, and each part repeats the ancestors that it needs; cuts are
+placed where the fewest tokens are repeated. Whole tries and parts then go, largest first, to the
+row that they fill best. There is no padding: a row is as long as its tokens.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from sharpen_kernels.tree import Tree
+
+from .pairs import Pair
+from .trie import Leaf, build_trie
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """Some tries side by side, and where their scored tokens are.
+
+    Attributes:
+        ids: Token ids.
+        tree: End of subtree, position and runs of the tokens.
+        parent: The token before each in its sequence, -1 at a root.
+        count: How many of the scored completions read each token: duplicates count each time.
+        source: The tokens whose hidden rows predict something, ascending.
+        rows: Which of `source` predicts each scored token; those of a completion are together.
+        target: The id of each scored token.
+        place: Where each scored token stands in input order; stays on the CPU.
+    """
+
+    ids: Int64[Tensor, " T"]
+    tree: Tree
+    parent: Int64[Tensor, " T"]
+    count: Int64[Tensor, " T"]
+    source: Int64[Tensor, " R"]
+    rows: Int64[Tensor, " S"]
+    target: Int64[Tensor, " S"]
+    place: Int64[Tensor, " S"]
+
+    def to(self, device: torch.device) -> "PackedRow":
+        """The same row on `device`; `place` stays where it is."""
+        return PackedRow(
+            self.ids.to(device),
+            self.tree.to(device),
+            self.parent.to(device),
+            self.count.to(device),
+            self.source.to(device),
+            self.rows.to(device),
+            self.target.to(device),
+            self.place,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The rows that score every completion token of `pairs` once; a row is built when asked for.
+
+    Attributes:
+        pairs: What was planned; not copied, so not to be changed.
+        leaves: Their tries.
+        parts: The stretches of `leaves` in each row; the first leaf of a stretch shares nothing.
+        starts: Where the tokens of each completion start in input order, then their number.
+        naive: Tokens read if every pair is read alone.
+        packed: Tokens of all rows.
+    """
+
+    pairs: Sequence[Pair]
+    leaves: list[Leaf]
+    parts: list[list[range]]
+    starts: list[int]
+    naive: int
+    packed: int
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        return map(self._row, self.parts)
+
+    def __getitem__(self, index: int) -> PackedRow:
+        return self._row(self.parts[index])
+
+    def _row(self, parts: list[range]) -> PackedRow:
+        ids: list[int] = []
+        parent: list[int] = []
+        row: list[int] = []
+        target: list[int] = []
+        place: list[int] = []
+        last: list[int] = []
+        for part in parts:
+            path: list[int] = []
+            for n in part:
+                leaf = self.leaves[n]
+                prompt, completion = self.pairs[leaf.pair]
+                del path[leaf.shared if n > part.start else 0 :]
+                first = len(ids)
+                ids += (prompt + completion[:-1])[len(path) :]
+                own = range(first, len(ids))
+                parent += [path[-1] if path else -1, *own[:-1]]
+                path += own
+                for i in leaf.scored:
+                    prompt, completion = self.pairs[i]
+                    row += path[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
+                    target += completion
+                    place += range(self.starts[i], self.starts[i + 1])
+                    last.append(row[-1])
+        parent_T = torch.tensor(parent, dtype=torch.int64)
+        tree = Tree.of(parent_T)
+        source_R, rows_S = torch.tensor(row, dtype=torch.int64).unique(return_inverse=True)
+        # completions that end before each token; those of a subtree end inside its stretch
+        ended = torch.bincount(torch.tensor(last), minlength=len(ids)).cumsum(0)
+        ended = torch.cat([ended.new_zeros(1), ended])
+        return PackedRow(
+            ids=torch.tensor(ids, dtype=torch.int64),
+            tree=tree,
+            parent=parent_T,
+            count=ended[tree.end] - ended[:-1],
+            source=source_R,
+            rows=rows_S,
+            target=torch.tensor(target, dtype=torch.int64),
+            place=torch.tensor(place, dtype=torch.int64),
+        )
+
+
+def plan(
+    pairs: Sequence[Pair],
+    max_tokens: int,
+    *,
+    boundary: int | None = None,
+    min_shared: int = 8,
+    share: bool = True,
+) -> Plan:
+    """Rows of at most `max_tokens` tokens that score every completion token of `pairs` once.
+
+    The rows follow from the ids and the budget; permuting `pairs` permutes `place` alone. The
+    first row is the longest there is. An empty completion has nothing to score and is in no row.
+
+    Args:
+        pairs: Prompt and completion ids; the prompt has at least one.
+        max_tokens: Budget of one row. A sequence above it gets a row of its own.
+        boundary: Sequences of up to so many tokens and longer ones never share a row.
+        min_shared: Tokens that two sequences must have in common to share them, beyond the fork
+            before, at least 1; completions of one prompt share the prompt whatever its length,
+            and a sequence that begins another one is read off it. The default was chosen: about
+            half a tile of the attention.
+        share: False shares nothing but whole sequences: what a model needs that can tell the
+            sequences of a row apart and cannot read a tree.
+
+    Example:
+        >>> (row,) = plan([([1, 2], [3, 4]), ([1, 2], [5])], max_tokens=100)
+        >>> row.ids.tolist(), row.source.tolist(), row.target.tolist()
+        ([1, 2, 3], [1, 2], [5, 3, 4])
+        >>> row.rows.tolist(), row.place.tolist()
+        ([0, 0, 1], [2, 0, 1])
+    """
+    lengths = [len(prompt) + len(c) - 1 if c else 0 for prompt, c in pairs]
+    limit = max(lengths, default=0) if boundary is None else boundary
+    long = [i for i, length in enumerate(lengths) if length > limit]
+    short = [i for i, length in enumerate(lengths) if 0 < length <= limit]
+    leaves: list[Leaf] = []
+    rows: list[list[range]] = []
+    sizes: dict[range, int] = {}
+    for chosen in (long, short):
+        first = len(leaves)
+        leaves += build_trie(pairs, chosen, min_shared=min_shared, share=share)
+        parts = _parts(leaves, first, max_tokens)
+        rows += _fill(parts, max_tokens)
+        sizes |= parts
+    rows.sort(key=lambda row: -sum(sizes[part] for part in row))
+    starts = [0, *accumulate(len(completion) for _, completion in pairs)]
+    return Plan(pairs, leaves, rows, starts, sum(lengths), sum(sizes.values()))
+
+
+def _parts(leaves: list[Leaf], first: int, max_tokens: int) -> dict[range, int]:
+    """Stretches of the leaves from `first` on that fit a row each, and their tokens."""
+    bounds = [n for n in range(first, len(leaves)) if leaves[n].shared == 0]
+    sizes: dict[range, int] = {}
+    for start, stop in pairwise([*bounds, len(leaves)]):
+        size = sum(leaf.length - leaf.shared for leaf in leaves[start:stop])
+        if size <= max_tokens or stop - start == 1:
+            sizes[range(start, stop)] = size
+        else:
+            sizes |= _split(leaves, range(start, stop), max_tokens)
+    return sizes
+
+
+def _split(leaves: list[Leaf], whole: range, max_tokens: int) -> dict[range, int]:
+    """One trie in parts that fit, repeating as few tokens as possible, then in as few parts.
+
+    Dynamic programming over the first leaf of the last part: which leaves that can be, for a last
+    leaf, is a window that only moves forward, so its best is kept in a monotone queue.
+    """
+    # tokens of the whole trie up to and with each leaf
+    tokens = list(accumulate(leaves[n].length - leaves[n].shared for n in whole))
+
+    def size(a: int, b: int) -> int:
+        """Tokens of the part of leaves a ... b - 1."""
+        return leaves[whole[a]].length + tokens[b - 1] - tokens[a]
+
+    best = [(0, 0)]  # (tokens repeated, parts) of the first leaves, up to each
+    came = [0]
+    queue: deque[tuple[tuple[int, int], int]] = deque()
+    for b in range(1, len(whole) + 1):
+        repeated, parts = best[b - 1]
+        cost = (repeated + (leaves[whole[b - 1]].shared if b > 1 else 0), parts + 1)
+        while queue and queue[-1][0] > cost:
+            queue.pop()
+        queue.append((cost, b - 1))
+        while queue[0][1] < b - 1 and size(queue[0][1], b) > max_tokens:
+            queue.popleft()
+        best.append(queue[0][0])
+        came.append(queue[0][1])
+    cuts = [len(whole)]
+    while cuts[-1] > 0:
+        cuts.append(came[cuts[-1]])
+    cuts.reverse()
+    return {whole[a:b]: size(a, b) for a, b in pairwise(cuts)}
+
+
+def _fill(sizes: dict[range, int], max_tokens: int) -> list[list[range]]:
+    """Rows of parts: largest first, each into the row that it fills best."""
+    rows: list[list[range]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for part, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0].start)):
+        found = bisect_left(free, (size, 0))
+        left, row = free.pop(found) if found < len(free) else (max_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(part)
+        if left > size:
+            insort(free, (left - size, row))
+    return [sorted(row, key=lambda part: part.start) for row in rows]
