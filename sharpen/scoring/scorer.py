@@ -18,8 +18,9 @@ from sharpen_kernels.linear_logprob import Statistic
 from .forward import evaluating
 from .head import Head
 from .pairs import Pair, encode_text, pair_up
-from .probe import find_head
+from .route import Route, find_route
 from .scores import Scores
+from .sharing import WAYS, Sharing, SharingError
 from .token_stats import token_stats
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class Scorer:
     Args:
         model: A transformers causal LM on any device, or a path, hub id or "game24" to load.
         tokenizer: For `score_text`; default: the one of the path.
-        max_tokens: Budget of one forward, in padded tokens. A longer sequence runs alone.
+        max_tokens: Budget of one forward, in tokens. A longer sequence runs alone.
+        sharing: How completions share their prompt: "auto" takes the first of "tree" (packed rows,
+            every shared token once), "cache" (the prompt into a cache, then its completions in
+            batches) and "none" that a probe finds right for this model; a name forces one.
         device: Where to load a path; default: the GPU if there is one.
         dtype: What to load a path as; default: that of the checkpoint on a GPU, fp32 on a CPU.
         trust_remote_code: Run model code that comes with the path.
@@ -61,6 +65,7 @@ class Scorer:
         *,
         tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
         max_tokens: int = 16384,
+        sharing: Literal["auto", "tree", "cache", "none"] = "auto",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
@@ -68,6 +73,8 @@ class Scorer:
     ):
         if max_tokens < 1:
             raise InputError(f"`max_tokens` must be at least 1, got {max_tokens}.")
+        if sharing not in ("auto", *WAYS):
+            raise InputError(f"`sharing` must be 'auto', {', '.join(WAYS)}, got {sharing!r}.")
         loading = {
             "device": device,
             "dtype": dtype,
@@ -76,7 +83,7 @@ class Scorer:
         }
         # what a copy in another process is built from: a path stays a path
         own = {"model": model, "tokenizer": tokenizer, "max_tokens": max_tokens}
-        self._arguments = own | loading
+        self._arguments = own | {"sharing": sharing} | loading
         if isinstance(model, (str, Path)):
             from sharpen.models import load_model
 
@@ -100,13 +107,9 @@ class Scorer:
         return _rebuild, (self._arguments,)
 
     @property
-    def route(self) -> Literal["hidden", "logits"]:
-        """How this model is scored; found by a probe at first use.
-
-        "hidden" projects hidden rows in `linear_logprob`. "logits" lets the model compute the
-        logits of one small batch at a time: slower, as exact as the model's own arithmetic.
-        """
-        return "logits" if self._head is None else "hidden"
+    def route(self) -> Route:
+        """How this model is scored; found by probes at first use."""
+        return self._route[0]
 
     @cached_property
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
@@ -157,7 +160,7 @@ class Scorer:
         # an empty layout first: a bad `valid` must not cost a forward
         Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
-            tokens = self._token_stats(pairs, names)
+            tokens = self._token_stats(pairs, names, self.route.sharing)
         columns = {name: _on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
         broken = scores.nan_completions()
@@ -216,23 +219,29 @@ class Scorer:
             InputError: As `score`.
         """
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
-        tokens = self._token_stats(pairs, ("logprob",))
+        try:
+            tokens = self._token_stats(pairs, ("logprob",), self.route.sharing)
+        except SharingError as error:
+            # what the probe ran in eval mode: dropout, checkpointing and the like can forbid it
+            logger.warning("whole sequences instead of shared prompts in this mode: %s", error)
+            tokens = self._token_stats(pairs, ("logprob",), "none")
         assert tokens.logprob is not None
         return tokens.logprob
 
     @cached_property
-    def _head(self) -> Head | None:
-        finding = find_head(self.model)
-        name = type(self.model).__name__
-        if finding.head is None:
-            logger.warning("%s takes the slower logits route: %s.", name, finding.reason)
-        else:
-            logger.info("%s takes the hidden route: %s.", name, finding.reason)
-        return finding.head
+    def _route(self) -> tuple[Route, Head | None]:
+        return find_route(self.model, self._arguments["sharing"])
 
-    def _token_stats(self, pairs: list[Pair], stats: Sequence[Statistic]) -> TokenStats:
+    def _token_stats(
+        self, pairs: list[Pair], stats: Sequence[Statistic], sharing: Sharing
+    ) -> TokenStats:
         return token_stats(
-            self.model, pairs, head=self._head, max_tokens=self.max_tokens, stats=stats
+            self.model,
+            pairs,
+            head=self._route[1],
+            max_tokens=self.max_tokens,
+            stats=stats,
+            sharing=sharing,
         )
 
 

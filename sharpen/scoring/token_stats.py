@@ -1,9 +1,11 @@
 """Statistics of every completion token of many pairs, batch by batch, in input order.
 
-S scored tokens, V vocabulary.  Two routes, one contract:
+S scored tokens, R hidden rows that predict them, V vocabulary.  Two routes, one contract:
 
-    "hidden"   hidden rows x head in `linear_logprob`; never a tensor of size [S, V]
+    "hidden"   hidden rows x head in `linear_logprob`; never a tensor of size [R, V]
     "logits"   the model's own logits, of one batch at a time, of a smaller budget
+
+and three ways to get the rows that predict, in `sharing`.
 """
 
 from collections.abc import Sequence
@@ -17,10 +19,11 @@ from sharpen.limits import ModelLimits
 from sharpen_kernels import TokenStats, token_logprob
 from sharpen_kernels.linear_logprob import Statistic
 
-from .batching import inverse_of, make_batches
-from .forward import hidden_rows, input_device, logit_rows, rope_boundary
+from .batching import inverse_of
+from .forward import input_device
 from .head import Head
 from .pairs import Pair
+from .sharing import Sharing, predicting
 
 if TYPE_CHECKING:
     import transformers
@@ -35,6 +38,7 @@ def token_stats(
     head: Head | None,
     max_tokens: int,
     stats: Sequence[Statistic],
+    sharing: Sharing = "none",
 ) -> TokenStats:
     """Statistics of all completion tokens of `pairs`, end to end; differentiable in the model.
 
@@ -44,21 +48,20 @@ def token_stats(
         head: How to read logits off hidden rows; None takes the logits route.
         max_tokens: Budget of one batch, in padded tokens.
         stats: Which statistics; see `TokenStats`.
+        sharing: How completions of one prompt share it; `find_sharing` says what a model can.
     """
     if head is None:
         V = ModelLimits.of(model).vocab_size
         max_tokens = min(max_tokens, LOGITS_BYTES // (4 * V))
     parts, places = [], []
-    for batch in make_batches(pairs, max_tokens, boundary=rope_boundary(model)):
-        places.append(batch.place)
-        batch = batch.to(input_device(model))
+    batches = predicting(model, pairs, head=head, max_tokens=max_tokens, sharing=sharing)
+    for source, rows, target, place in batches:
+        places.append(place)
         if head is not None:
-            hidden_SD = hidden_rows(model, batch)
-            parts.append(head.token_stats(model, hidden_SD, batch.target, stats=stats))
+            parts.append(head.token_stats(model, source, target, rows=rows, stats=stats))
         else:
-            logits_SV = logit_rows(model, batch)
-            target_S = batch.target.to(logits_SV.device)
-            parts.append(token_logprob(logits_SV, target_S, stats=stats))
+            rows = None if rows is None else rows.to(source.device)
+            parts.append(token_logprob(source, target.to(source.device), rows=rows, stats=stats))
     return _join(parts, inverse_of(places), stats, input_device(model))
 
 

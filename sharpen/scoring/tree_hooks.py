@@ -34,8 +34,8 @@ NAMES = {"eager": "shared_prefix_plain", "sdpa": "shared_prefix_fused"}
 _tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
 
 
-class TreeUnsupportedError(SharpenError):
-    """The model attends in a way that a prefix tree does not express."""
+class SharingError(SharpenError):
+    """The model cannot share prompts in this way, or not in the mode that it is in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +75,20 @@ def install(model: "transformers.PreTrainedModel") -> str | None:
     return None if taken == name else "transformers refused the attention hook"
 
 
+def uninstall(model: "transformers.PreTrainedModel") -> None:
+    """Give `model` back what `install` took the place of."""
+    taken = model.config.get_text_config()._attn_implementation
+    for base, name in NAMES.items():
+        if taken == name:
+            model.set_attn_implementation(base)
+
+
 def _mask_hook(base: str) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         tree = None if torch.compiler.is_compiling() else _tree.get()
         if tree is not None:
             if kwargs.get("use_vmap"):
-                raise TreeUnsupportedError("its mask is a pattern of its own")
+                raise SharingError("its mask is a pattern of its own")
             size = (kwargs["q_length"], kwargs["kv_length"], tree.end.shape[0])
             return TreeMask(tree, window_of(kwargs["mask_function"], *size))
         from transformers import AttentionMaskInterface
@@ -97,16 +105,16 @@ def window_of(allows: Callable[..., Tensor], n_query: int, n_key: int, T: int) -
     tell a window from chunks, whose rows differ in how many tokens they see.
 
     Raises:
-        TreeUnsupportedError: If the mask is neither causal nor a causal sliding window.
+        SharingError: If the mask is neither causal nor a causal sliding window.
     """
     if (n_query, n_key) != (T, T):
-        raise TreeUnsupportedError(f"it attends from {n_query} to {n_key} of {T} tokens")
+        raise SharingError(f"it attends from {n_query} to {n_key} of {T} tokens")
     zero, key_T = torch.tensor(0), torch.arange(T)
     rows = {q: allows(zero, zero, torch.tensor(q), key_T).cpu() for q in {T - 1, max(T - 2, 0)}}
     window = int(rows[T - 1].sum())
     for query, seen_T in rows.items():
         if not torch.equal(seen_T, (key_T > query - window) & (key_T <= query)):
-            raise TreeUnsupportedError("its mask is neither causal nor a sliding window")
+            raise SharingError("its mask is neither causal nor a sliding window")
     return None if window == T else window
 
 
@@ -125,11 +133,11 @@ def _attention_hook(base: str) -> Callable[..., Any]:
             )
         T = attention_mask.tree.end.shape[0]
         if query.shape[0] != 1 or query.shape[2] != T or key.shape[2] != T:
-            raise TreeUnsupportedError(f"queries {tuple(query.shape)}, keys {tuple(key.shape)}")
+            raise SharingError(f"queries {tuple(query.shape)}, keys {tuple(key.shape)}")
         if kwargs.get("dropout"):
-            raise TreeUnsupportedError("attention dropout is on; put the model in eval mode")
+            raise SharingError("attention dropout is on; put the model in eval mode")
         if kwargs.get("position_bias") is not None:
-            raise TreeUnsupportedError("it adds a position bias")
+            raise SharingError("it adds a position bias")
         out_HTK = tree_attention(
             query[0],
             key[0],

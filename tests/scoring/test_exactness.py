@@ -43,7 +43,7 @@ def test_matches_fp64_as_well_as_one_at_a_time_does(family, max_tokens):
         with torch.no_grad():
             low.append(alone(model, prompts, completions))
             truth.append(alone(exact, prompts, completions))
-    assert scorer.route == "hidden"
+    assert scorer.route.head == "hidden"
     assert_as_accurate(family, torch.cat(got), torch.cat(low), torch.cat(truth), floor=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_logits_route_matches_fp64_as_well(max_tokens):
     got = logprobs(scorer, prompts, completions)
     with torch.no_grad():
         low, truth = (alone(m, prompts, completions) for m in (model, exact))
-    assert scorer.route == "logits"
+    assert scorer.route.head == "logits"
     assert_as_accurate("logits route", got, low, truth, floor=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_half_precision_is_no_worse_than_one_at_a_time(family, dtype):
     got = logprobs(scorer, prompts, completions)
     with torch.no_grad():
         low, truth = (alone(m, prompts, completions) for m in (model, exact))
-    assert scorer.route == "hidden"
+    assert scorer.route.head == "hidden"
     assert got.dtype == torch.float32
     assert_as_accurate(family, got, low, truth, floor=1e-6)
 
@@ -146,6 +146,6 @@ def test_statistics_of_both_routes_agree():
     prompts, completions = ragged()
     scorers = Scorer(tiny("phi-bias")), Scorer(opaque("phi-bias", cap=None))
     hidden, logits = (s.score(prompts, completions, stats=NAMES).tokens for s in scorers)
-    assert [s.route for s in scorers] == ["hidden", "logits"]
+    assert [s.route.head for s in scorers] == ["hidden", "logits"]
     for name in NAMES:
         torch.testing.assert_close(getattr(hidden, name), getattr(logits, name))

@@ -32,21 +32,21 @@ def test_the_instrument_sees_the_logits_of_one_sequence():
 @pytest.mark.parametrize("stats", [("logprob",), ("entropy", "self_certainty", "is_greedy")])
 def test_hidden_route_never_holds_logits(stats):
     scorer = Scorer(tiny(vocab_size=V))
-    assert scorer.route == "hidden"
+    assert scorer.route.head == "hidden"
     seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS, stats=stats))
     assert seen < LOGITS_BYTES / 10
 
 
 def test_nor_does_its_backward():
     scorer = Scorer(tiny(vocab_size=V))
-    assert scorer.route == "hidden"
+    assert scorer.route.head == "hidden"
     seen = largest_allocation(lambda: scorer.logprobs(PROMPTS, COMPLETIONS).sum().backward())
     assert seen < LOGITS_BYTES / 10
 
 
 def test_logits_route_holds_those_of_one_small_batch(monkeypatch):
     scorer = Scorer(opaque(vocab_size=V))
-    assert scorer.route == "logits"
+    assert scorer.route.head == "logits"
     monkeypatch.setattr(token_stats, "LOGITS_BYTES", LOGITS_BYTES // 5)
     seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS))
     assert seen <= LOGITS_BYTES / 5

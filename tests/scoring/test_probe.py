@@ -19,7 +19,7 @@ def assert_scores_like_the_model(model, route):
     got = scorer.score(prompts, completions).tokens.logprob
     with torch.no_grad():
         want = alone(model, prompts, completions)
-    assert scorer.route == route
+    assert scorer.route.head == route
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
 
@@ -118,14 +118,14 @@ def test_nan_in_some_weights_does_not_hide_the_route():
     model = tiny()
     with torch.no_grad():
         model.get_input_embeddings().weight[::10] = float("nan")
-    assert Scorer(model).route == "hidden"
+    assert Scorer(model).route.head == "hidden"
 
 
 def test_nan_everywhere_takes_the_logits_route():
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    assert Scorer(model).route == "logits"
+    assert Scorer(model).route.head == "logits"
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def rough_products():
 
 
 def test_probe_allows_for_the_precision_that_products_are_set_to(rough_products):
-    assert Scorer(tiny()).route == "hidden"
+    assert Scorer(tiny()).route.head == "hidden"
 
 
 def test_probe_leaves_no_trace():
@@ -146,7 +146,7 @@ def test_probe_leaves_no_trace():
     model.model.norm.eval()
     modes = [module.training for module in model.modules()]
     before = torch.random.get_rng_state()
-    assert Scorer(model).route == "hidden"
+    assert Scorer(model).route.head == "hidden"
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())

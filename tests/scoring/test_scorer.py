@@ -46,7 +46,7 @@ def test_scores_stand_in_input_order_whatever_the_order_of_input():
 def test_empty_completions_have_no_tokens_and_cost_no_forward():
     model = tiny()
     scorer = Scorer(model)
-    assert scorer.route == "hidden"
+    assert scorer.route.head == "hidden"
     model.forward = None
     scores = scorer.score([[1], [2, 3]], [[[], []], []])
     assert scores.offsets.tolist() == [0, 0, 0]

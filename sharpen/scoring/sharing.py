@@ -1,0 +1,186 @@
+"""Once per model: which way of sharing a prompt gives the scores of each sequence alone?
+
+    tree    one packed row per batch, every shared token once    `tree_hooks`, `tree_forward`
+    cache   the prompt into a cache, completions in batches      `prefix_cache`
+    none    every sequence whole, in padded batches              `forward`
+
+No list of model types can tell: a recurrent layer, a position that does not come from
+`position_ids` or a mask that a model makes itself all give wrong scores in silence. So each way is
+tried on a few random tokens and compared with the sequences alone. Right ones agree to 1e-5 nats,
+wrong ones are off by 0.2 and more.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from sharpen.limits import ModelLimits
+
+from .batching import make_batches
+from .forward import backbone_of, evaluating, hidden_rows, input_device, logit_rows, rope_boundary
+from .head import Head
+from .packing import plan
+from .pairs import Pair
+from .prefix_cache import cached_parts, groups_of
+from .tree_forward import hidden_source, logit_source
+from .tree_hooks import SharingError as SharingError
+from .tree_hooks import install, uninstall
+
+if TYPE_CHECKING:
+    import transformers
+
+logger = logging.getLogger(__name__)
+
+Sharing = Literal["tree", "cache", "none"]
+WAYS: tuple[Sharing, ...] = get_args(Sharing)
+# in fp32: right ways measured up to 1.4e-5, wrong ones from 0.24 (study of 142 model types)
+TOLERANCE_NATS = 2e-5
+NOISE_FACTOR = 8  # of what padding a batch alone changes
+
+
+class Predicting(NamedTuple):
+    """What predicts some scored tokens: hidden rows, or logits, and who reads them."""
+
+    source: Tensor  # [R, D] or [R, V]
+    rows: Tensor | None  # [S] the row that predicts each token; None: row s token s
+    target: Tensor  # [S]
+    place: Tensor  # [S] on the CPU: where each token stands in input order
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way found, and why in words."""
+
+    sharing: Sharing
+    reason: str
+
+
+def predicting(
+    model: "transformers.PreTrainedModel",
+    pairs: Sequence[Pair],
+    *,
+    head: Head | None,
+    max_tokens: int,
+    sharing: Sharing,
+) -> Iterator[Predicting]:
+    """Batches that together predict every completion token of `pairs` once."""
+    boundary = rope_boundary(model)
+    if sharing == "tree":
+        for packed in plan(pairs, max_tokens, boundary=boundary):
+            row = packed.to(input_device(model))
+            source = logit_source(model, row) if head is None else hidden_source(model, row)
+            yield Predicting(source, row.rows, row.target, row.place)
+        return
+    rest: Sequence[Pair] = pairs
+    kept = None
+    if sharing == "cache":
+        groups, alone = groups_of(pairs, boundary)
+        module = model if head is None else backbone_of(model)
+        assert module is not None, "checked when the route was chosen"
+        for part in cached_parts(model, module, pairs, groups, max_tokens):
+            yield Predicting(*part)
+        # an empty completion keeps its place and is in no batch
+        kept = set(alone)
+        rest = [pair if i in kept else (pair[0], []) for i, pair in enumerate(pairs)]
+        offsets = _places(pairs, kept)
+    for batch in make_batches(rest, max_tokens, boundary=boundary):
+        place = batch.place if kept is None else offsets[batch.place]
+        batch = batch.to(input_device(model))
+        source = logit_rows(model, batch) if head is None else hidden_rows(model, batch)
+        yield Predicting(source, None, batch.target, place)
+
+
+def _places(pairs: Sequence[Pair], kept: set[int]) -> Int64[Tensor, " K"]:
+    """Places among all tokens of those of the pairs that are kept."""
+    kept_S = [i in kept for i, (_, completion) in enumerate(pairs) for _ in completion]
+    return torch.tensor(kept_S, dtype=torch.bool).nonzero()[:, 0]
+
+
+def find_sharing(
+    model: "transformers.PreTrainedModel", head: Head | None, ways: Sequence[Sharing] = WAYS
+) -> Choice:
+    """The first of `ways` that scores a few random sequences as each alone scores.
+
+    Runs in eval mode without gradients. Leaves the hooks of tree attention in the model if that
+    is the way, and no other trace.
+    """
+    with torch.no_grad(), evaluating(model):
+        pairs = _probe_pairs(model)
+        alone_S = torch.cat([_logprobs(model, [pair], head, "none") for pair in pairs])
+        noise = _error(_logprobs(model, pairs, head, "none"), alone_S)
+        limit = max(TOLERANCE_NATS, NOISE_FACTOR * noise)
+        refused = []
+        for way in ways:
+            if way == "none":
+                break
+            reason = _try(model, pairs, head, way, alone_S, limit)
+            if reason is None:
+                return Choice(way, "; ".join(["it scores as each sequence alone", *refused]))
+            refused.append(f"{way}: {reason}")
+    return Choice("none", "; ".join(refused) or "it was asked for")
+
+
+def _try(
+    model: "transformers.PreTrainedModel",
+    pairs: list[Pair],
+    head: Head | None,
+    way: Sharing,
+    alone: Float32[Tensor, " S"],
+    limit: float,
+) -> str | None:
+    """Why `way` does not do for this model, or None."""
+    if way == "tree":
+        why = install(model)
+        if why is not None:
+            return why
+    try:
+        error = _error(_logprobs(model, pairs, head, way), alone)
+        why = None if error <= limit else f"off by {error:.1e} nats, more than {limit:.1e}"
+    # a model may fail in any way at what it was not made for; the reason is logged
+    except Exception as failure:
+        why = (
+            str(failure).splitlines()[0]
+            if isinstance(failure, SharingError)
+            else (f"{type(failure).__name__}: {failure}".splitlines()[0])
+        )
+    if why is not None and way == "tree":
+        uninstall(model)
+    return why
+
+
+def _probe_pairs(model: "transformers.PreTrainedModel") -> list[Pair]:
+    """Two prompts; completions of unequal lengths, two of them with an opening in common."""
+    limits = ModelLimits.of(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(limits.vocab_size, (n,), generator=generator).tolist()
+
+    room = 64 if limits.max_length is None else min(64, limits.max_length)
+    prompt, opening = ids(room // 2), ids(room // 6)
+    endings = [ids(n) for n in (room // 3, 1, room // 8)]
+    pairs = [(prompt, opening + ending) for ending in endings[1:]]
+    pairs += [(prompt, endings[0]), (ids(room // 4), ids(2))]
+    return [(p, c) for p, c in pairs if p and c]
+
+
+def _logprobs(
+    model: "transformers.PreTrainedModel", pairs: list[Pair], head: Head | None, way: Sharing
+) -> Float32[Tensor, " S"]:
+    from .token_stats import token_stats
+
+    found = token_stats(model, pairs, head=head, max_tokens=2**14, stats=("logprob",), sharing=way)
+    assert found.logprob is not None
+    return found.logprob.float()
+
+
+def _error(got: Float32[Tensor, " S"], want: Float32[Tensor, " S"]) -> float:
+    """Largest difference in nats; NaN on one side only is the worst of errors."""
+    same = (got == want) | (got.isnan() & want.isnan())
+    difference_S = torch.where(same, 0.0, (got - want).abs())
+    return difference_S.nan_to_num(nan=float("inf")).max().item()
