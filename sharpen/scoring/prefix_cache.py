@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import transformers
 
 MIN_PROMPT = 16  # shorter prompts cost less than a second forward; chosen
+NAMES = ("past_key_values", "cache_params")  # of a cache, in arguments and outputs
 Part = tuple[Float[Tensor, "R _"], Int64[Tensor, " S"], Int64[Tensor, " S"], Int64[Tensor, " S"]]
 
 
@@ -110,8 +111,8 @@ def _part(
                 input_ids=ids_BL,
                 attention_mask=torch.cat([seen_BP, mask_BL], dim=1),
                 position_ids=positions_BL,
-                past_key_values=fork(cache, B),
                 use_cache=True,
+                **dict.fromkeys(NAMES, fork(cache, B)),
             )
         )
         source_RD = torch.cat([source_RD, _rows_of(out).flatten(0, 1)])
@@ -146,7 +147,7 @@ def cache_of(out: Any) -> Any:
     Raises:
         SharingError: If it returned none that can be repeated.
     """
-    cache = getattr(out, "past_key_values", None)
+    cache = next((found for name in NAMES if (found := getattr(out, name, None))), None)
     if cache is None or not hasattr(cache, "layers") or not hasattr(cache, "reorder_cache"):
         raise SharingError(f"{type(out).__name__} holds no cache that can be repeated")
     return cache
