@@ -14,9 +14,10 @@ row that they fill best. There is no padding: a row is as long as its tokens.
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -53,16 +54,8 @@ class PackedRow:
 
     def to(self, device: torch.device) -> "PackedRow":
         """The same row on `device`; `place` stays where it is."""
-        return PackedRow(
-            self.ids.to(device),
-            self.tree.to(device),
-            self.parent.to(device),
-            self.count.to(device),
-            self.source.to(device),
-            self.rows.to(device),
-            self.target.to(device),
-            self.place,
-        )
+        moved = {name: x.to(device) for name, x in vars(self).items() if name != "place"}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,21 +111,21 @@ class Plan:
                     target += completion
                     place += range(self.starts[i], self.starts[i + 1])
                     last.append(row[-1])
-        parent_T = torch.tensor(parent, dtype=torch.int64)
+        parent_T = _tensor(parent)
         tree = Tree.of(parent_T)
-        source_R, rows_S = torch.tensor(row, dtype=torch.int64).unique(return_inverse=True)
+        source_R, rows_S = _tensor(row).unique(return_inverse=True)
         # completions that end before each token; those of a subtree end inside its stretch
-        ended = torch.bincount(torch.tensor(last), minlength=len(ids)).cumsum(0)
+        ended = torch.bincount(_tensor(last), minlength=len(ids)).cumsum(0)
         ended = torch.cat([ended.new_zeros(1), ended])
         return PackedRow(
-            ids=torch.tensor(ids, dtype=torch.int64),
+            ids=_tensor(ids),
             tree=tree,
             parent=parent_T,
             count=ended[tree.end] - ended[:-1],
             source=source_R,
             rows=rows_S,
-            target=torch.tensor(target, dtype=torch.int64),
-            place=torch.tensor(place, dtype=torch.int64),
+            target=_tensor(target),
+            place=_tensor(place),
         )
 
 
@@ -183,6 +176,11 @@ def plan(
     rows.sort(key=lambda row: -sum(sizes[part] for part in row))
     starts = [0, *accumulate(len(completion) for _, completion in pairs)]
     return Plan(pairs, leaves, rows, starts, sum(lengths), sum(sizes.values()))
+
+
+def _tensor(x: list[int]) -> Int64[Tensor, " _"]:
+    # torch.tensor(x) reads a list about ten times slower
+    return torch.from_numpy(np.fromiter(x, np.int64, len(x)))
 
 
 def _parts(leaves: list[Leaf], first: int, max_tokens: int) -> dict[range, int]:
