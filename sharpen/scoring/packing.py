@@ -99,7 +99,8 @@ class Plan:
             for n in part:
                 leaf = self.leaves[n]
                 prompt, completion = self.pairs[leaf.pair]
-                del path[leaf.shared if n > part.start else 0 :]
+                # nothing to drop where a part begins: what it shares with the leaf before is repeated
+                del path[leaf.shared :]
                 first = len(ids)
                 ids += (prompt + completion[:-1])[len(path) :]
                 own = range(first, len(ids))
