@@ -99,7 +99,7 @@ class Plan:
             for n in part:
                 leaf = self.leaves[n]
                 prompt, completion = self.pairs[leaf.pair]
-                # nothing to drop where a part begins: what it shares with the leaf before is repeated
+                # a part begins with an empty path, so it repeats what its first leaf shares
                 del path[leaf.shared :]
                 first = len(ids)
                 ids += (prompt + completion[:-1])[len(path) :]
@@ -149,8 +149,8 @@ def plan(
         boundary: Sequences of up to so many tokens and longer ones never share a row.
         min_shared: Tokens that two sequences must have in common to share them, beyond the fork
             before, at least 1; completions of one prompt share the prompt whatever its length,
-            and a sequence that begins another one is read off it. The default was chosen: about
-            half a tile of the attention.
+            and a sequence that begins another one is read off it. The default was chosen,
+            not measured.
         share: False shares nothing but whole sequences: what a model needs that can tell the
             sequences of a row apart and cannot read a tree.
 
