@@ -10,3 +10,5 @@ from .token_logprob import token_logprob as token_logprob
 from .tree import Run as Run
 from .tree import Tree as Tree
 from .tree import tree_mask as tree_mask
+from .tree_attention import tree_attention as tree_attention
+from .tree_attention import tree_attention_reference as tree_attention_reference

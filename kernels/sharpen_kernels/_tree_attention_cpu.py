@@ -2,8 +2,9 @@
 
 Forward: each part of the plan gives its own output o_j and log-sum-exp l_j, and
 
-    lse = log(sum_j exp(l_j)),    out = sum_j exp(l_j - lse) o_j,    a sink is one more l_j with o_j = 0
+    lse = log(sum_j exp(l_j)),    out = sum_j exp(l_j - lse) o_j
 
+and a sink is one more l_j, with o_j = 0.
 Backward enters each part again with the MERGED output and log-sum-exp: with P = exp(S - lse) and
 delta = rowsum(dO * O) the parts' gradients are exact and add up.  (Backward through calls that drop
 the gradient of l_j is silently wrong.  The trick is ring attention's, Liu et al. 2023,
@@ -15,29 +16,18 @@ O(T).  Bits are a function of the whole row's plan; values at rounding level do 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import pad
 
 from ._launch import exact_matmul
-from ._tree_attention_plan import Part, Plan, plan_of
+from ._tree_attention_plan import Part, Plan, Rule, plan_of
 
 BLOCK_ELEMENTS = 1 << 20  # logits of a block of the plain products; chosen
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class Rule(NamedTuple):
-    """What a query sees of its ancestors, and how logits are made."""
-
-    end: Tensor
-    position: Tensor
-    scale: float
-    softcap: float | None
-    window: int | None
 
 
 class _Masks:
@@ -125,7 +115,7 @@ def backward(
     with exact_matmul(dout.device):
         plan = plan_of(table, rule.window)
         grads = _gradients(dout, saved, plan, rule)
-        if plan.mixes and sum(x.sum() for x in grads).isnan():
+        if plan.mixes and torch.stack([x.sum() for x in grads]).sum().isnan():
             grads = _gradients(dout, saved, plan_of(table, rule.window, small=0), rule)
     dsinks = None
     if sinks is not None:
@@ -140,6 +130,11 @@ def _new(x: Tensor, n_heads: int, width: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[1], n_heads, width), dtype=dtype).transpose(0, 1)
 
 
+def _as_row(x: Tensor) -> Tensor:
+    """Copies [n, H, rows, ...] side by side: [H, n x rows, ...]; of flash's output a view."""
+    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)
+
+
 def _as_new(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The first `width` of every head, laid out as `_new` does."""
     return x[..., :width].to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
@@ -149,6 +144,11 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rule: Rule) -> tuple[Te
     route = _Flash(rule, q, v) if _fits_flash(q, rule) else _Plain(rule, q)
     wide, masks = torch.promote_types(q.dtype, torch.float32), _Masks(rule, q.dtype)
     q, k, v = (route.padded(x) for x in (q, k, v))
+    if plan.is_one_call:
+        (part,) = plan.own
+        inputs = _rows(q, part), _cols(k, part), _cols(v, part)
+        part_out, part_lse = route.forward(*inputs, part, masks.of(part))
+        return _as_row(part_out), _as_row(part_lse)
     out = _new(q, q.shape[0], v.shape[2], wide)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=wide).T
     for part in (*plan.own, *plan.cross):
@@ -172,17 +172,25 @@ def _gradients(
     q, k, v, out, lse = saved
     route = _Flash(rule, q, v) if _fits_flash(q, rule) else _Plain(rule, q)
     masks = _Masks(rule, q.dtype)
-    dq, dk, dv = (
-        _new(x, x.shape[0], route.padded(x).shape[2], lse.dtype).zero_() for x in (q, k, v)
-    )
     q, k, v, out, dout = (route.padded(x) for x in (q, k, v, out, dout))
+
+    def of(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        at_rows = [_rows(x, part) for x in (dout, q, out, lse)]
+        return route.backward(at_rows, _cols(k, part), _cols(v, part), part, masks.of(part))
+
+    if plan.is_one_call:
+        dq, dk, dv = of(plan.own[0])
+        return _as_row(dq), _as_row(dk), _as_row(dv)
+    dq, dk, dv = (_new(x, x.shape[0], x.shape[2], lse.dtype) for x in (q, k, v))
+    if not plan.own_is_square:
+        dk.zero_(), dv.zero_()
     for part in (*plan.own, *plan.cross):
-        over_rows = (_rows(x, part) for x in (dout, q, out, lse))
-        over_cols = (_cols(x, part) for x in (k, v))
-        of_q, *of_keys = route.backward(*over_rows, *over_cols, part, masks.of(part))
-        _rows(dq, part).add_(of_q)
+        of_q, *of_keys = of(part)
+        _rows(dq, part).copy_(of_q) if part.is_own else _rows(dq, part).add_(of_q)
         for total, of_part in zip((dk, dv), of_keys, strict=True):
-            if part.n > 1 and part.col_step == 0:
+            if part.is_own and plan.own_is_square:
+                _cols(total, part).copy_(of_part)
+            elif part.n > 1 and part.col_step == 0:
                 _cols(total, part._replace(n=1)).add_(of_part.sum(0, keepdim=True))
             else:
                 _cols(total, part).add_(of_part)
@@ -201,23 +209,16 @@ class _Flash:
 
     def padded(self, x: Tensor) -> Tensor:
         """`x` with zeros behind each head: they change no logit and weigh nothing."""
-        return F.pad(x, (0, self.width - x.shape[2])) if x.shape[2] < self.width else x
+        return pad(x, (0, self.width - x.shape[2])) if x.shape[2] < self.width else x
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, mask: Tensor | None):
         causal = part.kind == "causal"
         return flash(q, k, v, 0.0, causal, attn_mask=mask, scale=self.scale)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        k: Tensor,
-        v: Tensor,
-        part: Part,
-        mask: Tensor | None,
+        self, at_rows: list[Tensor], k: Tensor, v: Tensor, part: Part, mask: Tensor | None
     ):
+        dout, q, out, lse = at_rows
         tensors = dout, q, k, v, out, lse
         causal = part.kind == "causal"
         return flash_backward(*tensors, 0.0, causal, attn_mask=mask, scale=self.scale)
@@ -249,16 +250,9 @@ class _Plain:
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        k: Tensor,
-        v: Tensor,
-        part: Part,
-        mask: Tensor | None,
+        self, at_rows: list[Tensor], k: Tensor, v: Tensor, part: Part, mask: Tensor | None
     ):
+        dout, q, out, lse = at_rows
         n, H, _, K = q.shape
         Hkv = k.shape[1]
         k, v = k.to(self.wide), v.to(self.wide)

@@ -17,6 +17,16 @@ SHORT = 32  # a leaf from here on has its own call
 BAND = 128  # queries of a block along a window's edge; chosen
 
 
+class Rule(NamedTuple):
+    """What a query sees of its ancestors, and how logits are made."""
+
+    end: Tensor
+    position: Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
 class Part(NamedTuple):
     """Queries row ... row + n_rows - 1 on keys col ... col + n_cols - 1, and copies further on.
 
@@ -44,6 +54,16 @@ class Plan(NamedTuple):
     cross: tuple[Part, ...]
 
     @property
+    def is_one_call(self) -> bool:
+        """Whether one part is the whole row, in order."""
+        return len(self.own) == 1 and not self.cross
+
+    @property
+    def own_is_square(self) -> bool:
+        """Whether each key, too, is in one own part only."""
+        return all((p.row, p.n_rows) == (p.col, p.n_cols) for p in self.own)
+
+    @property
     def mixes(self) -> bool:
         """Whether a part holds queries and keys that are nothing to each other."""
         return any(part.kind == "tree" for part in self.own)
@@ -66,7 +86,7 @@ class _Node(NamedTuple):
     def is_leaf(self) -> bool:
         return self.stop == self.end
 
-    def shares_block(self, small: int) -> bool:
+    def is_small(self, small: int) -> bool:
         """Whether the subtree is too small for calls of its own."""
         return self.end - self.start <= small and not (self.is_leaf and self.length >= SHORT)
 
@@ -114,19 +134,9 @@ def _own_parts(nodes: list[_Node], width: int, small: int) -> tuple[list[Part], 
     alone: list[int] = []
     i = 0
     while i < len(nodes):
-        node, j = nodes[i], i + 1
-        if node.shares_block(small):
-            j, stop = i, node.start
-            while (
-                j < len(nodes)
-                and nodes[j].shares_block(small)
-                and nodes[j].end - node.start <= small
-            ):
-                stop = nodes[j].end
-                while j < len(nodes) and nodes[j].start < stop:
-                    j += 1
+        node, j = nodes[i], _block(nodes, i, small)
         if j > i + 1:
-            size = stop - node.start
+            size = max(x.end for x in nodes[i:j]) - node.start
             parts.append(Part(node.start, size, node.start, size, "tree"))
         else:
             j = i + 1
@@ -138,6 +148,18 @@ def _own_parts(nodes: list[_Node], width: int, small: int) -> tuple[list[Part], 
                 alone.append(i)
         i = j
     return parts, alone
+
+
+def _block(nodes: list[_Node], i: int, small: int) -> int:
+    """The node behind the block of small subtrees that starts with node i; i if it is large."""
+    j = i
+    while j < len(nodes) and nodes[j].is_small(small):
+        if nodes[j].end - nodes[i].start > small:
+            break
+        end = nodes[j].end
+        while j < len(nodes) and nodes[j].start < end:
+            j += 1
+    return j
 
 
 def _are_twins(a: _Node, b: _Node) -> bool:

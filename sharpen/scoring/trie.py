@@ -139,16 +139,15 @@ def _cut(common: list[int], prompts: list[int], min_shared: int) -> tuple[list[i
             shared.append(overlap)
             continue
         fork = min(joins[1:])
-        depth, keys = fork, None
-        if fork - start < min_shared:
-            ending = [prompts[k] if start < prompts[k] <= fork else 0 for k in leaves]
-            together = len(set(ending)) == 1
-            if not (together and ending[0]):
-                depth = start
+        ending = [prompts[k] if start < prompts[k] <= fork else 0 for k in leaves]
+        together = len(set(ending)) == 1
+        if fork - start >= min_shared or (together and ending[0]):
+            depth, parts = fork, _split(leaves, joins, fork)
+        elif together:
+            depth, parts = start, _split(leaves, joins, fork)
+        else:
             # a prompt that ends in too short a run leaves it with its own completions
-            if not together:
-                keys = ending
-        parts = _sort_out(leaves, joins, keys) if keys else _split(leaves, joins, fork)
+            depth, parts = start, _sort_out(leaves, joins, ending)
         # the last part first: a stack
         for n, (part, inner) in reversed(list(enumerate(parts))):
             stack.append((part, inner, depth, depth if n else overlap))

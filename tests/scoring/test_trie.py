@@ -1,5 +1,5 @@
 import random
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -78,7 +78,7 @@ def test_a_shared_run_is_long_enough_or_ends_a_prompt(pairs, min_shared):
     for i in range(len(leaves)):
         with_i = {j: shared_by(leaves, min(i, j), max(i, j)) for j in range(len(leaves)) if j != i}
         cuts = sorted({0, *with_i.values()})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             below = [i, *(j for j, depth in with_i.items() if depth >= stop)]
             ends = {len(pairs[leaves[j].pair][0]) for j in below}
             in_prompt = len(ends) == 1 and start < min(ends) <= stop

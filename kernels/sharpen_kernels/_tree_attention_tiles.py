@@ -1,0 +1,171 @@
+"""Which tiles of queries and keys meet, and whether each pair in them does.
+
+A tile of keys meets a tile of queries where some subtree that begins in the one reaches into the
+other; where all do, and the tile is wholly before them, nothing in it needs a mask.  The lists are
+made on the device by one small kernel, one program a tile; the host waits for nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SCAN = 64  # tiles that a program looks at together; chosen
+
+
+class Tiling(NamedTuple):
+    """Tile sizes of one kernel and how it is launched; both divide 128."""
+
+    BLOCK_Q: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class Lists(NamedTuple):
+    """Of each tile, the tiles it meets: `index` [2, tiles, other tiles], `count` [2, tiles].
+
+    Plane 0 has those that need no mask, plane 1 the others, both in the order of the row.
+    """
+
+    index: Tensor
+    count: Tensor
+
+
+# chosen so that nothing spills on sm80, sm90 and sm100, not timed: no GPU was at hand.
+# by kernel, whether products are fp32 on plain cores, and the larger head size
+TILINGS: dict[tuple[str, bool, int], Tiling] = {
+    ("fwd", False, 64): Tiling(128, 64, 4, 3),
+    ("fwd", False, 128): Tiling(128, 64, 8, 3),
+    ("fwd", False, 256): Tiling(64, 64, 8, 2),
+    ("fwd", True, 64): Tiling(64, 32, 4, 2),
+    ("fwd", True, 128): Tiling(64, 32, 8, 2),
+    ("fwd", True, 256): Tiling(32, 32, 8, 1),
+    ("dq", False, 64): Tiling(128, 64, 8, 2),
+    ("dq", False, 128): Tiling(64, 64, 8, 2),
+    ("dq", False, 256): Tiling(64, 32, 8, 1),
+    ("dq", True, 64): Tiling(32, 32, 4, 1),
+    ("dq", True, 128): Tiling(32, 32, 8, 1),
+    ("dq", True, 256): Tiling(32, 16, 8, 1),
+    ("dkv", False, 64): Tiling(64, 128, 8, 2),
+    ("dkv", False, 128): Tiling(64, 64, 8, 2),
+    ("dkv", False, 256): Tiling(32, 64, 8, 1),
+    ("dkv", True, 64): Tiling(32, 32, 4, 1),
+    ("dkv", True, 128): Tiling(32, 32, 8, 1),
+    ("dkv", True, 256): Tiling(16, 32, 8, 1),
+}
+
+
+def padded(size: int) -> int:
+    """The head size as a kernel's tile has it: a power of two that a product takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def tiling_of(kernel: str, q: Tensor, v: Tensor) -> Tiling:
+    """The tiling of `kernel` for these head sizes."""
+    size = max(64, padded(q.shape[2]), padded(v.shape[2]))
+    if size > 256:
+        raise ValueError(
+            f"`q` and `v` must have head sizes of at most 256, got {q.shape[2]} and "
+            f'{v.shape[2]}; use `implementation="cascade"`.'
+        )
+    return TILINGS[kernel, q.dtype == torch.float32, size]
+
+
+@triton.jit
+def _tiles_kernel(
+    end_ptr,  # in  [T] int64
+    position_ptr,  # in  [T] int64, read if HAS_WINDOW
+    index_ptr,  # out [2, n_mine, n_others] int32
+    count_ptr,  # out [2, n_mine] int32
+    T,
+    n_others,
+    window,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OF_QUERIES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    mine = tl.program_id(0)
+    if OF_QUERIES:
+        MINE: tl.constexpr = BLOCK_Q
+        OTHER: tl.constexpr = BLOCK_K
+    else:
+        MINE: tl.constexpr = BLOCK_K
+        OTHER: tl.constexpr = BLOCK_Q
+    own = mine * MINE + tl.arange(0, MINE)
+    own_low = 0
+    own_high = 0
+    if HAS_WINDOW:
+        own_low = tl.min(tl.load(position_ptr + own, mask=own < T, other=9223372036854775807))
+        own_high = tl.max(tl.load(position_ptr + own, mask=own < T, other=-1))
+    own_end = tl.load(end_ptr + own, mask=own < T, other=0)
+    last = tl.max(own_end, axis=0)
+    # other=0 past the row: a tile with such columns is never free of a mask
+    first = tl.min(own_end, axis=0)
+    row_len = tl.num_programs(0).to(tl.int64) * n_others
+    index_ptr += mine.to(tl.int64) * n_others
+    n_free = 0
+    n_masked = 0
+    for start in range(0, n_others, SCAN):
+        other = start + tl.arange(0, SCAN)
+        place = other[:, None] * OTHER + tl.arange(0, OTHER)[None, :]  # [SCAN, OTHER]
+        low = 0
+        high = 0
+        if HAS_WINDOW:
+            position = tl.load(position_ptr + place, mask=place < T, other=9223372036854775807)
+            low = tl.min(position, axis=1)
+            position = tl.load(position_ptr + place, mask=place < T, other=-1)
+            high = tl.max(position, axis=1)
+        if OF_QUERIES:
+            end = tl.load(end_ptr + place, mask=place < T, other=0)
+            q0 = mine * BLOCK_Q
+            k0 = other * BLOCK_K
+            meets = tl.max(end, axis=1) > q0
+            free = tl.min(end, axis=1) >= q0 + BLOCK_Q
+            meets = meets & (k0 < q0 + BLOCK_Q)
+            if HAS_WINDOW:
+                meets = meets & (own_low - high < window)
+                free = free & (own_high - low < window)
+        else:
+            q0 = other * BLOCK_Q
+            k0 = mine * BLOCK_K
+            meets = (last > q0) & (k0 < q0 + BLOCK_Q)
+            free = first >= q0 + BLOCK_Q
+            if HAS_WINDOW:
+                meets = meets & (low - own_high < window)
+                free = free & (high - own_low < window)
+        meets = meets & (other < n_others)
+        free = meets & free & (k0 + BLOCK_K - 1 <= q0)
+        masked = (meets & ~free).to(tl.int32)
+        free = free.to(tl.int32)
+        at = n_free + tl.cumsum(free, axis=0) - 1
+        tl.store(index_ptr + at, other, mask=free != 0)
+        at = n_masked + tl.cumsum(masked, axis=0) - 1
+        tl.store(index_ptr + row_len + at, other, mask=masked != 0)
+        n_free += tl.sum(free, axis=0)
+        n_masked += tl.sum(masked, axis=0)
+    tl.store(count_ptr + mine, n_free)
+    tl.store(count_ptr + tl.num_programs(0) + mine, n_masked)
+
+
+def lists_of(
+    end: Tensor, position: Tensor, window: int | None, tiling: Tiling, of_queries: bool
+) -> Lists:
+    """Tiles of keys that each tile of queries meets, or of queries that each tile of keys does."""
+    T = end.shape[0]
+    sizes = (tiling.BLOCK_Q, tiling.BLOCK_K) if of_queries else (tiling.BLOCK_K, tiling.BLOCK_Q)
+    n_mine, n_others = (triton.cdiv(T, size) for size in sizes)
+    index = torch.empty((2, n_mine, n_others), dtype=torch.int32, device=end.device)
+    count = torch.empty((2, n_mine), dtype=torch.int32, device=end.device)
+    flags: dict[str, Any] = {"OF_QUERIES": of_queries, "HAS_WINDOW": window is not None}
+    with torch.cuda.device_of(end):
+        _tiles_kernel[(n_mine,)](
+            end, position, index, count, T, n_others, window or 0,
+            BLOCK_Q=tiling.BLOCK_Q, BLOCK_K=tiling.BLOCK_K, **flags, SCAN=SCAN,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return Lists(index, count)
