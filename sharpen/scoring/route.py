@@ -31,9 +31,7 @@ class Route(NamedTuple):
     head: Literal["hidden", "logits"]
 
 
-def find_route(
-    model: "transformers.PreTrainedModel", sharing: Literal["auto"] | Sharing
-) -> tuple[Route, Head | None]:
+def find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Route, Head | None]:
     """The route of `model`, and how to read its head where that is "hidden".
 
     Raises:
@@ -45,7 +43,7 @@ def find_route(
         logger.warning("%s takes the slower logits route: %s.", name, finding.reason)
     else:
         logger.info("%s takes the hidden route: %s.", name, finding.reason)
-    choice = find_sharing(model, finding.head, WAYS if sharing == "auto" else (sharing,))
+    choice = find_sharing(model, finding.head, [way for way in WAYS if sharing in ("auto", way)])
     if sharing not in ("auto", choice.sharing):
         raise InputError(
             f"`sharing` must be one that scores {name} right, got {sharing!r} "

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,7 @@ class Scorer:
         *,
         tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
         max_tokens: int = 16384,
-        sharing: Literal["auto", "tree", "cache", "none"] = "auto",
+        sharing: str = "auto",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,

@@ -148,4 +148,4 @@ def test_a_model_that_shares_wrong_is_never_scored_so(caplog):
     with pytest.raises(InputError, match=r"`sharing` must be one that scores Bamba.*got 'tree'"):
         _ = Scorer(family("bamba"), sharing="tree").route
     with pytest.raises(InputError, match=r"`sharing` must be 'auto', tree, cache, none, got 'x'"):
-        Scorer(tiny(), sharing="x")  # pyright: ignore[reportArgumentType]
+        Scorer(tiny(), sharing="x")
