@@ -126,7 +126,7 @@ def _linear_logprob_bwd(
     with exact_matmul(hidden.device):
         found = route.backward(grads, state, hidden, head, pairs, needs)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
-    return dhidden, dweight, dbias
+    return dhidden.to(hidden.dtype), dweight, dbias
 
 
 @_linear_logprob_bwd.register_fake
