@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from oracle import values, values_and_gradients
+from oracle import assert_as_accurate, values, values_and_gradients
 from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import linear_logprob, vocab_parallel_linear_logprob
+from sharpen_kernels.linear_logprob import linear_logprob_reference
 
 WORLD = 2
 TIMEOUT_S = 60
@@ -79,7 +80,8 @@ class Ranks:
 
     def errors(self, job, *args):
         """Type and message of what the job raises on each rank, None where it returns."""
-        return [answer[:2] if how == "raised" else None for how, answer in self.outcomes(job, *args)]
+        answers = self.outcomes(job, *args)
+        return [answer[:2] if how == "raised" else None for how, answer in answers]
 
     def close(self):
         for pipe in self.pipes:
@@ -88,6 +90,16 @@ class Ranks:
             process.join(TIMEOUT_S)
             if process.is_alive():
                 process.kill()
+
+
+def assert_found_matches_fp64(found, problem, stats, **options):
+    """Values and gradients are as close to fp64 as PyTorch's own fp32, within a factor of 2."""
+    asked = linear_logprob_reference, problem, stats
+    low = values_and_gradients(*asked, torch.float32, **options)
+    truth = values_and_gradients(*asked, torch.float64, **options)
+    assert set(found) == set(truth)
+    for name, x in found.items():
+        assert_as_accurate(name, x, low[name], truth[name])
 
 
 def cut(x, sizes, rank):
@@ -114,39 +126,26 @@ def each_its_own(rank, problems, options):
     return values(problems[rank], fn=vocab_parallel_linear_logprob, **options[rank])
 
 
-def score_dtensors(rank, problem, placements, whole, stats, options):
-    """Values and gradients where the weight and bias are DTensors, and the names in `whole`."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    placed = dict.fromkeys(("weight", "bias"), placements) | dict.fromkeys(whole, [Replicate()])
-
-    def fn(**call):
-        for name, layout in placed.items():
-            if call.get(name) is not None:
-                call[name] = distribute_tensor(call[name], mesh, layout)
-        return linear_logprob(**call)
-
-    return values_and_gradients(fn, problem, stats, **options)
+def place(problem, layouts, mesh):
+    """The arguments, those that `layouts` names as DTensors."""
+    named = {name: x for name, x in layouts.items() if problem[name] is not None}
+    return problem | {
+        name: distribute_tensor(problem[name], mesh, layout) for name, layout in named.items()
+    }
 
 
-def layouts_of_gradients(rank, problem, placements):
-    """Placements of the gradients of leaves that are DTensors."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    hidden = distribute_tensor(problem["hidden"], mesh, [Replicate()]).requires_grad_()
-    weight = distribute_tensor(problem["weight"], mesh, placements).requires_grad_()
-    found = values(problem | {"hidden": hidden, "weight": weight}, ("logprob",))
-    found["logprob"].sum().backward()
-    grads = hidden.grad, weight.grad
-    assert all(isinstance(grad, DTensor) for grad in grads)
-    return [(grad.placements, grad.to_local()) for grad in grads]
+def score_dtensors(rank, problem, layouts, stats, options):
+    """Values and whole gradients, then placements and local shapes of gradients."""
+    placed = place(problem, layouts, init_device_mesh("cpu", (WORLD,)))
+    found = values_and_gradients(linear_logprob, placed, stats, **options)
+    cut = {name: x for name, x in found.items() if isinstance(x, DTensor)}
+    whole = {name: x.full_tensor() for name, x in cut.items()}
+    return found | whole, {n: (x.placements, x.to_local().shape) for n, x in cut.items()}
 
 
-def refused(rank, problem, shape, placements, change):
-    """A call whose weight lies on a mesh of `shape`, and other arguments as `change` says."""
-    mesh = init_device_mesh("cpu", shape)
-    call = problem | {"weight": distribute_tensor(problem["weight"], mesh, placements)}
-    for name, layout in change.items():
-        call[name] = distribute_tensor(call[name], mesh, layout)
-    values(call, ("logprob",))
+def score_on_mesh(rank, problem, layouts, shape):
+    """Log-probabilities, with a mesh of `shape`."""
+    values(place(problem, layouts, init_device_mesh("cpu", shape)), ("logprob",))
 
 
 class Model(torch.nn.Module):
