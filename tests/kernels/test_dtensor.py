@@ -32,7 +32,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("others", [(), ("hidden", "target", "rows")], ids=["tensor", "dtensor"])
 @pytest.mark.parametrize("layout", [WHOLE, ROWS], ids=str)
 def test_whole_or_cut_by_rows(layout, others, V, rows, ranks):
-    problem = head_problem(5, V, 8, S=9, bias=True)
+    problem = head_problem(24, V, 24, S=40, bias=True)
     options = {"vocab_mask": torch.arange(V) % 7 != 3, "temperature": 0.8}
     layouts = {"weight": layout, "bias": layout} | dict.fromkeys(others, WHOLE)
     (first, of_first), (second, of_second) = ranks.call(
@@ -41,10 +41,10 @@ def test_whole_or_cut_by_rows(layout, others, V, rows, ranks):
     assert_found_matches_fp64(first, problem, NAMES, **options)
     assert all(torch.equal(x, second[name]) for name, x in first.items())
     for n, found in zip(rows, (of_first, of_second), strict=True):
-        assert found["dweight"] == (tuple(layout), (V if layout == WHOLE else n, 8))
+        assert found["dweight"] == (tuple(layout), (V if layout == WHOLE else n, 24))
         assert found["dbias"] == (tuple(layout), (V if layout == WHOLE else n,))
         if others:
-            assert found["dhidden"] == (tuple(WHOLE), (5, 8))
+            assert found["dhidden"] == (tuple(WHOLE), (24, 24))
 
 
 BAD = [

@@ -78,7 +78,7 @@ def test_any_cut_gives_the_whole(sizes, padding, masked, dtype, forks, options):
     sizes = [*sizes, V - sum(sizes)]
     vocab_size = max(1, V - padding)
     torch.manual_seed(V)
-    problem = head_problem(4, V, 9, S=7 if forks else None, dtype=dtype, bias=True)
+    problem = head_problem(9, V, 17, S=16 if forks else None, dtype=dtype, bias=True)
     problem["target"] %= vocab_size
     mask = torch.ones(V, dtype=torch.bool)
     if masked == "some":

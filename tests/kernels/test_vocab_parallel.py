@@ -51,7 +51,7 @@ def assert_ranks_match_fp64(ranks, problem, sizes, stats=NAMES, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", [(250, 50), (1, 299), (300, 0), (0, 300)], ids=str)
 def test_every_statistic_and_gradient(sizes, dtype, ranks):
-    problem = head_problem(6, 300, 24, S=11, dtype=dtype, bias=True)
+    problem = head_problem(20, 300, 24, S=33, dtype=dtype, bias=True)
     assert_ranks_match_fp64(ranks, problem, sizes)
 
 
@@ -62,14 +62,14 @@ def test_every_statistic_and_gradient(sizes, dtype, ranks):
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_options(options, bias, ranks):
-    problem = head_problem(5, 200, 16, bias=bias)
+    problem = head_problem(20, 200, 24, bias=bias)
     assert_ranks_match_fp64(ranks, problem, (120, 80), **options)
 
 
 # in the last shard; all of the last shard; some of the first too
 @pytest.mark.parametrize("vocab_size", [170, 120, 90])
 def test_padding(vocab_size, ranks):
-    problem = head_problem(5, 200, 16, bias=True)
+    problem = head_problem(20, 200, 24, bias=True)
     problem["target"] %= vocab_size
     problem["weight"][vocab_size:] = 50.0
     problem["bias"][vocab_size:] = 1e3
@@ -78,7 +78,7 @@ def test_padding(vocab_size, ranks):
 
 @pytest.mark.parametrize("masked", [slice(0, 120), slice(120, 200), slice(60, 130)], ids=str)
 def test_masked_shard(masked, ranks):
-    problem = head_problem(5, 200, 16, bias=True)
+    problem = head_problem(20, 200, 24, bias=True)
     mask = torch.ones(200, dtype=torch.bool)
     mask[masked] = False
     assert_ranks_match_fp64(ranks, problem, (120, 80), vocab_mask=mask, softcap=9.0)
