@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from oracle import LEAVES, head_problem, values, values_and_gradients
 from sharpen_kernels import linear_logprob, vocab_parallel_linear_logprob
+from sharpen_kernels.linear_logprob import linear_logprob_reference
 from sharpen_kernels.stats import NAMES
 from two_ranks import Ranks, assert_found_matches_fp64, each_its_own, score
 
@@ -94,6 +95,27 @@ def test_targets_outside_or_ignored(ranks):
         torch.testing.assert_close(x, want[name], equal_nan=True, msg=name)
     assert (got["dhidden"][2:5] == 0).all()
     assert (got["dhidden"][[0, 1, 5]] != 0).any(dim=1).all()
+
+
+def test_ties_across_ranks_go_to_the_lowest_column(ranks):
+    problem = head_problem(20, 90, 3)
+    # exact in fp32
+    problem |= {
+        name: torch.randint(-2, 3, problem[name].shape).float() for name in ("hidden", "weight")
+    }
+    ids = ("top1", "topk_id", "rank", "is_greedy", "margin")
+    got = both(ranks, problem, (40, 50), ids)
+    want = values(problem, ids, fn=linear_logprob_reference)
+    assert all(torch.equal(got[name], want[name]) for name in ids)
+    assert (want["margin"] == 0).sum() > 5
+
+
+def test_bf16_gradient_of_hidden_is_rounded_once(ranks):
+    problem = head_problem(20, 200, 24, dtype=torch.bfloat16)
+    got = both(ranks, problem, (100, 100), ("logprob",))["dhidden"]
+    asked = linear_logprob_reference, problem, ("logprob",), torch.float64
+    truth = values_and_gradients(*asked)["dhidden"]
+    assert ((got.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-5).all()
 
 
 def test_any_batch_has_the_same_bits(ranks):
