@@ -27,12 +27,12 @@ def ranks(tmp_path_factory):
     ranks.close()
 
 
-# 61 rows are cut into 31 and 30, and 1 row into 1 and 0
-@pytest.mark.parametrize(("V", "rows"), [(61, (31, 30)), (1, (1, 0))])
+# a ragged cut, and one that leaves a rank without rows
+@pytest.mark.parametrize(("R", "V", "rows"), [(24, 61, (31, 30)), (3, 1, (1, 0))])
 @pytest.mark.parametrize("others", [(), ("hidden", "target", "rows")], ids=["tensor", "dtensor"])
 @pytest.mark.parametrize("layout", [WHOLE, ROWS], ids=str)
-def test_whole_or_cut_by_rows(layout, others, V, rows, ranks):
-    problem = head_problem(24, V, 24, S=40, bias=True)
+def test_whole_or_cut_by_rows(layout, others, R, V, rows, ranks):
+    problem = head_problem(R, V, 24, S=40, bias=True)
     options = {"vocab_mask": torch.arange(V) % 7 != 3, "temperature": 0.8}
     layouts = {"weight": layout, "bias": layout} | dict.fromkeys(others, WHOLE)
     (first, of_first), (second, of_second) = ranks.call(
@@ -44,7 +44,7 @@ def test_whole_or_cut_by_rows(layout, others, V, rows, ranks):
         assert found["dweight"] == (tuple(layout), (V if layout == WHOLE else n, 24))
         assert found["dbias"] == (tuple(layout), (V if layout == WHOLE else n,))
         if others:
-            assert found["dhidden"] == (tuple(WHOLE), (24, 24))
+            assert found["dhidden"] == (tuple(WHOLE), (R, 24))
 
 
 BAD = [
