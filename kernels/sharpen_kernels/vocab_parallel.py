@@ -81,7 +81,7 @@ def checksum(*tensors: Tensor | None) -> int:
     total = 0
     for x in tensors:
         if x is not None and x.numel() > 0:
-            rows = x.view(kinds[x.element_size()]).view(x.shape[0], -1).sum(1, dtype=torch.int64)
+            rows = x.view(kinds[x.element_size()]).reshape(x.shape[0], -1).sum(1, dtype=torch.int64)
             odd = 2 * torch.arange(x.shape[0], device=x.device) + 1
             total = 31 * total + int((rows * odd).sum())
     return zlib.crc32(str(total).encode())

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from oracle import head_problem
+from oracle import head_problem, values_and_gradients
+from sharpen_kernels import linear_logprob
 from sharpen_kernels.stats import NAMES
 from two_ranks import (
     Model,
@@ -27,24 +28,33 @@ def ranks(tmp_path_factory):
     ranks.close()
 
 
-# a ragged cut, and one that leaves a rank without rows
-@pytest.mark.parametrize(("R", "V", "rows"), [(24, 61, (31, 30)), (3, 1, (1, 0))])
 @pytest.mark.parametrize("others", [(), ("hidden", "target", "rows")], ids=["tensor", "dtensor"])
 @pytest.mark.parametrize("layout", [WHOLE, ROWS], ids=str)
-def test_whole_or_cut_by_rows(layout, others, R, V, rows, ranks):
-    problem = head_problem(R, V, 24, S=40, bias=True)
-    options = {"vocab_mask": torch.arange(V) % 7 != 3, "temperature": 0.8}
+def test_whole_or_cut_by_rows(layout, others, ranks):
+    problem = head_problem(24, 61, 24, S=40, bias=True)
+    options = {"vocab_mask": torch.arange(61) % 7 != 3, "temperature": 0.8}
     layouts = {"weight": layout, "bias": layout} | dict.fromkeys(others, WHOLE)
     (first, of_first), (second, of_second) = ranks.call(
         score_dtensors, problem, layouts, NAMES, options
     )
     assert_found_matches_fp64(first, problem, NAMES, **options)
     assert all(torch.equal(x, second[name]) for name, x in first.items())
-    for n, found in zip(rows, (of_first, of_second), strict=True):
-        assert found["dweight"] == (tuple(layout), (V if layout == WHOLE else n, 24))
-        assert found["dbias"] == (tuple(layout), (V if layout == WHOLE else n,))
+    for n, found in zip((31, 30), (of_first, of_second), strict=True):
+        assert found["dweight"] == (tuple(layout), (61 if layout == WHOLE else n, 24))
+        assert found["dbias"] == (tuple(layout), (61 if layout == WHOLE else n,))
         if others:
-            assert found["dhidden"] == (tuple(WHOLE), (R, 24))
+            assert found["dhidden"] == (tuple(WHOLE), (24, 24))
+
+
+def test_a_rank_may_be_without_rows(ranks):
+    problem = head_problem(3, 1, 8, bias=True)
+    layouts = {"weight": ROWS, "bias": ROWS}
+    (first, _), (second, of_second) = ranks.call(score_dtensors, problem, layouts, NAMES, {})
+    assert of_second["dweight"] == (tuple(ROWS), (0, 8))
+    want = values_and_gradients(linear_logprob, problem)
+    for name, x in first.items():
+        torch.testing.assert_close(x, want[name], msg=name)
+        assert torch.equal(x, second[name]), name
 
 
 BAD = [

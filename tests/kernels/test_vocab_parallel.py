@@ -174,7 +174,8 @@ def test_other_rows_are_found_where_asked(ranks):
         for error in ranks.errors(each_its_own, problems, asked):
             assert error is not None
             assert "`hidden`, `target` and `rows` must be the same on every rank" in error[1]
-    ranks.call(each_its_own, [FORKS, FORKS], [{"check_replicated": True}] * 2)
+    turned = FORKS | {"hidden": torch.zeros(4, 3).T}
+    ranks.call(each_its_own, [FORKS, turned], [{"check_replicated": True}] * 2)
 
 
 def test_shards_must_hold_the_vocabulary(ranks):
