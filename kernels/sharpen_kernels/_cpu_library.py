@@ -51,6 +51,10 @@ class Library:
         """Run the forward pass."""
         self._run(self._library.linear_logprob_forward, problem, dtype)
 
+    def ranks(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        """Count the columns ahead of the targets."""
+        self._run(self._library.linear_logprob_ranks, problem, dtype)
+
     def backward_bytes(self, problem: ctypes.Structure, dtype: torch.dtype) -> int:
         """Workspace that `backward` wants."""
         is_bf16 = dtype == torch.bfloat16
