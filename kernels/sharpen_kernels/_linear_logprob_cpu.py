@@ -202,7 +202,9 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
     )
     library.forward(problem, hidden.dtype)
     shaped = {name: x.view(R, wanted.k) if name in BEST else x for name, x in merged.items()}
-    return Partial(**{name: x.long() if name in COLUMNS else x for name, x in shaped.items()}), chosen
+    return Partial(
+        **{name: x.long() if name in COLUMNS else x for name, x in shaped.items()}
+    ), chosen
 
 
 def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
