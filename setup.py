@@ -10,6 +10,7 @@ wheel carries a platform's tag. A build that fails is told in one line, and the 
 
 import importlib.util
 import os
+import runpy
 import sysconfig
 from pathlib import Path
 
@@ -34,12 +35,10 @@ class BuildWithKernel(build_py):
         if wanted == "0" or importlib.util.find_spec("torch") is None:
             return
         try:
-            spec = importlib.util.spec_from_file_location("_cpu_library", LIBRARY)
-            library = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(library)
-            if wanted == "1" or library.has_instructions():
-                path = library.build() if self.editable_mode else library.compile_into(folder)
-                self.announce(f"compiled the CPU kernel: {path}", level=2)
+            # run as a file: importing the package would import all of it
+            library = runpy.run_path(str(LIBRARY))
+            if wanted == "1" or library["has_instructions"]():
+                library["build"]() if self.editable_mode else library["compile_into"](folder)
         except Exception as error:  # whatever it is, the package works without
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             self.warn(f"the CPU kernel is compiled on first use instead. {reason}")
@@ -51,7 +50,7 @@ class TaggedWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Tags of the Python, its ABI and the platform."""
         python, abi, platform = super().get_tag()
-        if any(Path(self.bdist_dir, PACKAGE).glob("cpu-*.so")):
+        if any((Path(str(self.bdist_dir)) / PACKAGE).glob("cpu-*.so")):
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         return python, abi, platform
 

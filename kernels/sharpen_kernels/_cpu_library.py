@@ -1,8 +1,8 @@
 """The C++ in `cpu/`: compiled once for a machine and a build of torch, kept, loaded on first use.
 
 A build that came with the package is loaded if it is of these sources and this torch; else the
-user's cache serves, and is filled first where it must be. Where nothing can be compiled or the CPU lacks AVX-512, `load` says so once in the log and returns
-`None`: PyTorch computes the same, more slowly.
+user's cache serves, filled first where it must be. Where nothing can be compiled or the CPU lacks
+AVX-512, `load` says so once in the log and returns `None`: PyTorch computes the same, more slowly.
 """
 
 import contextlib
