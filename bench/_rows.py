@@ -82,16 +82,21 @@ def write(rows: list[Row], path: Path) -> None:
 
 
 def table(title: str, rows: list[Row], missing: Missing) -> str:
-    """The rows beside the fastest equally exact peer and the floor, in the order of time."""
+    """The rows in the order of time.
+
+    "peer" is the time of the fastest equally exact peer over the row's, "floor" the row's over
+    the floor's.
+    """
     best = min((row.median_us for row in rows if row.kind == "exact"), default=float("nan"))
     floor = min((row.median_us for row in rows if row.kind == "floor"), default=float("nan"))
-    columns = f"{'best exact':>12}{'floor':>8}{'extra':>12}{'error':>9}"
-    lines = [title, f"{'':45}{'median':>12}{'spread':>8}{columns}"]
+    columns = f"{'peer':>10}{'floor':>9}{'extra':>12}{'error':>9}"
+    wide = max(len(row.impl) for row in rows) + 2
+    lines = [title, f"{'':{wide + 11}}{'median':>12}{'spread':>8}{columns}"]
     for row in sorted(rows, key=lambda row: row.median_us):
         error = "" if row.max_error is None else f"{row.max_error:.0e}"
         lines.append(
-            f"  {row.impl[:35]:36}{row.kind:9}{row.median_us / 1e3:9.2f} ms{row.spread:8.1%}"
-            f"{best / row.median_us:10.2f} x{row.median_us / floor:6.2f} x"
+            f"  {row.impl:{wide}}{row.kind:9}{row.median_us / 1e3:9.2f} ms{row.spread:8.1%}"
+            f"{best / row.median_us:8.2f} x{row.median_us / floor:7.2f} x"
             f"{row.peak_extra_mib:8.1f} MiB{error:>9}"
         )
     for why in dict.fromkeys(missing.values()):

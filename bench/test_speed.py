@@ -64,7 +64,7 @@ def contenders():
 
 
 @pytest.mark.filterwarnings("ignore")  # of other people's packages
-@pytest.mark.parametrize(("task", "name"), contenders())
+@pytest.mark.parametrize(("task", "name"), list(contenders()))
 def test_speed(benchmark, pytestconfig, task, name):
     """Replays what was recorded of one contender."""
     if benchmark.disabled:
