@@ -10,7 +10,7 @@ def pytest_addoption(parser):
     """Two flags of our own."""
     group = parser.getgroup("bench")
     group.addoption("--seconds", type=float, default=1.0, help="of rounds, for each task")
-    group.addoption("--rows", type=Path, help="append what was measured, as JSON lines")
+    group.addoption("--out", type=Path, help="append what was measured, as JSON lines")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,9 +17,9 @@ import torch
 
 from bench._rows import run, table, write
 from bench._shapes import all_tasks
-from bench._tasks import DTYPES, WHATS, Task
+from bench._tasks import DTYPES, WHATS, Op, Task
 
-CHECKED = {"linear_logprob": (70, 40, 3000), "token_logprob": (70, 3000)}
+CHECKED: dict[Op, tuple[int, ...]] = {"linear_logprob": (70, 40, 3000), "token_logprob": (70, 3000)}
 EXACT = 1e-4  # nats: what an implementation that is marked exact must keep on `CHECKED`
 
 

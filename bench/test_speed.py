@@ -12,31 +12,13 @@ import functools
 import pytest
 import torch
 
+from bench._clock import RecordedClock
 from bench._floors import floors_of
 from bench._rows import run as measure_task
 from bench._rows import table, write
 from bench._shapes import all_tasks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class RecordedClock:
-    """A clock that moves by the next recorded duration when told to."""
-
-    def __init__(self):
-        self.time, self.durations = 0.0, iter(())
-
-    def replay(self, durations):
-        """Take these, in seconds, from the next call of `advance` on."""
-        self.durations = iter(durations)
-
-    def advance(self):
-        """Move by the next of them."""
-        self.time += next(self.durations)
-
-    def now(self) -> float:
-        """Seconds."""
-        return self.time
 
 
 CLOCK = RecordedClock()
@@ -49,8 +31,8 @@ def measured(task, config):
     rows = [row for row, _ in results.values()]
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n" + table(str(task), rows, missing), flush=True)
-    if config.getoption("rows"):
-        write(rows, config.getoption("rows"))
+    if config.getoption("out"):
+        write(rows, config.getoption("out"))
     return results, missing
 
 

@@ -90,14 +90,12 @@ def without_init(name: str) -> types.ModuleType:
 
 
 def interpret() -> None:
-    """Stand-ins for what peers' launchers call on a GPU and Triton's interpreter lacks.
-
-    For a process that runs with TRITON_INTERPRET=1 and `python -O`: asserts that a tensor is on
-    a GPU are off.
-    """
+    """Stand-ins for what peers' launchers ask of a GPU, and for what the interpreter lacks."""
     import triton.language as tl
 
     torch.cuda.device = lambda *_: contextlib.nullcontext()  # pyright: ignore
     torch.cuda.nvtx.range = lambda *_: contextlib.nullcontext()  # pyright: ignore
+    torch.Tensor.is_cuda = property(lambda _: True)  # pyright: ignore
     with contextlib.suppress(ImportError):
-        importlib.import_module("cut_cross_entropy.tl_utils").tl_log1p = lambda x: tl.log(1 + x)
+        utils: Any = importlib.import_module("cut_cross_entropy.tl_utils")
+        utils.tl_log1p = lambda x: tl.log(1 + x)

@@ -17,10 +17,13 @@ def _trl_logits():
 
 def _trl_triton():
     fused = importlib.import_module("trl.kernels.logprob_entropy").selective_log_softmax_and_entropy
+    utils = importlib.import_module("trl.trainer.utils")
 
     def entropy(z, t):
-        logprob, entropy = fused(z[None], t[None])
-        return logprob[0], entropy[0]
+        # its dispatcher does so too: the kernel takes unit stride along the vocabulary only
+        if z.stride(-1) != 1:
+            return utils.selective_log_softmax_and_entropy(z, t)
+        return fused(z, t)
 
     return {"logprob": lambda z, t: entropy(z, t)[0], "entropy": entropy}
 
@@ -61,7 +64,7 @@ def _liger_grpo():
 
 GPU = ("cuda", "interpreter")
 LOGITS = (
-    Peer("TRL selective_log_softmax", _trl_logits, rounds=True),
+    Peer("TRL selective_log_softmax", _trl_logits, ("cpu",), rounds=True),
     Peer("TRL Triton", _trl_triton, GPU),
     Peer("flash-attn cross entropy", _flash_attn, GPU),
     Peer("Liger cross entropy", _liger_logits, GPU, rounds=True),
