@@ -74,8 +74,9 @@ def build(case: Case, op: str, device: str) -> Problem | None:
         z, tensors = x.float() @ w.float().T, (x, w)
     target = _targets(case, z, generator)
     tensors = tuple(x.to(device) for x in tensors)
-    laid = laid_out(tensors[-1], case.layout)
-    return Problem((*tensors[:-1], laid), target.to(device))
+    # a vocabulary runs along the columns of logits and along the rows of a head
+    layout = "padded head" if case.layout == "padded" and len(tensors) == 2 else case.layout
+    return Problem((*tensors[:-1], laid_out(tensors[-1], layout)), target.to(device))
 
 
 def _targets(case: Case, z: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,6 +109,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         view = x.new_empty(step * (rows - 1) + columns).as_strided((rows, columns), (step, 1))
     else:
         wide = {
+            "padded head": lambda: spare((rows + 40, columns))[:rows],
             "padded": lambda: spare((rows, columns + 40))[:, :columns],
             "strided": lambda: spare((2 * rows, columns + 8))[::2, :columns],
             "unaligned": lambda: spare((rows * columns + 1,))[1:].view(rows, columns),

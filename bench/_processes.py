@@ -12,6 +12,7 @@ from bench._judge import judged
 from bench.peers import PEERS
 from bench.peers.finding import Peer, available, interpret
 
+LOST = 3  # exit code: the GPU was lost after the last answer
 SECONDS = 300  # of one process: compiling takes a minute, a spin lock takes for ever
 
 
@@ -30,6 +31,8 @@ def ask(op: str, peer: Peer, device: str) -> dict[str, tuple[str, str]]:
             out, ended = (stopped.stdout or b"").decode(), f"no answer in {SECONDS} s"
         lines = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
         verdicts |= {case: (verdict, why) for case, verdict, why in lines}
+        if ended == f"exit code {LOST}":
+            continue
         unanswered = [name for name in left if name not in verdicts]
         if unanswered:
             verdicts[unanswered[0]] = "crash", ended
@@ -52,6 +55,17 @@ def child(op: str, name: str, device: str, cases: list[str]) -> None:
             else:
                 verdict = judged(found[0], case, op, "cuda" if device == "cuda" else "cpu")
             print(json.dumps([case.name, *verdict]), flush=True)
+            if device == "cuda" and not answers():
+                sys.exit(LOST)
+
+
+def answers() -> bool:
+    """Whether the GPU still does: a kernel's wild read ends its use by this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
