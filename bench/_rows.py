@@ -1,4 +1,4 @@
-"""Rows of measurements: made, written and printed."""
+"""Rows of measurements: made, written and read."""
 
 import dataclasses
 import json
@@ -20,7 +20,6 @@ class Row:
 
     op: str
     impl: str
-    kind: Kind
     shape: str
     dtype: str
     median_us: float
@@ -30,6 +29,7 @@ class Row:
     peak_extra_mib: float  # beyond the inputs: outputs and workspace
     machine: dict[str, str]
     max_error: float | None = None  # nats, against fp64; None for a floor
+    kind: Kind | None = None  # None in rows that are older than it
 
 
 Results = dict[str, tuple[Row, Timing]]
@@ -81,24 +81,6 @@ def write(rows: list[Row], path: Path) -> None:
         file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
 
-def table(title: str, rows: list[Row], missing: Missing) -> str:
-    """The rows in the order of time.
-
-    "peer" is the time of the fastest equally exact peer over the row's, "floor" the row's over
-    the floor's.
-    """
-    best = min((row.median_us for row in rows if row.kind == "exact"), default=float("nan"))
-    floor = min((row.median_us for row in rows if row.kind == "floor"), default=float("nan"))
-    columns = f"{'peer':>10}{'floor':>9}{'extra':>12}{'error':>9}"
-    wide = max(len(row.impl) for row in rows) + 2
-    lines = [title, f"{'':{wide + 11}}{'median':>12}{'spread':>8}{columns}"]
-    for row in sorted(rows, key=lambda row: row.median_us):
-        error = "" if row.max_error is None else f"{row.max_error:.0e}"
-        lines.append(
-            f"  {row.impl:{wide}}{row.kind:9}{row.median_us / 1e3:9.2f} ms{row.spread:8.1%}"
-            f"{best / row.median_us:8.2f} x{row.median_us / floor:7.2f} x"
-            f"{row.peak_extra_mib:8.1f} MiB{error:>9}"
-        )
-    for why in dict.fromkeys(missing.values()):
-        lines.append(f"  missing, {why}: {', '.join(n for n in missing if missing[n] == why)}")
-    return "\n".join(lines)
+def read(path: Path) -> list[Row]:
+    """The rows that `write` left there."""
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -69,7 +69,7 @@ step conformance 110 "$python" -m bench.conformance --out "$out/conformance.json
 
 # rows are appended as each task ends, so that a run which is stopped leaves what it measured
 if has pytest && has pytest_benchmark; then
-  step speed 540 "${pytest[@]}" bench --benchmark-only --benchmark-quiet \
+  step speed 540 "${pytest[@]}" bench --benchmark-only \
     --benchmark-json="$out/benchmark.json" --seconds 0.5 --out "$out/speed.jsonl"
 else
   step speed 540 "$python" -m bench.speed --seconds 0.5 --out "$out/speed.jsonl"
@@ -79,4 +79,5 @@ cat "$out/conformance.log" 2>/dev/null
 grep -hE "^(linear|token)_logprob|^ .* (ms|peer) |^  missing" "$out/speed.log"
 tail -n 3 "$out"/{bits,device}.log 2>/dev/null
 cat "$out/machine.json" "$summary"
+[ -f "$out/speed.jsonl" ] && "$python" -m bench.speed --digest "$out/speed.jsonl"
 exit "$failed"

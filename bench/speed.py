@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from bench._rows import run, table, write
+from bench._rows import read, run, write
 from bench._shapes import all_tasks
+from bench._tables import digest, table
 from bench._tasks import DTYPES, WHATS, Op, Task
 
 CHECKED: dict[Op, tuple[int, ...]] = {"linear_logprob": (70, 40, 3000), "token_logprob": (70, 3000)}
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="ours beside every peer")
     parser.add_argument("--check", action="store_true", help="agreement on tiny shapes only")
     parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
+    parser.add_argument("--digest", type=Path, help="a line a task of such a file; no timing")
     parser.add_argument("--seconds", type=float, default=1.0, help="of rounds, for each task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of PyTorch and of our C++ route")
@@ -57,6 +59,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.check:
         check(args.device)
+        return
+    if args.digest:
+        print(digest(read(args.digest)))
         return
     for task in chosen(args):
         results, missing = run(task, args.seconds, only=tuple(args.only or [""]))

@@ -15,8 +15,9 @@ import torch
 from bench._clock import RecordedClock
 from bench._floors import floors_of
 from bench._rows import run as measure_task
-from bench._rows import table, write
+from bench._rows import write
 from bench._shapes import all_tasks
+from bench._tables import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,8 +12,9 @@ from bench._cases import CASES
 from bench._clock import RecordedClock
 from bench._judge import judged
 from bench._problems import build
-from bench._rows import Row, table
+from bench._rows import Row
 from bench._shapes import all_tasks
+from bench._tables import digest, table
 from bench.peers.finding import Peer, available
 from test_layers import ROOT
 
@@ -71,14 +72,15 @@ def row(impl, kind, median_us):
 
 def test_ratios_are_to_the_fastest_exact_peer_and_floor():
     rows = [
-        row("a", "ours", 2e3), row("b", "exact", 6e3), row("c", "exact", 8e3),
+        row("ours", "ours", 2e3), row("b", "exact", 6e3), row("c", "exact", 8e3),
         row("d", "rounded", 1.5e3), row("e", "floor", 1e3), row("f", "floor", 4e3),
     ]  # fmt: skip
     text = table("title", rows, {"g": "no module", "h": "no module"})
-    (ours,) = (line for line in text.splitlines() if line.startswith("  a "))
+    (ours,) = (line for line in text.splitlines() if line.startswith("  ours "))
     assert "3.00 x" in ours
     assert "2.00 x" in ours
     assert "missing, no module: g, h" in text
+    assert "2.00 ms   3.00 x b, 2.00 x floor" in digest(rows)
 
 
 def test_a_package_that_is_not_there_is_named_with_the_reason():
