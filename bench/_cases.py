@@ -1,8 +1,8 @@
 """The inputs that implementations fail on: each a name, why it is there, and how it is built.
 
-From logits a case changes random logits; from hidden rows it changes a random head whose last
-column meets a 1 in every hidden row, so that a mask or a shift is part of the head itself and
-every implementation can be given it.
+From logits a case changes random logits. From hidden rows it changes a random head, whose last
+column meets a 1 in every hidden row: a shift is in it, and so is a mask for an implementation
+that takes no bias.
 """
 
 import dataclasses

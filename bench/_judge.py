@@ -21,6 +21,8 @@ def judged(peer: Peer, case: Case, op: str, device: str) -> tuple[str, str]:
     returned = "entropy" if case.want.startswith("entropy") else "logprob"
     if problem is None or returned not in peer.calls:
         return "-", "no such input or output"
+    if problem.bias is not None and case.want.endswith("gradient") and not peer.takes_bias:
+        return "-", "no bias, and a weight of -inf has no gradient"
     truth = problem.truth(case.want)
     # else a peer meets the limit of shapes that torch.compile is willing to see
     torch.compiler.reset()
@@ -44,8 +46,10 @@ def judged(peer: Peer, case: Case, op: str, device: str) -> tuple[str, str]:
 def _values(peer: Peer, problem: Problem, want: str, returned: str) -> Tensor | None:
     """What the peer returns for what is wanted, in fp64 on the CPU; None without a gradient."""
     differentiate = want.endswith("gradient")
-    leaves = [x.detach().requires_grad_(differentiate) for x in problem.tensors]
-    out = peer.calls[returned](*leaves, problem.target)
+    bias = [problem.bias] if peer.takes_bias and problem.bias is not None else []
+    tensors = problem.tensors if bias else problem.folded()
+    leaves = [x.detach().requires_grad_(differentiate) for x in tensors]
+    out = peer.calls[returned](*leaves, problem.target, *bias)
     values = out[1] if returned == "entropy" else out
     if differentiate:
         if not values.requires_grad:

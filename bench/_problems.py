@@ -1,13 +1,12 @@
 """A case made into tensors for an op, with the truth in fp64."""
 
 import dataclasses
-import functools
-import operator
 
 import torch
 from torch import Tensor
 
-from bench._cases import FAR, Case
+from bench._cases import Case
+from bench._layouts import laid_out
 
 D = 128  # a width that every peer takes
 IGNORED = -100
@@ -15,15 +14,29 @@ IGNORED = -100
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What an implementation is given: its tensors, (logits,) or (hidden, weight), and targets."""
+    """What an implementation is given: its tensors, (logits,) or (hidden, weight), and targets.
+
+    A mask of a head is a bias of -inf; `folded` holds it for those that take none.
+    """
 
     tensors: tuple[Tensor, ...]
     target: Tensor
+    bias: Tensor | None = None
+
+    def folded(self) -> tuple[Tensor, ...]:
+        """The bias as part of the head: its last column meets a 1 in every hidden row."""
+        if self.bias is None:
+            return self.tensors
+        x, w = self.tensors
+        w = w.clone()
+        w[:, -1] += self.bias
+        return x, w
 
     def truth(self, want: str) -> Tensor:
         """fp64, on the CPU. NaN stands for: no number. Gradients are of sum (row + 1) x value."""
         leaves = [x.detach().cpu().double().requires_grad_() for x in self.tensors]
         z = leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].T
+        z = z if self.bias is None else z + self.bias.cpu().double()
         target, V = self.target.cpu(), z.shape[1]
         log_p, masked = z.log_softmax(1), z == float("-inf")
         if want.startswith("entropy"):
@@ -46,7 +59,7 @@ def gradients(values: Tensor, leaves: list[Tensor]) -> Tensor:
 def build(case: Case, op: str, device: str) -> Problem | None:
     """The case's tensors; None where `op` cannot be given it."""
     generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, case.dtype)
+    dtype, bias = getattr(torch, case.dtype), None
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
@@ -61,13 +74,13 @@ def build(case: Case, op: str, device: str) -> Problem | None:
             z[1, 7] = float("nan")
         tensors = (z,)
     else:
-        # a weight of -inf, which carries the mask, has no gradient to compare
-        if case.masked_row or (case.masked and case.want.endswith("gradient")):
+        if case.masked_row:
             return None
         x, w = randn(case.rows, D), randn(case.V, D) * case.scale / D**0.5
         x[:, -1], w[:, -1] = 1.0, case.shift
         if case.masked:
-            w[slice(*case.masked), -1] = float("-inf")
+            bias = torch.zeros(case.V, device=device)
+            bias[slice(*case.masked)] = float("-inf")
         if case.nan_row:
             x[1, 7] = float("nan")
         x, w = x.to(dtype), w.to(dtype)
@@ -76,7 +89,7 @@ def build(case: Case, op: str, device: str) -> Problem | None:
     tensors = tuple(x.to(device) for x in tensors)
     # a vocabulary runs along the columns of logits and along the rows of a head
     layout = "padded head" if case.layout == "padded" and len(tensors) == 2 else case.layout
-    return Problem((*tensors[:-1], laid_out(tensors[-1], layout)), target.to(device))
+    return Problem((*tensors[:-1], laid_out(tensors[-1], layout)), target.to(device), bias)
 
 
 def _targets(case: Case, z: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,26 +106,3 @@ def _targets(case: Case, z: Tensor, generator: torch.Generator) -> Tensor:
         if value is not None:
             target[row] = value
     return target
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in other memory, the rest of which holds large numbers."""
-    rows, columns = x.shape
-    spare = functools.partial(x.new_full, fill_value=50.0)
-    if layout == "plain":
-        return x
-    if layout == "transposed":
-        return x.T.contiguous().T
-    if layout == "huge stride":
-        # untouched pages of memory are never there
-        step = FAR // (rows - 1) + 8
-        view = x.new_empty(step * (rows - 1) + columns).as_strided((rows, columns), (step, 1))
-    else:
-        wide = {
-            "padded head": lambda: spare((rows + 40, columns))[:rows],
-            "padded": lambda: spare((rows, columns + 40))[:, :columns],
-            "strided": lambda: spare((2 * rows, columns + 8))[::2, :columns],
-            "unaligned": lambda: spare((rows * columns + 1,))[1:].view(rows, columns),
-        }
-        view = wide[layout]()
-    return operator.methodcaller("copy_", x)(view)

@@ -1,5 +1,7 @@
 """Rows of measurements as text: a table a task, and a line a task."""
 
+import math
+
 from bench._rows import Row
 from bench.peers.finding import Missing
 
@@ -19,12 +21,16 @@ def table(title: str, rows: list[Row], missing: Missing) -> str:
         error = "" if row.max_error is None else f"{row.max_error:.0e}"
         lines.append(
             f"  {row.impl:{wide}}{row.kind or '-':9}{row.median_us / 1e3:9.2f} ms{row.spread:8.1%}"
-            f"{best / row.median_us:8.2f} x{row.median_us / floor:7.2f} x"
+            f"{_times(best / row.median_us):>10}{_times(row.median_us / floor):>9}"
             f"{row.peak_extra_mib:8.1f} MiB{error:>9}"
         )
     for why in dict.fromkeys(missing.values()):
         lines.append(f"  missing, {why}: {', '.join(n for n in missing if missing[n] == why)}")
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return "" if math.isnan(ratio) else f"{ratio:.2f} x"
 
 
 def digest(rows: list[Row]) -> str:

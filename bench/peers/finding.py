@@ -33,6 +33,7 @@ class Peer:
     load: Callable[[], dict[str, Call]]
     devices: tuple[str, ...] = ("cpu", "cuda")  # "interpreter": CUDA kernels, on CPU tensors
     rounds: bool = False  # keeps logits or results in the inputs' dtype: inexact below fp32
+    takes_bias: bool = False
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)
 
     @property

@@ -8,16 +8,18 @@ from bench.peers.finding import Peer, without_init
 def _trl_head():
     apply = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply
 
-    def call(x, w, t, *outputs):
-        return apply(x, w, None, t, 1.0, 32_768, None, 1.0, outputs)
+    def asked(*outputs):
+        return lambda x, w, t, b=None: apply(x, w, b, t, 1.0, 32_768, None, 1.0, outputs)
 
-    def statistics(x, w, t):
-        logprob, entropy, _, mean, is_top1 = call(x, w, t, "entropy", "mean_logits", "is_top1")
+    bare, entropy, many = asked(), asked("entropy"), asked("entropy", "mean_logits", "is_top1")
+
+    def statistics(x, w, t, b=None):
+        logprob, entropy, _, mean, is_top1 = many(x, w, t, b)
         return logprob, entropy, mean, is_top1
 
     return {
-        "logprob": lambda x, w, t: call(x, w, t)[0],
-        "entropy": lambda x, w, t: call(x, w, t, "entropy")[:2],
+        "logprob": lambda *args: bare(*args)[0],
+        "entropy": lambda *args: entropy(*args)[:2],
         "statistics but self-certainty": statistics,
     }
 
@@ -25,7 +27,11 @@ def _trl_head():
 def _liger_flce():
     module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
     loss = module.LigerFusedLinearCrossEntropyFunction.apply
-    return {"logprob": lambda x, w, t: -loss(x, w, t, None, None, -100, 0.0, 0.0, "none")[0]}
+
+    def logprob(x, w, t, b=None):
+        return -loss(x, w, t, b, None, -100, 0.0, 0.0, "none")[0]
+
+    return {"logprob": logprob}
 
 
 def _liger_scaled():
@@ -42,7 +48,7 @@ def _liger_scaled():
 def _liger_ppo():
     module = importlib.import_module("liger_kernel.chunked_loss.fused_linear_ppo")
     apply = module._ChunkedSelectiveLogProbFunction.apply
-    return {"logprob": lambda x, w, t: apply(x, w, t, None, 1.0, 4096)}
+    return {"logprob": lambda x, w, t, b=None: apply(x, w, t, b, 1.0, 4096)}
 
 
 def _cce(impl: str):
@@ -62,10 +68,10 @@ def _verl():
 
 GPU = ("cuda", "interpreter")
 HIDDEN = (
-    Peer("TRL tiled head", _trl_head, rounds=True),
-    Peer("Liger FLCE", _liger_flce, GPU, rounds=True),
+    Peer("TRL tiled head", _trl_head, rounds=True, takes_bias=True),
+    Peer("Liger FLCE", _liger_flce, GPU, rounds=True, takes_bias=True),
     Peer("Liger scaled CE", _liger_scaled, rounds=True),
-    Peer("Liger chunked PPO head", _liger_ppo, rounds=True),
+    Peer("Liger chunked PPO head", _liger_ppo, rounds=True, takes_bias=True),
     Peer("cut-cross-entropy compiled", lambda: _cce("torch_compile"), rounds=True),
     Peer("cut-cross-entropy", lambda: _cce("cce"), GPU),
     Peer("verl", _verl, GPU),

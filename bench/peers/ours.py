@@ -25,10 +25,13 @@ def _our_logits():
 
 
 def _our_hidden():
+    def asked(stats):
+        return lambda x, w, t, b=None: picked(linear_logprob(x, w, t, bias=b, stats=stats), stats)
+
     return {
-        "logprob": lambda x, w, t: linear_logprob(x, w, t).logprob,
-        "entropy": lambda x, w, t: picked(linear_logprob(x, w, t, stats=FOUR[:2]), FOUR[:2]),
-        "statistics": lambda x, w, t: picked(linear_logprob(x, w, t, stats=FOUR), FOUR),
+        "logprob": lambda x, w, t, b=None: linear_logprob(x, w, t, bias=b).logprob,
+        "entropy": asked(FOUR[:2]),
+        "statistics": asked(FOUR),
     }
 
 
@@ -49,6 +52,6 @@ def _our_pytorch_route():
 ANYWHERE = ("cpu", "cuda", "interpreter")
 LOGITS = (Peer("ours", _our_logits, ANYWHERE),)
 HIDDEN = (
-    Peer("ours", _our_hidden, ANYWHERE),
-    Peer("ours, PyTorch route", _our_pytorch_route, ("cpu",)),
+    Peer("ours", _our_hidden, ANYWHERE, takes_bias=True),
+    Peer("ours, PyTorch route", _our_pytorch_route, ("cpu",), takes_bias=True),
 )

@@ -41,12 +41,15 @@ def _logits_compiled():
 
 
 def _hidden_eager():
-    def statistics(x, w, t):
-        return log_softmax_statistics((x @ w.T).float(), t)
+    def logits(x, w, b):
+        return (x @ w.T if b is None else torch.addmm(b, x, w.T)).float()
+
+    def statistics(x, w, t, b=None):
+        return log_softmax_statistics(logits(x, w, b), t)
 
     return {
-        "logprob": lambda x, w, t: log_softmax((x @ w.T).float(), t),
-        "entropy": lambda x, w, t: statistics(x, w, t)[:2],
+        "logprob": lambda x, w, t, b=None: log_softmax(logits(x, w, b), t),
+        "entropy": lambda x, w, t, b=None: statistics(x, w, t, b)[:2],
         "statistics": statistics,
     }
 
@@ -57,7 +60,11 @@ def _hidden_compiled():
 
 def _torch_fused():
     fused = functional.linear_cross_entropy
-    return {"logprob": lambda x, w, t: -fused(x, w, t, reduction="none")}
+
+    def logprob(x, w, t, b=None):
+        return -fused(x, w, t, linear_bias=b, reduction="none")
+
+    return {"logprob": logprob}
 
 
 def _gemm_chunks():
@@ -79,8 +86,8 @@ LOGITS = (
     Peer("torch.compile", _logits_compiled),
 )
 HIDDEN = (
-    Peer("eager", _hidden_eager, rounds=True),
-    Peer("torch.compile", _hidden_compiled, rounds=True),
-    Peer("F.linear_cross_entropy", _torch_fused, rounds=True),
+    Peer("eager", _hidden_eager, rounds=True, takes_bias=True),
+    Peer("torch.compile", _hidden_compiled, rounds=True, takes_bias=True),
+    Peer("F.linear_cross_entropy", _torch_fused, rounds=True, takes_bias=True),
     Peer("cuBLAS chunks, fp32 out", _gemm_chunks, ("cuda",)),
 )
