@@ -9,6 +9,7 @@ import torch
 
 from bench._cases import CASES
 from bench._judge import judged
+from bench._verdicts import Verdict
 from bench.peers import PEERS
 from bench.peers.finding import Peer, available, interpret
 
@@ -16,9 +17,9 @@ LOST = 3  # exit code: the GPU was lost after the last answer
 SECONDS = 300  # of one process: compiling takes a minute, a spin lock takes for ever
 
 
-def ask(op: str, peer: Peer, device: str) -> dict[str, tuple[str, str]]:
+def ask(op: str, peer: Peer, device: str) -> dict[str, Verdict]:
     """Every verdict on `peer`; a case that ends its process is a crash, and the rest go on."""
-    verdicts: dict[str, tuple[str, str]] = {}
+    verdicts: dict[str, Verdict] = {}
     environment = os.environ | {"TRITON_INTERPRET": "1" if device == "interpreter" else "0"}
     while left := [case.name for case in CASES if case.name not in verdicts]:
         command = [sys.executable, "-m", "bench._processes", op, peer.name, device]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from bench._cases import CASES
 
-Verdicts = dict[str, dict[str, dict[str, tuple[str, str]]]]  # op, implementation, case
+Verdict = tuple[str, str]  # what it is, and what that rests on
+Verdicts = dict[str, dict[str, dict[str, Verdict]]]  # op, implementation, case
 BEGIN, END = "<!-- conformance: python -m bench.conformance --write -->", "<!-- end -->"
 
 
@@ -26,7 +27,7 @@ def tables(verdicts: Verdicts, titles: dict[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def _absence(found: dict[str, tuple[str, str]]) -> str | None:
+def _absence(found: dict[str, Verdict]) -> str | None:
     reasons = [why for verdict, why in found.values() if verdict == "absent"]
     return reasons[0] if reasons else None
 

@@ -11,7 +11,9 @@ wild read ends the process; kernels for GPUs run under Triton's interpreter wher
 import argparse
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ import torch
 from bench._cases import CASES
 from bench._judge import judged
 from bench._processes import ask
-from bench._verdicts import Verdicts, tables, write_into
+from bench._verdicts import Verdict, Verdicts, tables, write_into
 from bench.peers import PEERS
 from bench.peers.finding import Peer, available
 
@@ -33,10 +35,16 @@ def contenders(op: str, device: str) -> list[tuple[str, Peer, str]]:
     for peer in PEERS[op]:
         if device in peer.devices:
             listed.append((peer.name, peer, device))
-        if device == "cpu" and "interpreter" in peer.devices:
+        if device == "cpu" and "interpreter" in peer.devices and find_spec("triton"):
             title = "ours, Triton" if peer.ours else peer.name
             listed.append((title, peer, "interpreter"))
     return listed
+
+
+def told(title: str, answer: dict[str, Verdict]) -> dict[str, Verdict]:
+    """The answer, announced: the next one may take a minute."""
+    print(f"{title}: {sum(v == 'right' for v, _ in answer.values())} right", file=sys.stderr)
+    return answer
 
 
 def check() -> bool:
@@ -66,7 +74,7 @@ def main() -> int:
         return 0 if check() else 1
     asked = [(op, *c) for op in OPS for c in contenders(op, args.device) if args.only in c[0]]
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 4)) as pool:
-        answers = list(pool.map(lambda a: ask(a[0], *a[2:]), asked))
+        answers = list(pool.map(lambda a: told(a[1], ask(a[0], *a[2:])), asked))
     verdicts: Verdicts = {op: {} for op in OPS}
     for (op, title, *_), answer in zip(asked, answers, strict=True):
         verdicts[op][title] = answer
