@@ -63,7 +63,7 @@ bench: $(READY) peers
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-quiet $(if $(OUT),--out $(OUT))
 
 conformance: $(READY) peers
-	$(BIN)/python -m bench.conformance --write
+	$(BIN)/python -m bench.conformance
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

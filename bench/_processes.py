@@ -29,7 +29,9 @@ def ask(op: str, peer: Peer, device: str) -> dict[str, Verdict]:
             )
             out, ended = done.stdout, f"exit code {done.returncode}"
         except subprocess.TimeoutExpired as stopped:
-            out, ended = (stopped.stdout or b"").decode(), f"no answer in {SECONDS} s"
+            heard = stopped.stdout or b""
+            out = heard if isinstance(heard, str) else heard.decode()
+            ended = f"no answer in {SECONDS} s"
         lines = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
         verdicts |= {case: (verdict, why) for case, verdict, why in lines}
         if ended == f"exit code {LOST}":
