@@ -30,7 +30,7 @@ def ask(op: str, peer: Peer, device: str) -> dict[str, Verdict]:
             out, ended = done.stdout, f"exit code {done.returncode}"
         except subprocess.TimeoutExpired as stopped:
             heard = stopped.stdout or b""
-            out = heard if isinstance(heard, str) else bytes(heard).decode()
+            out = heard.decode() if isinstance(heard, bytes) else str(heard)
             ended = f"no answer in {SECONDS} s"
         lines = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
         verdicts |= {case: (verdict, why) for case, verdict, why in lines}
