@@ -1,6 +1,10 @@
 """Operations on tensors that score given tokens; nothing of transformers in here."""
 
 from .linear_logprob import linear_logprob as linear_logprob
+from .partials import Partials as Partials
+from .partials import merge as merge
+from .partials import partials as partials
+from .partials import ranks_ahead as ranks_ahead
 from .segment_reduce import segment_reduce as segment_reduce
 from .segment_stats import GroupStats as GroupStats
 from .segment_stats import Segments as Segments
@@ -12,3 +16,4 @@ from .tree import Tree as Tree
 from .tree import tree_mask as tree_mask
 from .tree_attention import tree_attention as tree_attention
 from .tree_attention import tree_attention_reference as tree_attention_reference
+from .vocab_parallel import vocab_parallel_linear_logprob as vocab_parallel_linear_logprob

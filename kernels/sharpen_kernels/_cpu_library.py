@@ -1,7 +1,8 @@
 """The C++ in `cpu/`: compiled once for a machine and a build of torch, kept, loaded on first use.
 
-Where nothing can be compiled or the CPU lacks AVX-512, `load` says so once in the log and returns
-`None`: PyTorch computes the same, more slowly.
+A build that came with the package is loaded if it is of these sources and this torch; else the
+user's cache serves, filled first where it must be. Where nothing can be compiled or the CPU lacks
+AVX-512, `load` says so once in the log and returns `None`: PyTorch computes the same, more slowly.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch
 
-SOURCES = Path(__file__).parent / "cpu"
+PACKAGE = Path(__file__).parent
+SOURCES = PACKAGE / "cpu"
 # no contraction: a statistic's bits must not depend on what the compiler fuses it with
 COMPILE = [
     "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-DNDEBUG",
@@ -39,6 +41,7 @@ class Library:
     """The loaded functions; those that compute raise `RuntimeError` with the C++ message."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         self._library.linear_logprob_error.restype = ctypes.c_char_p
         self._library.linear_logprob_backward_bytes.restype = ctypes.c_int64
@@ -50,6 +53,10 @@ class Library:
     def forward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
         """Run the forward pass."""
         self._run(self._library.linear_logprob_forward, problem, dtype)
+
+    def ranks(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        """Count the columns ahead of the targets."""
+        self._run(self._library.linear_logprob_ranks, problem, dtype)
 
     def backward_bytes(self, problem: ctypes.Structure, dtype: torch.dtype) -> int:
         """Workspace that `backward` wants."""
@@ -68,12 +75,11 @@ class Library:
 @functools.cache
 def load() -> Library | None:
     """The library, if it can run here; compiled if no build is kept yet."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if os.environ.get("SHARPEN_CPU_KERNEL") == "0" or not capability.startswith("AVX512"):
+    if os.environ.get("SHARPEN_CPU_KERNEL") == "0" or not has_instructions():
         logger.info("Tensors on the CPU are scored by PyTorch: no AVX-512, or not wanted.")
         return None
     try:
-        library = Library(build())
+        library = _prebuilt() or Library(build())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or ""
         logger.warning(
@@ -87,6 +93,23 @@ def load() -> Library | None:
     return None
 
 
+def has_instructions() -> bool:
+    """Whether this CPU has the instructions that the library is compiled to."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _prebuilt() -> Library | None:
+    """The library that came with the package, if it is of these sources and this torch."""
+    path = PACKAGE / f"{_key()}.so"
+    if not path.exists():
+        return None
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:
+        logger.warning("%s cannot be loaded, compiling it anew. %s", path, error)
+        return None
+
+
 def build() -> Path:
     """Path of the compiled library, from the cache where it is there; safe among processes."""
     folder = cache_folder()
@@ -98,7 +121,7 @@ def build() -> Path:
         if not path.exists():
             logger.info("Compiling the C++ kernel for the CPU into %s, once.", path)
             begun = time.perf_counter()
-            _compile(path)
+            compile_into(folder)
             logger.info("Compiled in %.1f s.", time.perf_counter() - begun)
     return path
 
@@ -130,20 +153,26 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(path: Path) -> None:
+def compile_into(folder: Path) -> Path:
+    """Compile the library into a folder that exists.
+
+    Raises:
+        FileNotFoundError: If there is no compiler.
+        subprocess.SubprocessError: If it fails, or takes more than TIMEOUT.
+    """
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         raise FileNotFoundError(f"No compiler `{compiler}`; install g++ or set CXX.")
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     # the finished file appears at once, under its final name
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(f"{folder}/{source.stem}.o")
+            objects.append(f"{scratch}/{source.stem}.o")
             _run(compiler, *COMPILE, *include, "-c", str(source), "-o", objects[-1])
-        _run(compiler, *objects, f"-L{root / 'lib'}", *LINK, "-o", f"{folder}/library.so")
-        os.replace(f"{folder}/library.so", path)
+        _run(compiler, *objects, f"-L{root / 'lib'}", *LINK, "-o", f"{scratch}/library.so")
+        return Path(f"{scratch}/library.so").replace(folder / f"{_key()}.so")
 
 
 def _run(*command: str) -> None:

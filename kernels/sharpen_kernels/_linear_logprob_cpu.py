@@ -8,7 +8,7 @@ R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ MAX_WAVE, MAX_PASS = 512, 1024
 SIDE_ELEMENTS = 2**21
 TILE_BYTES = BLOCK * 256 * 4  # of fp32, as in `cpu/linear_logprob_bwd.h`
 BACKWARD_SCRATCH_BYTES = 24 * 2**20
+BEST = ("best", "best_column")  # fields of k values a row
+COLUMNS = ("column", "best_column")  # int32 in C++
 
 
 class _Partials(ctypes.Structure):
@@ -43,10 +45,22 @@ class _Inputs(ctypes.Structure):
     """`Inputs` of `cpu/tile.h`, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "target", "first")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "mask")),
+        *((name, ctypes.c_void_p) for name in ("target", "first")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "depth")),
         *((name, ctypes.c_int64) for name in ("hidden_stride", "weight_stride")),
         *((name, ctypes.c_float) for name in ("temperature", "softcap")),
+    ]
+
+
+class _Cut(ctypes.Structure):
+    """`Cut` of `cpu/linear_logprob.cpp`."""
+
+    _fields_ = [
+        ("inputs", _Inputs),
+        *((name, ctypes.c_int64) for name in ("segment_columns", "chunk_rows", "threads")),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.c_int64),
     ]
 
 
@@ -54,15 +68,20 @@ class _Forward(ctypes.Structure):
     """`Forward` of `cpu/linear_logprob.cpp`."""
 
     _fields_ = [
-        ("inputs", _Inputs),
-        *((name, ctypes.c_int64) for name in ("segment_columns", "pass_rows", "chunk_rows")),
-        ("threads", ctypes.c_int64),
+        ("cut", _Cut),
+        ("pass_rows", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("renyi_order", ctypes.c_float),
         ("merged", _Partials),
         ("chosen", ctypes.c_void_p),
         ("partials", _Partials),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
     ]
+
+
+class _Ranks(ctypes.Structure):
+    """`Ranks` of `cpu/linear_logprob.cpp`."""
+
+    _fields_ = [("cut", _Cut), ("chosen", ctypes.c_void_p), ("ahead", ctypes.c_void_p)]
 
 
 OF_ROW = ("top", "log_mass", "prob", "entropy", "of_entropy", "uniform", "active")
@@ -89,29 +108,34 @@ def takes(hidden: Tensor, head: Head) -> bool:
         and hidden.shape[1] > 0
         and mkldnn.enabled
         and all(x.shape[1] == 1 or x.stride(1) == 1 for x in (hidden, head.weight))
+        # memory that holds something else than the values
+        and not any(x.is_neg() for x in (hidden, head.weight))
         and _cpu_library.load() is not None
     )
 
 
 def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[_Inputs, list[Tensor]]:
-    """What both passes read, and the copies that must outlive the call."""
-    bias = None if head.bias is None else head.bias[: head.vocab_size].float().contiguous()
+    """What every pass reads, and the copies that must outlive the call."""
+    V = head.vocab_size
+    bias = None if head.bias is None else head.bias[:V].float().resolve_neg().contiguous()
+    mask = None if head.vocab_mask is None else head.vocab_mask[:V].contiguous()
     target, first = pairs.target.contiguous(), pairs.first.contiguous()
     inputs = _Inputs(
         hidden=hidden.data_ptr(),
         weight=head.weight.data_ptr(),
         bias=_pointer(bias),
+        mask=_pointer(mask),
         target=target.data_ptr(),
         first=first.data_ptr(),
         rows=hidden.shape[0],
-        columns=head.vocab_size,
+        columns=V,
         depth=hidden.shape[1],
         hidden_stride=hidden.stride(0),
         weight_stride=head.weight.stride(0),
         temperature=head.temperature,
         softcap=head.softcap or 0.0,
     )
-    return inputs, [target, first, *([] if bias is None else [bias])]
+    return inputs, [x for x in (target, first, bias, mask) if x is not None]
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -123,54 +147,79 @@ def _whole(n: int, unit: int = BLOCK) -> int:
     return -(-n // unit) * unit
 
 
-def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:
-    """Statistics of every row, and the logit of every pair's target (NaN outside the vocabulary).
-
-    Wants R > 0 and what `takes` says. Workspace: partials of a pass over rows, and for each thread
-    a packed segment, a tile of logits and a block of rows.
-    """
-    library = _cpu_library.load()
-    assert library is not None
+def _cut(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[_Cut, list[Tensor]]:
+    """Segments, threads and their memory, and the tensors that must outlive the call."""
     R, D = hidden.shape
     size = hidden.element_size()
     # set by D and the dtype, never by the number of rows or threads
     fitting = SEGMENT_BYTES // (D * size) // PANEL * PANEL
     columns = max(MIN_COLUMNS[size], min(MAX_COLUMNS, fitting))
-    n_segments = -(-head.vocab_size // columns)
-    fields = _asked(stats)
-    blocks = PARTIALS_BYTES // (4 * n_segments * len(fields) * BLOCK)
-    pass_rows = min(max(1, blocks) * BLOCK, _whole(R))
     deep = _whole(D, 2)
-    of_thread = (columns * deep * size, BLOCK * columns * 4, BLOCK * deep * size)
+    of_thread = (columns * deep * size, BLOCK * columns * 4, BLOCK * deep * size, columns * 4)
     scratch_bytes = sum(_whole(n, 64) for n in of_thread)
     threads = min(torch.get_num_threads(), max(1, SCRATCH_BYTES // scratch_bytes))
     # few segments for many threads: each is packed by several, for some of the rows
-    chunks = -(-TASKS * threads // n_segments) if threads > 1 else 1
-    chunk_rows = max(MIN_CHUNK, _whole(-(-pass_rows // chunks)))
-
-    inputs, _kept = _inputs(hidden, head, pairs)
-    chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
-    merged = {name: _empty(name, R) for name in fields}
-    partials = {name: _empty(name, n_segments * pass_rows) for name in fields}
+    chunks = -(-TASKS * threads // -(-head.vocab_size // columns)) if threads > 1 else 1
     scratch = torch.empty(threads * scratch_bytes // 4, dtype=torch.float32)
-    problem = _Forward(
+    inputs, kept = _inputs(hidden, head, pairs)
+    cut = _Cut(
         inputs=inputs,
         segment_columns=columns,
-        pass_rows=pass_rows,
-        chunk_rows=chunk_rows,
+        chunk_rows=max(MIN_CHUNK, _whole(-(-R // chunks))),
         threads=threads,
-        merged=_Partials(**{name: x.data_ptr() for name, x in merged.items()}),
-        chosen=chosen.data_ptr(),
-        partials=_Partials(**{name: x.data_ptr() for name, x in partials.items()}),
         scratch=scratch.data_ptr(),
         scratch_bytes=scratch_bytes,
     )
+    return cut, [scratch, *kept]
+
+
+def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:
+    """The partial of every row, and the logit of every pair's target (NaN outside the vocabulary).
+
+    Wants R > 0 and what `takes` says. Workspace: partials of a pass over rows, and for each thread
+    a packed segment, a tile of logits, a block of rows and the best columns of the pass.
+    """
+    library = _cpu_library.load()
+    assert library is not None
+    R = hidden.shape[0]
+    cut, _kept = _cut(hidden, head, pairs)
+    n_segments = -(-head.vocab_size // cut.segment_columns)
+    names = [name for name in Partial._fields if name in {"top", "mass", *wanted.fields}]
+    # the best columns are kept by each thread, everything else by each segment
+    sizes = [cut.threads * wanted.k if name in BEST else n_segments for name in names]
+    pass_rows = min(max(1, PARTIALS_BYTES // (4 * sum(sizes) * BLOCK)) * BLOCK, _whole(R))
+    chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
+    merged = {name: _empty(name, R * wanted.k if name in BEST else R) for name in names}
+    partials = {name: _empty(name, n * pass_rows) for name, n in zip(names, sizes, strict=True)}
+    problem = _Forward(
+        cut=cut,
+        pass_rows=pass_rows,
+        k=wanted.k,
+        renyi_order=wanted.renyi_order,
+        merged=_Partials(**{name: x.data_ptr() for name, x in merged.items()}),
+        chosen=chosen.data_ptr(),
+        partials=_Partials(**{name: x.data_ptr() for name, x in partials.items()}),
+    )
     library.forward(problem, hidden.dtype)
-    found: dict[str, Tensor | None] = dict.fromkeys(Partial._fields)
-    found |= merged
-    if (greedy := found["greedy"]) is not None:
-        found["greedy"] = greedy.to(torch.int64)
-    return finish(Partial(**cast(dict[str, Tensor], found))), chosen
+    shaped = {name: x.view(R, wanted.k) if name in BEST else x for name, x in merged.items()}
+    return Partial(
+        **{name: x.long() if name in COLUMNS else x for name, x in shaped.items()}
+    ), chosen
+
+
+def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
+    """Unmasked columns ahead of each pair's target [S] int64; any number for a pair outside.
+
+    `chosen` [S] are the targets' logits, from the `forward` above: these are the same bits.
+    """
+    library = _cpu_library.load()
+    assert library is not None
+    cut, _kept = _cut(hidden, head, pairs)
+    ahead = torch.zeros_like(pairs.target, memory_format=torch.contiguous_format)
+    chosen = chosen.contiguous()
+    problem = _Ranks(cut=cut, chosen=chosen.data_ptr(), ahead=ahead.data_ptr())
+    library.ranks(problem, hidden.dtype)
+    return ahead
 
 
 def backward(
@@ -218,7 +267,7 @@ def backward(
     problem.memory = memory.data_ptr()
     library.backward(problem, hidden.dtype)
     if dhidden is not None:
-        dhidden = dhidden[:R].to(hidden.dtype)
+        dhidden = dhidden[:R]
     if dbias is not None and head.bias is not None:
         dbias = dbias.to(head.bias.dtype)
     return dhidden, dweight, dbias
@@ -229,16 +278,5 @@ def _fitting(D: int, most: int) -> int:
     return max(BLOCK, min(most, SIDE_ELEMENTS // D // BLOCK * BLOCK))
 
 
-def _asked(stats: list[str]) -> list[str]:
-    fields = ["top", "mass"]
-    if "entropy" in stats:
-        fields.append("spread")
-    if "self_certainty" in stats:
-        fields += ["mean", "n_valid"]
-    if "is_greedy" in stats:
-        fields.append("greedy")
-    return fields
-
-
 def _empty(name: str, n: int) -> Tensor:
-    return torch.empty(n, dtype=torch.int32 if name == "greedy" else torch.float32)
+    return torch.empty(n, dtype=torch.int32 if name in COLUMNS else torch.float32)

@@ -9,15 +9,16 @@ and three ways to get the rows that predict, in `sharing`.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from sharpen.errors import InputError
 from sharpen.limits import ModelLimits
 from sharpen_kernels import TokenStats, token_logprob
-from sharpen_kernels.linear_logprob import Statistic
+from sharpen_kernels.stats import NAMES, Statistic
 
 from .batching import inverse_of
 from .forward import input_device
@@ -63,6 +64,23 @@ def token_stats(
             rows = None if rows is None else rows.to(source.device)
             parts.append(token_logprob(source, target.to(source.device), rows=rows, stats=stats))
     return _join(parts, inverse_of(places), stats, input_device(model))
+
+
+def check_stats(stats: Sequence[str]) -> tuple[Statistic, ...]:
+    """The statistics to compute: the log-prob and `stats`, each once.
+
+    Raises:
+        InputError: If one is unknown.
+    """
+    unknown = [name for name in stats if name not in NAMES]
+    if unknown:
+        raise InputError(f"`stats` must be of {', '.join(NAMES)}, got {unknown[0]!r}.")
+    return tuple(dict.fromkeys(cast(Sequence[Statistic], ["logprob", *stats])))
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    """`x` on the CPU, floats in fp32."""
+    return x.to("cpu", torch.float32) if x.is_floating_point() else x.cpu()
 
 
 def _join(

@@ -175,7 +175,7 @@ class BackwardPass {
     product.run(space_.weight_by_depth + column * padded_depth<T>(depth_), first, n, active, width,
                 tile, wide);
     const int64_t start = start_ + column;
-    const LogitMap map{in.bias == nullptr ? nullptr : in.bias + start, in.temperature, in.softcap};
+    const LogitMap map(in, start);
     for (int64_t r = 0; r < BLOCK; ++r) {
       float* z = tile + r * wide;
       const bool counts = r < n && active[r] != 0;

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "row_statistics.h"
+#include "exp.h"
 #include "tile.h"
 
 namespace sharpen {
@@ -38,21 +38,20 @@ inline void row_gradient(float* z, int64_t start, int64_t width, const Inputs& i
   const __m512 log_mass = _mm512_set1_ps(g.log_mass[row]);
   const __m512 prob = _mm512_set1_ps(g.prob[row]);
   for (int64_t v = 0; v < width; v += LANES) {
-    const auto n = static_cast<uint32_t>(std::min<int64_t>(LANES, width - v));
-    const auto here = static_cast<__mmask16>((1U << n) - 1);
+    const __mmask16 here = lanes_before(width - v);
     const __m512 logit = _mm512_maskz_loadu_ps(here, z + v);
+    const __mmask16 counts = _mm512_cmp_ps_mask(logit, _mm512_set1_ps(-INF), _CMP_NEQ_UQ);
     const __m512 log_p = _mm512_sub_ps(_mm512_sub_ps(logit, top), log_mass);
     const __m512 e = exp_of_nonpositive(log_p);
     __m512 dz = _mm512_mul_ps(e, prob);
     if (g.of_entropy != nullptr) {
-      // dH / dz = -p (log p + H), 0 in a masked column, where log p = -inf
+      // dH / dz = -p (log p + H)
       const __m512 log_ph = _mm512_add_ps(_mm512_max_ps(_mm512_set1_ps(-1e3F), log_p),
                                           _mm512_set1_ps(g.entropy[row]));
       const __m512 weighted = _mm512_mul_ps(e, _mm512_set1_ps(g.of_entropy[row]));
       dz = _mm512_fnmadd_ps(weighted, log_ph, dz);
     }
     if (g.uniform != nullptr) {
-      const __mmask16 counts = _mm512_cmp_ps_mask(logit, _mm512_set1_ps(-INF), _CMP_GT_OQ);
       dz = _mm512_mask_sub_ps(dz, counts, dz, _mm512_set1_ps(g.uniform[row]));
     }
     if (in.softcap != 0.0F) {
@@ -60,7 +59,8 @@ inline void row_gradient(float* z, int64_t start, int64_t width, const Inputs& i
       dz = _mm512_mul_ps(dz, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0F)));
     }
     if (in.temperature != 1.0F) dz = _mm512_div_ps(dz, _mm512_set1_ps(in.temperature));
-    _mm512_mask_storeu_ps(z + v, here, dz);
+    // exactly 0 in a masked column, where log p = -inf and the slope of the cap too
+    _mm512_mask_storeu_ps(z + v, here, _mm512_maskz_mov_ps(counts, dz));
   }
   for (const auto& [column, grad] : chosen) z[column] += grad;
 }

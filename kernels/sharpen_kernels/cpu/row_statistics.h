@@ -1,225 +1,235 @@
-// What one row of a tile of logits leaves behind, and the merge over the tiles of a row.
+// What one row of a tile of logits leaves behind: the fields of `Partial` in `_rows.py`.
 //
 // Compiled without contraction and without fast-math: every statistic is the same instructions
 // whatever else is asked for, so its bits do not depend on the company it is computed in.
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
-
+#include "best_columns.h"
+#include "exp.h"
 #include "tile.h"
 
 namespace sharpen {
 
-constexpr float INF = std::numeric_limits<float>::infinity();
-// exp of less is below the smallest normal number: counted as 0, so no product meets a denormal
-constexpr float LOWEST_EXPONENT = -87.33F;
+constexpr int WAYS = 4;  // sums side by side, so that no addition waits for the one before
+// a masked column is exp 0 times this, and 0 * -inf would be NaN
+constexpr float FAR = -1e3F;
+// the square of less is below the smallest normal number, and nothing beside the 1 of the maximum
+constexpr float LOWEST_SQUARED = 1e-18F;
 
-// exp(x) for x <= 0, 0 for -inf, NaN for NaN; within 1 unit in the last place.
-inline __m512 exp_of_nonpositive(__m512 x) {
-  // not (x < lowest): a NaN passes through
-  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(LOWEST_EXPONENT), _CMP_NLT_UQ);
-  const __m512 n = _mm512_roundscale_ps(
-      _mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // x - n ln 2 in two steps, the first exact
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
-  // minimax on |r| <= ln 2 / 2, relative error 3.1e-9 before rounding; exp(0) is exactly 1
-  __m512 p = _mm512_set1_ps(1.3814539e-3F);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3687454e-3F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1668389e-2F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666521e-1F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.9999994e-1F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F));
-  return _mm512_maskz_scalef_ps(counts, p, n);
-}
-
-// Fields of all segments and rows, [segments, rows] each; null where not asked for.
+// Fields of `Partial` for rows, or for segments and rows; null where not asked for.
 struct Partials {
   float* top;
   float* mass;
   float* spread;
-  float* mean;
-  float* count;  // of unmasked columns
-  int32_t* greedy;
+  float* square;
+  float* squares;
+  float* powers;
+  float* total;
+  float* n_valid;
+  int32_t* column;
+  float* second;
+  float* best;  // k beside each other, as the next
+  int32_t* best_column;
 };
 
-// Mean of the logits above -inf, and their number: for the rare row that holds -inf or NaN.
-inline void mean_of_unmasked(const float* z, int64_t width, float* mean, float* count) {
-  double sum = 0;
-  int64_t n = 0;
-  for (int64_t v = 0; v < width; ++v) {
-    if (z[v] != -INF) {
-      sum += z[v];
-      ++n;
-    }
+inline float shift_of(float top) { return top == -INF ? 0.0F : top; }
+
+// `run(first, lanes, way)` for every 16 neighbouring columns.
+template <typename Run>
+inline void each_vector(int64_t width, const Run& run) {
+  int64_t v = 0;
+  for (; v + WAYS * LANES <= width; v += WAYS * LANES) {
+    for (int i = 0; i < WAYS; ++i) run(v + i * LANES, static_cast<__mmask16>(0xFFFF), i);
   }
-  *mean = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0F;
-  *count = static_cast<float>(n);
+  for (; v < width; v += LANES) run(v, lanes_before(width - v), 0);
 }
 
-// Statistics of `width` logits, written at index `at` of each field.
-template <bool SPREAD, bool MEAN, bool GREEDY>
-void row_partial(const float* z, int64_t width, int64_t first_column, const Partials& out,
-                 int64_t at) {
-  constexpr int WAYS = 4;
-  const int64_t whole = width / LANES * LANES;
-  const auto tail = static_cast<__mmask16>((1U << (width - whole)) - 1);
-  const __m512 lowest = _mm512_set1_ps(-INF);
+// Logits from `z` on, -inf in the other lanes.
+inline __m512 load_logits(const float* z, __mmask16 lanes) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(-INF), lanes, z);
+}
+
+struct Sums {
+  __m512 of[WAYS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                     _mm512_setzero_ps()};
+
+  float value() const {
+    const __m512 low = _mm512_add_ps(of[0], of[1]);
+    return _mm512_reduce_add_ps(_mm512_add_ps(low, _mm512_add_ps(of[2], of[3])));
+  }
+};
+
+// Largest of the logits, but for the column `without`. A NaN is passed over: the mass shows it.
+inline float largest(const float* z, int64_t width, int64_t without = -1) {
   __m512 tops[WAYS];
-  __m512 sums[WAYS];
-  for (int i = 0; i < WAYS; ++i) {
-    tops[i] = lowest;
-    sums[i] = _mm512_setzero_ps();
-  }
-  // max returns its second operand where the first is NaN: a NaN is seen in the mass instead
-  int64_t v = 0;
-  for (; v + WAYS * LANES <= whole; v += WAYS * LANES) {
-    for (int i = 0; i < WAYS; ++i) {
-      const __m512 x = _mm512_loadu_ps(z + v + i * LANES);
-      tops[i] = _mm512_max_ps(x, tops[i]);
-      if (MEAN) sums[i] = _mm512_add_ps(sums[i], x);
+  for (auto& top : tops) top = _mm512_set1_ps(-INF);
+  const int64_t from = without / LANES * LANES;
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
+    if (without >= 0 && v == from) lanes &= static_cast<__mmask16>(~(1U << (without - from)));
+    // max returns its second operand where the first is NaN
+    tops[i] = _mm512_max_ps(load_logits(z + v, lanes), tops[i]);
+  });
+  const __m512 low = _mm512_max_ps(tops[0], tops[1]);
+  return _mm512_reduce_max_ps(_mm512_max_ps(low, _mm512_max_ps(tops[2], tops[3])));
+}
+
+// top, mass, spread and total in two passes; with KEEP the exponentials stay in `e`.
+template <bool SPREAD, bool TOTAL, bool KEEP>
+void row_sums(const float* z, int64_t width, const Partials& out, int64_t at, float* e) {
+  const float top = largest(z, width);
+  const __m512 shift = _mm512_set1_ps(shift_of(top));
+  Sums mass;
+  Sums spread;
+  Sums total;
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
+    const __m512 gap = _mm512_sub_ps(load_logits(z + v, lanes), shift);
+    const __m512 x = exp_of_nonpositive(gap);
+    mass.of[i] = _mm512_add_ps(mass.of[i], x);
+    if (SPREAD) {
+      const __m512 near = _mm512_max_ps(_mm512_set1_ps(FAR), gap);
+      spread.of[i] = _mm512_fmadd_ps(x, near, spread.of[i]);
     }
-  }
-  for (; v < width; v += LANES) {
-    const __mmask16 here = v < whole ? static_cast<__mmask16>(0xFFFF) : tail;
-    const __m512 x = _mm512_mask_loadu_ps(lowest, here, z + v);
-    tops[0] = _mm512_max_ps(x, tops[0]);
-    if (MEAN) sums[0] = _mm512_mask_add_ps(sums[0], here, sums[0], x);
-  }
-  const __m512 both = _mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3]));
-  const float top = _mm512_reduce_max_ps(both);
+    if (TOTAL) total.of[i] = _mm512_mask_add_ps(total.of[i], lanes, total.of[i], gap);
+    if (KEEP) _mm512_mask_storeu_ps(e + v, lanes, x);
+  });
   out.top[at] = top;
-  if (MEAN) {
-    const __m512 all = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-    const float sum = _mm512_reduce_add_ps(all);
-    if (std::isfinite(sum)) {
-      out.mean[at] = sum / static_cast<float>(width);
-      out.count[at] = static_cast<float>(width);
-    } else {
-      mean_of_unmasked(z, width, out.mean + at, out.count + at);
-    }
-  }
+  out.mass[at] = mass.value();
+  if (SPREAD) out.spread[at] = spread.value();
+  if (TOTAL) out.total[at] = total.value();
+}
 
-  const __m512 shift = _mm512_set1_ps(top == -INF ? 0.0F : top);
-  // a masked column is exp 0 times this, and 0 * -inf would be NaN
-  const __m512 farthest = _mm512_set1_ps(-1e3F);
-  __m512 masses[WAYS];
-  __m512 spreads[WAYS];
-  for (int i = 0; i < WAYS; ++i) masses[i] = spreads[i] = _mm512_setzero_ps();
-  const auto add = [&](__m512 x, int i) {
-    const __m512 gap = _mm512_sub_ps(x, shift);
-    const __m512 e = exp_of_nonpositive(gap);
-    masses[i] = _mm512_add_ps(masses[i], e);
-    if (SPREAD) spreads[i] = _mm512_fmadd_ps(e, _mm512_max_ps(farthest, gap), spreads[i]);
-  };
-  for (v = 0; v + WAYS * LANES <= whole; v += WAYS * LANES) {
-    for (int i = 0; i < WAYS; ++i) add(_mm512_loadu_ps(z + v + i * LANES), i);
-  }
-  for (; v < width; v += LANES) {
-    const __mmask16 here = v < whole ? static_cast<__mmask16>(0xFFFF) : tail;
-    add(_mm512_mask_loadu_ps(lowest, here, z + v), 0);
-  }
-  const auto total = [](const __m512* x) {
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3])));
-  };
-  out.mass[at] = total(masses);
-  if (SPREAD) out.spread[at] = total(spreads);
+// Sum of z - top over the columns above -inf, and their number: for the row that has others.
+inline void total_of_unmasked(const float* z, int64_t width, float top, float* total,
+                              float* n_valid) {
+  const __m512 shift = _mm512_set1_ps(shift_of(top));
+  Sums sum;
+  int64_t n = 0;
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
+    const __m512 x = load_logits(z + v, lanes);
+    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INF), _CMP_NEQ_UQ);
+    sum.of[i] = _mm512_mask_add_ps(sum.of[i], counts, sum.of[i], _mm512_sub_ps(x, shift));
+    n += __builtin_popcount(counts);
+  });
+  *total = sum.value();
+  *n_valid = static_cast<float>(n);
+}
 
-  if (GREEDY) {
-    const __m512 wanted = _mm512_set1_ps(top);
-    int64_t found = 0;
-    for (v = 0; v < width; v += LANES) {
-      const __mmask16 here = v < whole ? static_cast<__mmask16>(0xFFFF) : tail;
-      const __mmask16 hit =
-          _mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, z + v), wanted, _CMP_EQ_OQ);
-      if (hit != 0) {
-        found = v + __builtin_ctz(hit);
-        break;
+// Sum of e (z - top - mean)^2.
+inline float sum_of_squares_about(const float* z, const float* e, int64_t width, float top,
+                                  float mean) {
+  const __m512 shift = _mm512_set1_ps(shift_of(top));
+  Sums sum;
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
+    const __m512 gap = _mm512_sub_ps(load_logits(z + v, lanes), shift);
+    const __m512 apart =
+        _mm512_sub_ps(_mm512_max_ps(_mm512_set1_ps(FAR), gap), _mm512_set1_ps(mean));
+    const __m512 weighted = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, e + v), apart);
+    sum.of[i] = _mm512_fmadd_ps(weighted, apart, sum.of[i]);
+  });
+  return sum.value();
+}
+
+// Sum of e^2.
+inline float sum_of_squares(const float* e, int64_t width) {
+  Sums sum;
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
+    const __m512 x = _mm512_maskz_loadu_ps(lanes, e + v);
+    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(LOWEST_SQUARED), _CMP_GE_OQ);
+    sum.of[i] = _mm512_mask3_fmadd_ps(x, x, sum.of[i], counts);
+  });
+  return sum.value();
+}
+
+// Sum of exp(order (z - top)).
+inline float sum_of_powers(const float* z, int64_t width, float top, float order) {
+  const __m512 shift = _mm512_set1_ps(shift_of(top));
+  Sums sum;
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
+    const __m512 gap = _mm512_sub_ps(load_logits(z + v, lanes), shift);
+    const __m512 power = exp_of_nonpositive(_mm512_mul_ps(_mm512_set1_ps(order), gap));
+    sum.of[i] = _mm512_add_ps(sum.of[i], power);
+  });
+  return sum.value();
+}
+
+// Lowest column that holds `top`; 0 where none does.
+inline int64_t first_of(const float* z, int64_t width, float top) {
+  for (int64_t v = 0; v < width; v += LANES) {
+    const __mmask16 lanes = lanes_before(width - v);
+    const __m512 x = _mm512_maskz_loadu_ps(lanes, z + v);
+    const __mmask16 hit = _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(top), _CMP_EQ_OQ);
+    if (hit != 0) return v + __builtin_ctz(hit);
+  }
+  return 0;
+}
+
+// Columns that come ahead of a target with logit `own`, `left` columns from the first: those of
+// larger logits, and those of equal ones further left; masked ones never do.
+inline int64_t count_ahead(const float* z, int64_t width, float own, int64_t left) {
+  if (own == -INF) left = 0;
+  const __m512 wanted = _mm512_set1_ps(own);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i n = _mm512_setzero_si512();
+  each_vector(width, [&](int64_t v, __mmask16 lanes, int) {
+    const __m512 x = load_logits(z + v, lanes);
+    const __mmask16 larger = _mm512_cmp_ps_mask(x, wanted, _CMP_GT_OQ);
+    const __mmask16 equal = _mm512_mask_cmp_ps_mask(lanes_before(left - v), x, wanted, _CMP_EQ_OQ);
+    n = _mm512_mask_add_epi32(n, static_cast<__mmask16>(larger | equal), n, one);
+  });
+  return _mm512_reduce_add_epi32(n);
+}
+
+// Every field asked for, of one row and segment at a time.
+class RowStatistics {
+ public:
+  // `e` is memory for a segment's exponentials.
+  RowStatistics(const Partials& out, float renyi_order, float* e)
+      : out_(out), order_(renyi_order), e_(e), sums_(choose(out)) {}
+
+  // Statistics of `width` logits, written at index `at` of each field; `best` is the row's own.
+  void reduce(const float* z, int64_t width, int64_t first_column, int64_t at,
+              const BestColumns& best) const {
+    sums_(z, width, out_, at, e_);
+    const float top = out_.top[at];
+    if (out_.total != nullptr) {
+      out_.n_valid[at] = static_cast<float>(width);
+      if (!std::isfinite(out_.total[at])) {
+        total_of_unmasked(z, width, top, out_.total + at, out_.n_valid + at);
       }
     }
-    out.greedy[at] = static_cast<int32_t>(first_column + found);
+    if (out_.square != nullptr) {
+      const float mass = out_.mass[at];
+      const float mean = mass == 0.0F ? 0.0F : out_.spread[at] / mass;
+      out_.square[at] = sum_of_squares_about(z, e_, width, top, mean);
+    }
+    if (out_.squares != nullptr) out_.squares[at] = sum_of_squares(e_, width);
+    if (out_.powers != nullptr) out_.powers[at] = sum_of_powers(z, width, top, order_);
+    if (out_.column != nullptr) {
+      const int64_t column = first_of(z, width, top);
+      out_.column[at] = static_cast<int32_t>(first_column + column);
+      if (out_.second != nullptr) out_.second[at] = largest(z, width, column);
+    }
+    if (out_.best != nullptr && top > best.least()) best.keep(z, width, first_column);
   }
-}
 
-// Sums in fp64 of 16 rows.
-struct Sum16 {
-  __m512d low = _mm512_setzero_pd();
-  __m512d high = _mm512_setzero_pd();
+ private:
+  using RowSums = void (*)(const float*, int64_t, const Partials&, int64_t, float*);
 
-  void add(__m512 x) {
-    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+  static RowSums choose(const Partials& p) {
+    const bool s = p.spread != nullptr;
+    const bool t = p.total != nullptr;
+    if (p.square != nullptr || p.squares != nullptr) {
+      if (s) return t ? row_sums<true, true, true> : row_sums<true, false, true>;
+      return t ? row_sums<false, true, true> : row_sums<false, false, true>;
+    }
+    if (s) return t ? row_sums<true, true, false> : row_sums<true, false, false>;
+    return t ? row_sums<false, true, false> : row_sums<false, false, false>;
   }
-  void add_product(__m512 x, __m512 y) {  // exact
-    low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
-                          _mm512_cvtps_pd(_mm512_castps512_ps256(y)), low);
-    high = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)),
-                           _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)), high);
-  }
-  __m512 over(const Sum16& n) const {
-    return join(_mm512_div_pd(low, n.low), _mm512_div_pd(high, n.high));
-  }
-  __m512 value() const { return join(low, high); }
-  static __m512 join(__m512d a, __m512d b) {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a)), _mm512_cvtpd_ps(b), 1);
-  }
+
+  const Partials& out_;
+  const float order_;
+  float* const e_;
+  const RowSums sums_;
 };
-
-// Up to 16 neighbouring rows, from the first segment to the last; `out` is [rows] from `out_at` on.
-inline void merge_rows(const Partials& part, int64_t segments, int64_t stride, int64_t row,
-                       int64_t n_rows, const Partials& out, int64_t out_at) {
-  const auto here = static_cast<__mmask16>((1U << n_rows) - 1);
-  __m512 top = _mm512_set1_ps(-INF);
-  __m512i greedy = _mm512_setzero_si512();
-  for (int64_t s = 0; s < segments; ++s) {
-    const int64_t at = s * stride + row;
-    const __m512 x = _mm512_maskz_loadu_ps(here, part.top + at);
-    if (part.greedy != nullptr) {
-      // of equal maxima the first
-      const __mmask16 higher = _mm512_cmp_ps_mask(x, top, _CMP_GT_OQ);
-      greedy = _mm512_mask_loadu_epi32(greedy, higher & here, part.greedy + at);
-    }
-    top = _mm512_max_ps(x, top);
-  }
-  const __mmask16 empty = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-INF), _CMP_EQ_OQ);
-  const __m512 shift = _mm512_mask_blend_ps(empty, top, _mm512_setzero_ps());
-  Sum16 mass;
-  Sum16 spread;
-  Sum16 sum;
-  Sum16 count;
-  for (int64_t s = 0; s < segments; ++s) {
-    const int64_t at = s * stride + row;
-    // a finite gap: an empty segment is 0 in every sum, and 0 * -inf would be NaN
-    const __m512 gap = _mm512_max_ps(
-        _mm512_set1_ps(-1e3F), _mm512_sub_ps(_mm512_maskz_loadu_ps(here, part.top + at), shift));
-    const __m512 scale = exp_of_nonpositive(gap);
-    const __m512 m = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(here, part.mass + at));
-    mass.add(m);
-    if (part.spread != nullptr) {
-      const __m512 x = _mm512_maskz_loadu_ps(here, part.spread + at);
-      spread.add_product(scale, x);
-      spread.add_product(m, gap);
-    }
-    if (part.mean != nullptr) {
-      const __m512 n = _mm512_maskz_loadu_ps(here, part.count + at);
-      sum.add_product(n, _mm512_maskz_loadu_ps(here, part.mean + at));
-      count.add(n);
-    }
-  }
-  _mm512_mask_storeu_ps(out.top + out_at, here, top);
-  _mm512_mask_storeu_ps(out.mass + out_at, here, mass.value());
-  if (part.spread != nullptr) _mm512_mask_storeu_ps(out.spread + out_at, here, spread.value());
-  if (part.mean != nullptr) {
-    _mm512_mask_storeu_ps(out.mean + out_at, here, sum.over(count));
-    _mm512_mask_storeu_ps(out.count + out_at, here, count.value());
-  }
-  if (part.greedy != nullptr) _mm512_mask_storeu_epi32(out.greedy + out_at, here, greedy);
-}
 
 }  // namespace sharpen

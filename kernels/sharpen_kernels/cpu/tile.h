@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace sharpen {
 
@@ -27,12 +28,20 @@ constexpr int64_t DEPTH_BLOCK = sizeof(T) == 2 ? 1024 : 256;
 struct Inputs {
   const void* hidden;
   const void* weight;
-  const float* bias;  // or null
+  const float* bias;    // or null
+  const uint8_t* mask;  // or null; 0 where a column does not count
   const int64_t* target;
   const int64_t* first;  // pairs of row r: first[r] ... first[r + 1]
   int64_t rows, columns, depth, hidden_stride, weight_stride;
   float temperature, softcap;  // softcap 0: none
 };
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// The first n lanes of a register, all of them from 16 on, none below 1.
+inline __mmask16 lanes_before(int64_t n) {
+  return static_cast<__mmask16>((1U << std::clamp<int64_t>(n, 0, LANES)) - 1);
+}
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -157,15 +166,27 @@ struct Product {
   }
 };
 
-// softcap(u + bias) / temperature with softcap(u) = c tanh(u / c).
+// softcap(u + bias) / temperature with softcap(u) = c tanh(u / c), then -inf where the mask is 0.
 struct LogitMap {
-  const float* bias;  // or null
+  const float* bias;    // or null
+  const uint8_t* mask;  // or null
   float temperature;
   float softcap;  // 0: none
 
+  LogitMap(const Inputs& in, int64_t start)
+      : bias(in.bias == nullptr ? nullptr : in.bias + start),
+        mask(in.mask == nullptr ? nullptr : in.mask + start),
+        temperature(in.temperature),
+        softcap(in.softcap) {}
+
   void apply(float* z, int64_t width) const {
+    if (bias != nullptr || softcap != 0.0F || temperature != 1.0F) transform(z, width);
+    if (mask != nullptr) hide(z, width);
+  }
+
+ private:
+  void transform(float* z, int64_t width) const {
     using Vec = at::vec::Vectorized<float>;
-    if (bias == nullptr && softcap == 0.0F && temperature == 1.0F) return;
     for (int64_t v = 0; v < width; v += Vec::size()) {
       const int64_t n = std::min<int64_t>(Vec::size(), width - v);
       Vec x = Vec::loadu(z + v, n);
@@ -173,6 +194,14 @@ struct LogitMap {
       if (softcap != 0.0F) x = (x / Vec(softcap)).tanh() * Vec(softcap);
       if (temperature != 1.0F) x = x / Vec(temperature);
       x.store(z + v, n);
+    }
+  }
+
+  void hide(float* z, int64_t width) const {
+    for (int64_t v = 0; v < width; v += LANES) {
+      const __m128i counts = _mm_maskz_loadu_epi8(lanes_before(width - v), mask + v);
+      const __mmask16 hidden = _mm_testn_epi8_mask(counts, counts) & lanes_before(width - v);
+      _mm512_mask_storeu_ps(z + v, hidden, _mm512_set1_ps(-INF));
     }
   }
 };

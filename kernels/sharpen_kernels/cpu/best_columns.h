@@ -1,0 +1,58 @@
+// The k largest logits of a row and their columns, kept while its segments go by.
+#pragma once
+
+#include "tile.h"
+
+namespace sharpen {
+
+// Falling, of equal ones the lowest column first, from -inf on: one order for all columns, so what
+// stays depends neither on the order they come in nor on the threads that keep apart lists.
+struct BestColumns {
+  float* value;
+  int32_t* column;
+  int64_t k;
+
+  float least() const { return value[k - 1]; }
+
+  void clear() const {
+    std::fill(value, value + k, -INF);
+    std::fill(column, column + k, 0);
+  }
+
+  void insert(float z, int32_t at) const {
+    if (!ahead(z, at, k - 1)) return;
+    int64_t i = k - 1;
+    for (; i > 0 && ahead(z, at, i - 1); --i) {
+      value[i] = value[i - 1];
+      column[i] = column[i - 1];
+    }
+    value[i] = z;
+    column[i] = at;
+  }
+
+  // Those of `width` logits that belong here; lower columns than the first have been before.
+  void keep(const float* z, int64_t width, int64_t first_column) const {
+    for (int64_t v = 0; v < width; v += LANES) {
+      const __mmask16 lanes = lanes_before(width - v);
+      const __m512 x = _mm512_maskz_loadu_ps(lanes, z + v);
+      uint32_t hit =
+          _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(least()), _CMP_GT_OQ);
+      for (; hit != 0; hit &= hit - 1) {
+        const int64_t i = v + __builtin_ctz(hit);
+        insert(z[i], static_cast<int32_t>(first_column + i));
+      }
+    }
+  }
+
+  // Those of another list that belong here.
+  void take(const BestColumns& other) const {
+    for (int64_t i = 0; i < k && other.value[i] > -INF; ++i) insert(other.value[i], other.column[i]);
+  }
+
+ private:
+  bool ahead(float z, int32_t at, int64_t i) const {
+    return z > value[i] || (z == value[i] && at < column[i]);
+  }
+};
+
+}  // namespace sharpen
