@@ -83,7 +83,7 @@ class Scorer:
         }
         # what a copy in another process is built from: a path stays a path
         own = {"model": model, "tokenizer": tokenizer, "max_tokens": max_tokens}
-        self._arguments = own | {"sharing": sharing} | loading
+        self._arguments: dict[str, Any] = own | {"sharing": sharing} | loading
         if isinstance(model, (str, Path)):
             from sharpen.models import load_model
 

@@ -77,7 +77,7 @@ def predicting(
             yield Predicting(source, row.rows, row.target, row.place)
         return
     rest: Sequence[Pair] = pairs
-    kept = None
+    places_K = None
     if sharing == "cache":
         groups, alone = groups_of(pairs, boundary)
         module = model if head is None else backbone_of(model)
@@ -87,9 +87,9 @@ def predicting(
         # an empty completion keeps its place and is in no batch
         kept = set(alone)
         rest = [pair if i in kept else (pair[0], []) for i, pair in enumerate(pairs)]
-        offsets = _places(pairs, kept)
+        places_K = _places(pairs, kept)
     for batch in make_batches(rest, max_tokens, boundary=boundary):
-        place = batch.place if kept is None else offsets[batch.place]
+        place = batch.place if places_K is None else places_K[batch.place]
         batch = batch.to(input_device(model))
         source = logit_rows(model, batch) if head is None else hidden_rows(model, batch)
         yield Predicting(source, None, batch.target, place)

@@ -156,5 +156,6 @@ def _attention_hook(base: str) -> Callable[..., Any]:
 def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
     from transformers import AttentionInterface
 
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return AttentionInterface().get_interface(base, own)
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return AttentionInterface()[base]
