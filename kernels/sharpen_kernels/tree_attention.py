@@ -125,9 +125,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _):
-    *grads, dsinks = _tree_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
-    has_sinks = ctx.saved_tensors[5] is not None
-    return *grads, dsinks if has_sinks else None, *[None] * 7
+    # read once: checkpointing without re-entry recomputes what is unpacked, and refuses a second time
+    saved = ctx.saved_tensors
+    *grads, dsinks = _tree_attention_bwd(dout, *saved, *ctx.options)
+    return *grads, None if saved[5] is None else dsinks, *[None] * 7
 
 
 _tree_attention.register_autograd(_backward, setup_context=_save)
