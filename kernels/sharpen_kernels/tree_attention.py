@@ -125,7 +125,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _):
-    # read once: checkpointing without re-entry recomputes what is unpacked, and refuses a second time
+    # read once: checkpointing that does not re-enter refuses to unpack a second time
     saved = ctx.saved_tensors
     *grads, dsinks = _tree_attention_bwd(dout, *saved, *ctx.options)
     return *grads, None if saved[5] is None else dsinks, *[None] * 7
