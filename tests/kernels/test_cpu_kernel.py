@@ -18,6 +18,17 @@ needs_library = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True, params=["AMX", "oneDNN"])
+def products(request, monkeypatch):
+    """Each kind of product that runs here in turn."""
+    library = _cpu_library.load()
+    if library is None or INTERPRETED:
+        return
+    if request.param == "AMX" and not library.amx:
+        pytest.skip("no matrix units in this CPU")
+    monkeypatch.setattr(library, "amx", request.param == "AMX")
+
+
 def same(got, want):
     return all(torch.equal(x, want[name]) for name, x in got.items())
 
