@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-kernels lint types wheel check bench clean
+.PHONY: setup demo test test-kernels lint types wheel check peers bench conformance clean
 
 setup: $(READY)
 
@@ -43,10 +43,27 @@ wheel: $(READY)
 
 check: lint types test wheel
 
-bench: $(READY)
-	$(BIN)/python -m bench.linear_logprob
-	$(BIN)/python -m bench.linear_logprob_cpu
-	$(BIN)/python -m bench.token_logprob
+# what bench/ compares with, apart from the environment so that no test sees it; each is
+# installed without its dependencies, and one that is not to be had is named in the results
+PEERS := $(VENV)/peers
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: $(READY) constraints.txt
+	@mkdir -p $(PEERS); missing=; \
+	for peer in trl liger-kernel cut-cross-entropy verl flash-attn; do \
+	    FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+	    $(BIN)/python -m pip install --quiet --retries 1 --upgrade --no-deps --no-build-isolation \
+	        --constraint constraints.txt --target $(PEERS) $$peer || missing="$$missing $$peer"; \
+	done; \
+	rm -rf $(PEERS)/tests $(PEERS)/scripts $(PEERS)/hopper; \
+	if [ -z "$$missing" ]; then touch $@; else echo "make peers: not to be had:$$missing"; fi
+
+# every task; make bench OUT=bench/results/FILE.jsonl appends the rows to a file
+bench: $(READY) peers
+	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-quiet $(if $(OUT),--out $(OUT))
+
+conformance: $(READY) peers
+	$(BIN)/python -m bench.conformance
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,38 +1,40 @@
-"""One way to time and one row format."""
+"""One way to time, one way to count memory."""
 
 import dataclasses
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from bench._machine import machine
+from bench.peers.finding import Missing, reason
 
-Contenders = dict[str, Callable[[], object]]
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 L2_BYTES = 256 * 2**20  # several times the cache of any GPU, written between two runs
+SAMPLE_ROWS = 64  # kept of what a contender returned, to be compared with fp64
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One measurement. Units are in the names, so a table needs no legend."""
+class Timing:
+    """What was seen of one contender."""
 
-    op: str
-    impl: str
-    shape: str
-    dtype: str
-    median_us: float
-    spread: float  # (p80 - p20) / median; above 0.05 the number is noise
-    rounds: int
-    tflop_per_s: float  # of the operation's own FLOPs, whatever the contender computes
+    seconds: tuple[float, ...]  # one a round
     peak_extra_mib: float  # beyond the inputs: outputs and workspace
-    machine: dict[str, str]
-    max_error: float | None = None  # nats, against fp64; None where nothing was compared
+    sample: Tensor  # the first of what it returned
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(80th - 20th percentile) / median; above 0.05 the number is noise."""
+        p20, *_, p80 = statistics.quantiles(self.seconds, n=5)
+        return (p80 - p20) / self.median
 
 
 def once(fn: Callable[[], object], device: str) -> float:
@@ -66,44 +68,37 @@ def peak_extra_mib(fn: Callable[[], object], device: str) -> float:
     return max(held, default=0) / 2**20
 
 
+def _first(returned) -> Tensor:
+    """The first tensor of a result, its first rows, on the CPU in fp64."""
+    x = returned if isinstance(returned, Tensor) else returned[0]
+    return x.detach().flatten()[:SAMPLE_ROWS].double().cpu()
+
+
 def measure(
-    contenders: Contenders, names: dict[str, Any], *, device: str, flops: float, seconds: float
-) -> list[Row]:
+    contenders: Mapping[str, Callable[[], object]], device: str, seconds: float
+) -> tuple[dict[str, Timing], Missing]:
     """Time the contenders in turns, so that a slow minute of the machine slows all of them.
 
-    `names` are the fields op, shape and dtype; the rounds last `seconds`, within their bounds.
+    The rounds last `seconds`, within their bounds. A contender that fails is left out, and why
+    is told.
     """
-    times: dict[str, list[float]] = {impl: [] for impl in contenders}
-    peak = {impl: peak_extra_mib(fn, device) for impl, fn in contenders.items()}
+    times: dict[str, list[float]] = {}
+    seen: dict[str, tuple[float, Tensor]] = {}
+    failed: Missing = {}
+    for name, fn in contenders.items():
+        try:
+            sample = _first(fn())
+            seen[name] = peak_extra_mib(fn, device), sample
+            times[name] = []
+        # someone else's kernel can fail in any way; the others are measured without it
+        except Exception as error:
+            failed[name] = reason(error)
+        if device == "cuda":
+            torch.cuda.empty_cache()
     stop = time.perf_counter() + seconds
     for i in range(MAX_ROUNDS):
         if i >= MIN_ROUNDS and time.perf_counter() > stop:
             break
-        for impl, fn in contenders.items():
-            times[impl].append(once(fn, device))
-    rows = []
-    for impl, found in times.items():
-        median = statistics.median(found)
-        p20, *_, p80 = statistics.quantiles(found, n=5)
-        row = Row(
-            **names,
-            impl=impl,
-            median_us=round(median * 1e6, 1),
-            spread=round((p80 - p20) / median, 3),
-            rounds=len(found),
-            tflop_per_s=round(flops / median / 1e12, 3),
-            peak_extra_mib=round(peak[impl], 2),
-            machine=machine(device),
-        )
-        rows.append(row)
-    return rows
-
-
-def write(rows: list[Row], path: Path | None) -> None:
-    """Print each row as a JSON line, and append it to `path`."""
-    lines = [json.dumps(dataclasses.asdict(row)) for row in rows]
-    print("\n".join(lines))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(line + "\n" for line in lines)
+        for name, found in times.items():
+            found.append(once(contenders[name], device))
+    return {name: Timing(tuple(found), *seen[name]) for name, found in times.items()}, failed

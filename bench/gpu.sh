@@ -3,8 +3,9 @@
 #
 #     bench/gpu.sh OUTDIR
 #
-# Needs Python with torch (CUDA), Triton and jaxtyping; nothing of ours need be installed.
-# pytest runs the kernel tests on the device; without it the benchmark's own check stands in.
+# Needs Python with torch (CUDA), Triton and jaxtyping; nothing of ours need be installed. pytest
+# runs the kernel tests on the device; without it the benchmarks' own checks stand in. Peers are
+# taken from .venv/peers (`make peers`) or the environment, and named where they are missing.
 # A step that fails or runs out of its time is named in the summary and the next one runs.
 set -u
 out=${1:?usage: bench/gpu.sh OUTDIR}
@@ -17,6 +18,7 @@ python=${PYTHON:-python3}
 summary="$out/summary.txt"
 : >"$summary"
 failed=0
+END=530 # seconds after the start: where the last step is stopped
 
 has() { "$python" -c "import $1" 2>/dev/null; }
 
@@ -24,6 +26,12 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 step() {
   local name=$1 limit=$2 begun=$SECONDS code
   shift 2
+  [ "$limit" -le $((END - SECONDS)) ] || limit=$((END - SECONDS))
+  if [ "$limit" -lt 5 ]; then
+    echo "$name: NOT RUN, no time is left" >>"$summary"
+    failed=1
+    return
+  fi
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   code=$?
   case $code in
@@ -44,27 +52,32 @@ from bench._machine import machine
 print(json.dumps(machine("cuda")))
 PY
 
-# addopts name a typing hook that is not needed here
+# addopts name a typing hook and plugins that are not needed here
 pytest=("$python" -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib")
 if has pytest; then
-  step bits 120 "${pytest[@]}" tests/kernels/test_linear_logprob_bits.py -k cuda
-  step accuracy 150 "${pytest[@]}" tests/kernels/test_linear_logprob.py -k cuda
-  step edges 120 "${pytest[@]}" tests/kernels/test_linear_logprob_edges.py -k cuda
-  step contract 60 "${pytest[@]}" tests/kernels/test_linear_logprob_contract.py -k cuda
-  step logits 120 "${pytest[@]}" tests/kernels/test_token_logprob*.py -k cuda
-  step segments 60 "${pytest[@]}" tests/kernels/test_segment_reduce*.py -k cuda
+  step bits 80 "${pytest[@]}" tests/kernels -k "cuda and (bits or bitwise or same_bits)"
+  step device 150 "${pytest[@]}" tests/kernels -k cuda
 else
-  echo "pytest is missing: the device tests did not run, only bench --check" >>"$summary"
+  echo "pytest is missing: the device tests did not run, only the benchmarks' checks" >>"$summary"
   failed=1
 fi
-step check 60 "$python" -m bench.linear_logprob --check
-step check_logits 60 "$python" -m bench.token_logprob --check
-step bench_logits 120 timeout 110 \
-  "$python" -m bench.token_logprob --seconds 1 --out "$out/token_logprob.jsonl"
-step bench 540 timeout $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) \
-  "$python" -m bench.linear_logprob --seconds 2 --out "$out/linear_logprob.jsonl"
+step check 40 "$python" -m bench.speed --check
+step conformance 110 "$python" -m bench.conformance --out "$out/conformance.json"
 
-tail -n 3 "$out"/{bits,accuracy,edges,contract,logits,segments}.log 2>/dev/null
-grep -h " ms" "$out/bench_logits.log" "$out/bench.log"
+# --- tune: tiles for this device, for a person to look at; nothing is written into the tree ---
+[ -f bench/tune.py ] && step tune 60 "$python" -m bench.tune --quick --out "$out/tiles.json"
+
+# rows are appended as each task ends, so that a run which is stopped leaves what it measured
+if has pytest && has pytest_benchmark; then
+  step speed 540 "${pytest[@]}" bench --benchmark-only \
+    --benchmark-json="$out/benchmark.json" --seconds 0.5 --out "$out/speed.jsonl"
+else
+  step speed 540 "$python" -m bench.speed --seconds 0.5 --out "$out/speed.jsonl"
+fi
+
+cat "$out/conformance.log" 2>/dev/null
+grep -hE "^(linear|token)_logprob|^ .* (ms|peer) |^  missing" "$out/speed.log"
+tail -n 3 "$out"/{bits,device}.log 2>/dev/null
 cat "$out/machine.json" "$summary"
+[ -f "$out/speed.jsonl" ] && "$python" -m bench.speed --digest "$out/speed.jsonl"
 exit "$failed"

@@ -226,8 +226,8 @@ def backward(
     """Gradients of hidden, weight and bias, those that `needs` names; logits are recomputed.
 
     `grads` [S] and `pairs` are in the order of the pairs, and 0 where a pair does not count;
-    `state` [4, R] is (top, log_mass, entropy, n_valid). Workspace: that of `forward`, a segment's
-    gradient and, for half-precision inputs, the gradient of hidden in fp32.
+    `state` [4, R] is (top, log_mass, entropy, n_valid), and the gradient of hidden has its dtype.
+    Workspace: that of `forward`, and a segment's gradient.
     """
     R, D = hidden.shape
     dtype = state.dtype
@@ -267,4 +267,4 @@ def backward(
                 dweight[start : start + weight.shape[0]] = dweight_v
             if dbias is not None and dbias_v is not None:
                 dbias[start : start + weight.shape[0]] = dbias_v
-    return None if dhidden is None else dhidden[:R].to(hidden.dtype), dweight, dbias
+    return None if dhidden is None else dhidden[:R], dweight, dbias

@@ -288,7 +288,7 @@ def backward(
     problem.memory = memory.data_ptr()
     library.run("backward", problem, hidden.dtype)
     if dhidden is not None:
-        dhidden = dhidden[:R].to(hidden.dtype)
+        dhidden = dhidden[:R]
     if dbias is not None and head.bias is not None:
         dbias = dbias.to(head.bias.dtype)
     return dhidden, dweight, dbias

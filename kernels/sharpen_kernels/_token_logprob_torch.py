@@ -18,7 +18,7 @@ from ._pairs import Pairs
 from ._rows import Partial, finite_shift, merge, partial, stack
 from .stats import Wanted
 
-# elements, measured by bench/token_logprob.py: 1 MiB of fp32 logits at a time on a CPU
+# elements, measured by bench/speed.py: 1 MiB of fp32 logits at a time on a CPU
 SEGMENT = 2**14
 BLOCK_ELEMENTS = 2**18
 CUDA_BLOCK_ELEMENTS = 2**24

@@ -126,7 +126,7 @@ def _linear_logprob_bwd(
     with exact_matmul(hidden.device):
         found = route.backward(grads, state, hidden, head, pairs, needs)
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
-    return dhidden, dweight, dbias
+    return dhidden.to(hidden.dtype), dweight, dbias
 
 
 @_linear_logprob_bwd.register_fake
@@ -180,6 +180,10 @@ def linear_logprob(
     The formula of every statistic is on `TokenStats`. Logits of -inf, by `vocab_mask` or `bias`,
     are outside the vocabulary: they count in no statistic and get no gradient.
 
+    DTensors: those replicated are read locally. A weight cut by rows, Shard(0) over a mesh of one
+    dimension, stays where it is (`vocab_parallel_linear_logprob`); bias and mask are cut like it,
+    all else is the same on every rank of the mesh, and checked to be. Others are refused.
+
     Args:
         hidden: Final hidden rows, after the model's last norm; fp16, bf16, fp32 or fp64.
         weight: The head, rows past `vocab_size` unused; any strides, not copied.
@@ -206,7 +210,7 @@ def linear_logprob(
         whose columns are all masked has lse -inf and the rest NaN; NaN stays in its row.
 
     Raises:
-        ValueError: If a shape, device, number or name of a statistic is not as above.
+        ValueError: If a shape, device, number, name of a statistic or placement is not as above.
         TypeError: If a dtype is not.
 
     Example:
@@ -215,6 +219,14 @@ def linear_logprob(
         >>> found.logprob, found.lse
         (tensor([-0.6931]), tensor([2.6931]))
     """
+    if any(hasattr(x, "placements") for x in (hidden, weight, target, rows, bias, vocab_mask)):
+        from ._dtensor import linear_logprob_of_dtensors
+
+        return linear_logprob_of_dtensors(
+            hidden, weight, target, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
+            vocab_size=vocab_size, vocab_mask=vocab_mask, ignore_index=ignore_index, stats=stats,
+            renyi_order=renyi_order, k=k,
+        )  # fmt: skip
     wanted = check_options(stats, temperature, softcap, renyi_order, k)
     V = _check_tensors(hidden, weight, target, rows, bias)
     n_columns = check_vocabulary(vocab_size, vocab_mask, V, hidden, "rows of `weight`")
