@@ -31,6 +31,7 @@ COMPILE = [
 ]  # fmt: skip
 # torch's own OpenMP runtime serves: linking another would start a second pool of threads
 LINK = ["-shared", "-ltorch_cpu", "-lc10"]
+TYPES = (torch.bfloat16, torch.float32, torch.float16)  # `Type` of `cpu/linear_logprob.cpp`
 TIMEOUT = 600  # seconds a compiler may take
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class Library:
         self.could_run = products > 0  # whether this CPU has the instructions of any product
         self.amx = products == 2  # whether those of its matrix units are taken
 
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether it takes inputs of this dtype; fp16 on the matrix units alone."""
+        return dtype in (torch.bfloat16, torch.float32) or (dtype == torch.float16 and self.amx)
+
     def run(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> None:
         """Run the pass `name`: forward, ranks or backward."""
         if self._call(name, problem, dtype):
@@ -60,8 +65,9 @@ class Library:
 
     def _call(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> int:
         function = getattr(self._library, f"linear_logprob_{name}")
-        is_bf16, amx = (ctypes.c_bool(x) for x in (dtype == torch.bfloat16, self.amx))
-        return function(ctypes.byref(problem), is_bf16, amx)
+        return function(
+            ctypes.byref(problem), ctypes.c_int32(TYPES.index(dtype)), ctypes.c_bool(self.amx)
+        )
 
 
 @functools.cache

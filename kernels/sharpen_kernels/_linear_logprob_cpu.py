@@ -1,7 +1,9 @@
 """`linear_logprob` on a CPU with AVX-512: calls of the C++ in `cpu/`, forward and backward.
 
 The contract, the statistics and their merge law are those of `_linear_logprob_chunk.py`; logits
-live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is.
+live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is. Where the CPU has
+matrix units (AMX) they multiply fp32 as well, as exactly; elsewhere oneDNN's micro-kernels multiply
+bf16 and fp32, and fp16 is left to PyTorch: they would need AMX's fp16, which few CPUs have.
 
 R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 """
@@ -22,7 +24,7 @@ from .stats import Wanted
 PANEL = BLOCK = 64  # columns and rows of one product, as in `cpu/tile.h`
 # bytes of a packed segment of the weight: it shares the core's second cache with a tile and rows
 SEGMENT_BYTES = 2**19
-MIN_COLUMNS, MAX_COLUMNS = {2: 128, 4: 64}, 512  # the least by size of an element
+MIN_COLUMNS, MAX_COLUMNS = {2: 128, 4: 64}, 512  # the least by size of an input's element
 # forward: rows are taken in passes, so that they and their partials fit
 PARTIALS_BYTES = 16 * 2**20
 HIDDEN_BYTES = 20 * 2**20
@@ -106,13 +108,14 @@ def takes(hidden: Tensor, head: Head) -> bool:
     return (
         hidden.device.type == "cpu"
         and hidden.dtype == head.weight.dtype
-        and hidden.dtype in (torch.float32, torch.bfloat16)
+        and hidden.dtype in _cpu_library.TYPES
         and hidden.shape[1] > 0
         and mkldnn.enabled
         and all(x.shape[1] == 1 or x.stride(1) == 1 for x in (hidden, head.weight))
         # memory that holds something else than the values
         and not any(x.is_neg() for x in (hidden, head.weight))
-        and _cpu_library.load() is not None
+        and (library := _cpu_library.load()) is not None
+        and library.multiplies(hidden.dtype)
     )
 
 
@@ -156,8 +159,8 @@ def _library() -> _cpu_library.Library:
 
 
 def _word_bytes(library: _cpu_library.Library, dtype: torch.dtype) -> int:
-    """Bytes of one element as a factor: the matrix units take fp32 as three bf16."""
-    return 6 if library.amx and dtype == torch.float32 else dtype.itemsize
+    """Bytes of one element as a factor: the matrix units take fp32 as three bf16, fp16 as two."""
+    return {torch.float32: 6, torch.float16: 4}.get(dtype, 2) if library.amx else dtype.itemsize
 
 
 def _cut(

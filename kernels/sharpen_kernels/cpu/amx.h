@@ -1,11 +1,13 @@
 // Products by the matrix units of a CPU that has them (AMX), in fp32 as well.
 //
 // They multiply bf16 and sum in fp32, 32 deep in one instruction. An fp32 number is the sum of three
-// bf16 numbers, without a rest; of the nine products of two such sums the six of the order of 2^-18
-// and above are taken, the rest is below half a unit in the last place. Six such products take a
-// third of the time of one fp32 product, and sum in blocks, so that less is rounded. An infinite
-// factor gives NaN.
+// bf16 numbers, an fp16 number that of two, without a rest. Of the nine products of two fp32 numbers
+// the six of the order of 2^-18 and above are taken, the others are below half a unit in the last
+// place; of two fp16 numbers all four. Six such products take half the time of one fp32 product, and
+// sum in blocks, so that less is rounded. An infinite factor gives NaN.
 #pragma once
+
+#include <type_traits>
 
 #include "tile.h"
 
@@ -29,12 +31,13 @@ struct Amx {
   static constexpr int64_t TILE = 512;
   static constexpr int64_t DEEP = 32;   // of a tile
   static constexpr int64_t SIDE = 32;   // of one product: two tiles by two
-  static constexpr int TERMS = sizeof(T) == 2 ? 1 : 3;           // of an input
-  static constexpr int GRADIENT_TERMS = sizeof(T) == 2 ? 2 : 3;  // of a gradient of a logit
-  // tiles of depth of one product: in fp32 each rounds its sums six times, so they are kept short
-  static constexpr int64_t DEPTH_TILES = sizeof(T) == 2 ? 8 : 16;
+  static constexpr bool IS_BF16 = std::is_same_v<T, at::BFloat16>;
+  static constexpr int TERMS = IS_BF16 ? 1 : sizeof(T) == 2 ? 2 : 3;  // of an input
+  static constexpr int GRADIENT_TERMS = sizeof(T) == 2 ? 2 : 3;       // of a gradient of a logit
+  // tiles of depth of one product: each rounds its sums several times, so they are kept short
+  static constexpr int64_t DEPTH_TILES = IS_BF16 ? 8 : 16;
 
-  static constexpr int64_t TILE_COLUMNS = sizeof(T) == 2 ? 256 : 128;  // of backward, at a time
+  static constexpr int64_t TILE_COLUMNS = IS_BF16 ? 256 : 128;  // of backward, at a time
 
   struct Session {
     Session() {
@@ -164,8 +167,10 @@ struct Amx {
   static __m512 wide(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static __m512 load(const float* x, int64_t n) {
-    return _mm512_maskz_loadu_ps(lanes_before(n), x);
+  // 16 neighbours, of which n count.
+  static __m512 load(const T* x, int64_t n) {
+    if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(lanes_before(n), x);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_before(n), x));
   }
 
   // The terms of 32 neighbours, of which n count, one after another.
@@ -273,8 +278,13 @@ struct Amx {
         right(2), multiply();
         right(0), multiply();
       } else {
-        right(0);
-        for (int term = LEFT - 1; term >= 0; --term) left(term), multiply();
+        for (int term = LEFT - 1; term >= 0; --term) {
+          left(term);
+          for (int other = TERMS - 1; other >= 0; --other) {
+            if (TERMS > 1 || term == LEFT - 1) right(other);
+            multiply();
+          }
+        }
       }
     }
     if (!add && n_columns >= SIDE) {

@@ -214,44 +214,47 @@ int guarded(const Run& run) {
   }
 }
 
-// `run(kind of product)`.
+// `run(kind of product)`; `_linear_logprob_cpu.py` knows these numbers.
+enum Type : int32_t { BF16, FP32, FP16 };
+
 template <typename Run>
-auto with_products(bool is_bf16, bool amx, const Run& run) {
+auto with_products(Type type, bool amx, const Run& run) {
 #ifdef SHARPEN_AMX
-  if (amx) return is_bf16 ? run(Amx<at::BFloat16>()) : run(Amx<float>());
+  if (amx && type == FP16) return run(Amx<at::Half>());
+  if (amx) return type == BF16 ? run(Amx<at::BFloat16>()) : run(Amx<float>());
 #endif
-  return is_bf16 ? run(OneDnn<at::BFloat16>()) : run(OneDnn<float>());
+  return type == BF16 ? run(OneDnn<at::BFloat16>()) : run(OneDnn<float>());
 }
 
 }  // namespace
 
 // 0, or 1 with the message in `linear_logprob_error`.
-extern "C" int linear_logprob_forward(const Forward* p, bool is_bf16, bool amx) {
-  return guarded([&] { with_products(is_bf16, amx, [&](auto m) { forward<decltype(m)>(*p); }); });
+extern "C" int linear_logprob_forward(const Forward* p, Type type, bool amx) {
+  return guarded([&] { with_products(type, amx, [&](auto m) { forward<decltype(m)>(*p); }); });
 }
 
-extern "C" int linear_logprob_ranks(const Ranks* p, bool is_bf16, bool amx) {
-  return guarded([&] { with_products(is_bf16, amx, [&](auto m) { ranks<decltype(m)>(*p); }); });
+extern "C" int linear_logprob_ranks(const Ranks* p, Type type, bool amx) {
+  return guarded([&] { with_products(type, amx, [&](auto m) { ranks<decltype(m)>(*p); }); });
 }
 
-extern "C" int linear_logprob_backward(const Backward* p, bool is_bf16, bool amx) {
-  return guarded([&] { with_products(is_bf16, amx, [&](auto m) { backward<decltype(m)>(*p); }); });
+extern "C" int linear_logprob_backward(const Backward* p, Type type, bool amx) {
+  return guarded([&] { with_products(type, amx, [&](auto m) { backward<decltype(m)>(*p); }); });
 }
 
 // Bytes that each thread wants at `scratch`, and a row of a pass at `hidden`.
-extern "C" int64_t linear_logprob_scratch_bytes(const Cut* cut, bool is_bf16, bool amx) {
-  return with_products(is_bf16, amx, [&](auto m) { return Scratch<decltype(m)>::bytes(*cut); });
+extern "C" int64_t linear_logprob_scratch_bytes(const Cut* cut, Type type, bool amx) {
+  return with_products(type, amx, [&](auto m) { return Scratch<decltype(m)>::bytes(*cut); });
 }
 
-extern "C" int64_t linear_logprob_row_bytes(const Cut* cut, bool is_bf16, bool amx) {
-  return with_products(is_bf16, amx, [&](auto m) -> int64_t {
+extern "C" int64_t linear_logprob_row_bytes(const Cut* cut, Type type, bool amx) {
+  return with_products(type, amx, [&](auto m) -> int64_t {
     return m.left_size(BLOCK, cut->in.depth) * sizeof(typename decltype(m)::Word) / BLOCK;
   });
 }
 
 // Bytes of memory that `linear_logprob_backward` wants at `memory`.
-extern "C" int64_t linear_logprob_backward_bytes(const Backward* p, bool is_bf16, bool amx) {
-  return with_products(is_bf16, amx, [&](auto m) { return Workspace<decltype(m)>().layout(*p); });
+extern "C" int64_t linear_logprob_backward_bytes(const Backward* p, Type type, bool amx) {
+  return with_products(type, amx, [&](auto m) { return Workspace<decltype(m)>().layout(*p); });
 }
 
 extern "C" const char* linear_logprob_error() { return last_error.c_str(); }
