@@ -54,7 +54,10 @@ def test_waves_passes_and_chunks(dtype, D, small_segments):
 
 @needs_library
 def test_more_rows_than_one_task_of_backward_adds_up(dtype):
-    assert_matches_fp64(head_problem(1100, 130, 24, dtype=dtype, bias=True), DIFFERENTIABLE)
+    problem = head_problem(1100, 130, 24, dtype=dtype, bias=True)
+    problem["target"][100:300] = -100  # whole blocks of rows that no gradient reaches
+    got = assert_matches_fp64(problem, DIFFERENTIABLE)
+    assert (got["dhidden"][100:300] == 0).all()
 
 
 @needs_library

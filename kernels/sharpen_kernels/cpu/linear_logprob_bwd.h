@@ -150,8 +150,10 @@ class BackwardPass {
     const int64_t n = std::min(BLOCK, n_rows_ - row);
     const int64_t width = std::min(M::TILE_COLUMNS, width_ - column);
     const int64_t wide = round_up(width, PANEL);
-    M::logits(space_.hidden_by_depth + M::left_size(row, depth_),
-              space_.weight_by_depth + M::right_size(depth_, column), depth_, width, tile, wide);
+    if (reached(row)) {
+      M::logits(space_.hidden_by_depth + M::left_size(row, depth_),
+                space_.weight_by_depth + M::right_size(depth_, column), depth_, width, tile, wide);
+    }
     const int64_t start = start_ + column;
     const LogitMap map(in, start);
     for (int64_t r = 0; r < BLOCK; ++r) {
@@ -194,7 +196,14 @@ class BackwardPass {
     }
   }
 
+  // Whether a gradient reaches a row of the block from `row` on: none does in a prompt, say.
+  bool reached(int64_t row) const {
+    const uint8_t* active = p_.of_row.active + begin_ + row;
+    return std::memchr(active, 1, std::min(BLOCK, n_rows_ - row)) != nullptr;
+  }
+
   void add_to_hidden(int64_t row, int64_t chunk) {
+    if (!reached(row)) return;
     M::multiply(space_.dz, p_.pass_rows, p_.wave_columns, row, 0, wide_, space_.weight_by_column,
                 depth_, chunk, std::min(depth_, chunk + DEPTH_CHUNK), true,
                 p_.dhidden + (begin_ + row) * depth_);
