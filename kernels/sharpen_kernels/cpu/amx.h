@@ -1,10 +1,10 @@
 // Products by the matrix units of a CPU that has them (AMX), in fp32 as well.
 //
-// They multiply bf16 and sum in fp32, 32 deep in one instruction. An fp32 number is the sum of three
-// bf16 numbers, an fp16 number that of two, without a rest. Of the nine products of two fp32 numbers
-// the six of the order of 2^-18 and above are taken, the others are below half a unit in the last
-// place; of two fp16 numbers all four. Six such products take half the time of one fp32 product, and
-// sum in blocks, so that less is rounded. An infinite factor gives NaN.
+// They multiply bf16 and sum in fp32, 32 deep in one instruction. An fp32 number is the sum of
+// three bf16 numbers, an fp16 number that of two, without a rest. Of the nine products of two fp32
+// numbers the six of the order of 2^-18 and above are taken, the others are below half a unit in
+// the last place; of two fp16 numbers all four. Six such products take half the time of one fp32
+// product, and sum in blocks, so that less is rounded. An infinite factor gives NaN.
 #pragma once
 
 #include <type_traits>
@@ -22,8 +22,8 @@
 
 namespace sharpen {
 
-// T is the inputs' type. Factors are tiles of 1 KiB: left ones of 16 rows, 32 deep; right ones of 16
-// columns, 32 deep in pairs. Tiles follow one another in depth, the terms of a sum side by side.
+// T is the inputs' type. Factors are tiles of 1 KiB: left ones of 16 rows, 32 deep; right ones of
+// 16 columns, 32 deep in pairs. Tiles follow one another in depth, the terms of a sum side by side.
 template <typename T>
 struct Amx {
   using Element = T;
@@ -243,8 +243,9 @@ struct Amx {
     static constexpr int64_t LINE = 32;  // words of a cache line
   };
 
-  // c [SIDE, n_columns up to SIDE] += or = n tiles deep of a left factor times those of a right one;
-  // a step is from one tile to the next of 16 rows or columns. The smallest products come first.
+  // c [SIDE, n_columns up to SIDE] += or = n tiles deep of a left factor times those of a right
+  // one; a step is from one tile to the next of 16 rows or columns. The smallest products come
+  // first.
   template <int LEFT>
   static void product(const Word* a, int64_t a_step, const Word* b, int64_t b_step, int64_t n,
                       bool add, float* c, int64_t stride, int64_t n_columns, Ahead& ahead) {

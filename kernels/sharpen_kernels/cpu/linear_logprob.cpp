@@ -1,10 +1,10 @@
-// Forward of `linear_logprob` on a CPU with AVX-512: segments of the vocabulary over blocks of rows.
+// Forward of `linear_logprob` on a CPU with AVX-512: segments of the vocabulary, blocks of rows.
 //
-// A segment's weight is packed once, then multiplied with one block of rows at a time into a tile of
-// fp32 logits that stays in the core's cache, and the tile is reduced on the spot. The products are
-// oneDNN's, or those of the CPU's matrix units where it has them.
-// Segments and blocks are fixed by V and D; a block is always full (zero rows behind the last), so a
-// row meets the same instructions in any batch. Segments go to threads as they come free and are
+// A segment's weight is packed once, then multiplied with one block of rows at a time into a tile
+// of fp32 logits that stays in the core's cache, and the tile is reduced on the spot. The products
+// are oneDNN's, or those of the CPU's matrix units where it has them.
+// Segments and blocks are fixed by V and D; a block is always full (zero rows behind the last), so
+// a row meets the same instructions in any batch. Segments go to threads as they come free and are
 // merged in order, so bits do not depend on the number of threads either.
 #include <exception>
 #include <string>
@@ -81,8 +81,8 @@ void pack_hidden(const Cut& cut, int64_t begin, int64_t end) {
   });
 }
 
-// `run(z, row, start, width)` with the logits over one segment of each row from `begin` to `end`, in
-// the pass that starts at `pass`.
+// `run(z, row, start, width)` with the logits over one segment of each row from `begin` to `end`,
+// in the pass that starts at `pass`.
 template <typename M, typename Run>
 void each_row(const Cut& cut, const Scratch<M>& scratch, int64_t segment, int64_t pass,
               int64_t begin, int64_t end, const Run& run) {

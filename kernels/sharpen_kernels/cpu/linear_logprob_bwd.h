@@ -5,8 +5,8 @@
 // (2) tiles of logits become tiles of their gradient, (3) these multiply the weight into the
 // gradient of hidden and the rows into that of the weight. Every output element has one owner and
 // one order of sums: no bit depends on the number of threads.
-// For bf16 inputs the gradient of a logit is taken as the sum of two bf16 numbers (16 bits of it are
-// kept), which is multiplied several times faster than fp32.
+// For bf16 and fp16 inputs the gradient of a logit is taken as the sum of two bf16 numbers (16 bits
+// of it are kept), which is multiplied several times faster than fp32.
 #pragma once
 
 #include "logit_gradient.h"
@@ -189,7 +189,8 @@ class BackwardPass {
           for (int i = 0; i < LANES; ++i) x[i] = _mm512_loadu_si512(tile + (r + i) * wide + v);
           transpose(x);
           for (int i = 0; i < LANES; ++i) {
-            M::store(space_.dz_t, columns, rows, column + v + i, row + r, _mm512_castsi512_ps(x[i]));
+            const __m512 z = _mm512_castsi512_ps(x[i]);
+            M::store(space_.dz_t, columns, rows, column + v + i, row + r, z);
           }
         }
       }
@@ -224,7 +225,9 @@ class BackwardPass {
     const bool last = begin_ + at + rows >= p_.in.rows;
     if (!last || static_cast<void*>(sums) == static_cast<void*>(out)) return;
     for (int64_t v = 0; v < n; ++v) {
-      for (int64_t d = chunk; d < end; ++d) out[v * depth_ + d] = static_cast<T>(sums[v * depth_ + d]);
+      for (int64_t d = chunk; d < end; ++d) {
+        out[v * depth_ + d] = static_cast<T>(sums[v * depth_ + d]);
+      }
     }
   }
 
@@ -232,7 +235,9 @@ class BackwardPass {
     float* out = p_.dbias + start_;
     for (int64_t v = 0; v < width_; ++v) {
       float sum = begin_ == 0 ? 0.0F : out[v];
-      for (int64_t i = 0; i < whole_ / BLOCK; ++i) sum += space_.column_sums[i * p_.wave_columns + v];
+      for (int64_t i = 0; i < whole_ / BLOCK; ++i) {
+        sum += space_.column_sums[i * p_.wave_columns + v];
+      }
       out[v] = sum;
     }
   }

@@ -165,7 +165,9 @@ inline bool onednn_multiplies() {
     for (int64_t i = 0; i < BLOCK * PANEL; ++i) {
       float sum = 0.0F;
       for (int64_t d = 0; d < DEPTH; ++d) {
-        sum += static_cast<float>(x[i / PANEL * DEPTH + d]) * static_cast<float>(x[i % PANEL * DEPTH + d]);
+        const float row = x[i / PANEL * DEPTH + d];
+        const float column = x[i % PANEL * DEPTH + d];
+        sum += row * column;
       }
       if (z[i] != sum) return false;
     }
