@@ -7,12 +7,14 @@ A file cases_*.py beside this one registers kernels: its `CASES` maps a name to 
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -32,7 +34,8 @@ AMD = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
     """A kernel as some launch specialises it."""
 
     kernel: Any
@@ -41,9 +44,9 @@ class Case(NamedTuple):
     # Triton's type of an argument, by name; "*fp32" for other pointers, "i32" for other numbers.
     # A descriptor that the host makes is "tensordesc<bf16[128,64]>"; one made in the kernel is a
     # plain pointer
-    types: dict[str, str] = {}
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
     # arguments with one value: flags, strides of 1. WANT_* and HAS_* are True unless given
-    constants: dict[str, Any] = {}
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
     # numbers known to be multiples of 16, as Triton finds them at launch; pointers always are
     aligned: tuple[str, ...] = ()
     # (target, pattern of an opcode) pairs: what must be in the SASS, and what must not
@@ -174,9 +177,9 @@ def main() -> None:
     cases = every_case()
     if asked.sass:
         binary = build(cases[asked.sass], TARGETS[asked.target])
-        print(binary.resources)
-        for loop in binary.loops():
-            print(sum(loop.values()), dict(loop.most_common()))
+        lines = [str(binary.resources)]
+        lines += [f"{sum(x.values())} {dict(x.most_common())}" for x in binary.loops()]
+        sys.stdout.write("\n".join(lines) + "\n")
     if asked.write:
         TABLE.write_text(table(cases))
 
