@@ -45,7 +45,8 @@ class Case:
     # A descriptor that the host makes is "tensordesc<bf16[128,64]>"; one made in the kernel is a
     # plain pointer
     types: dict[str, str] = dataclasses.field(default_factory=dict)
-    # arguments with one value: flags, strides of 1. WANT_* and HAS_* are True unless given
+    # arguments with one value: flags, strides of 1; those the kernel lacks are passed over.
+    # WANT_* and HAS_* are True unless given
     constants: dict[str, Any] = dataclasses.field(default_factory=dict)
     # numbers known to be multiples of 16, as Triton finds them at launch; pointers always are
     aligned: tuple[str, ...] = ()
@@ -62,7 +63,7 @@ class Case:
         names = self.kernel.arg_names
         constants = {name: True for name in names if name.startswith(("WANT_", "HAS_"))}
         constants |= {name: x for name, x in self.launch.items() if name in names}
-        constants |= self.constants
+        constants |= {name: x for name, x in self.constants.items() if name in names}
         signature = {n: "constexpr" if n in constants else self.type_of(n) for n in names}
         pointers = {n for n, kind in signature.items() if kind.startswith("*")}
         attributes = {
