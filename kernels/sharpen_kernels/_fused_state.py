@@ -79,6 +79,14 @@ def _mean(spread, mass):
 
 
 @triton.jit
+def _chan(a_mass, a_spread, a_square, b_mass, b_spread, b_square):
+    """Squares about two means, of sums with one centre, as squares about the common mean."""
+    apart = _mean(b_spread, b_mass) - _mean(a_spread, a_mass)
+    share = a_mass * _mean(b_mass, a_mass + b_mass)
+    return tl.fma(share, apart * apart, a_square + b_square)
+
+
+@triton.jit
 def _moved(state, shift, order, WANT: tl.constexpr):
     """`state` with its sums centred on `shift` instead of on its own top."""
     top, mass, spread, square, squares, powers, total, n_valid, second, column = state
@@ -110,9 +118,7 @@ def _joined(a, b, top, WANT: tl.constexpr):
     if SPREAD & WANT:
         spread = a_spread + b_spread
     if SQUARE & WANT:
-        apart = _mean(b_spread, b_mass) - _mean(a_spread, a_mass)
-        share = a_mass * _mean(b_mass, mass)
-        square = tl.fma(share, apart * apart, a_square + b_square)
+        square = _chan(a_mass, a_spread, a_square, b_mass, b_spread, b_square)
     if SQUARES & WANT:
         squares = a_squares + b_squares
     if POWERS & WANT:
@@ -153,35 +159,38 @@ def with_tile(
     tile_top = tl.max(z, axis=1)  # drops nan; the mass below does not
     top = tl.maximum(state[0], tile_top)
     shift = _shift(top)
-    zero = tl.zeros_like(top)
-    spread, square, squares, powers, total, n_valid = zero, zero, zero, zero, zero, zero
-    second = zero
-    column = zero.to(tl.int32)
-    c = z - shift[:, None]
-    e = exp(c)
-    mass = tl.sum(e, axis=1)
-    if SPREAD & WANT:
-        # a masked column adds 0; 0 * -inf would add nan
-        spread = tl.sum(e * tl.maximum(c, FAR), axis=1)
-    if SQUARE & WANT:
-        apart = tl.maximum(c, FAR) - _mean(spread, mass)[:, None]
-        square = tl.sum(e * apart * apart, axis=1)
-    if SQUARES & WANT:
-        squares = tl.sum(e * e, axis=1)
-    if POWERS & WANT:
-        powers = tl.sum(exp(order * c), axis=1)
-    if TOTAL & WANT:
-        valid = z != float("-inf")
-        total = tl.sum(tl.where(valid, c, 0.0), axis=1)
-        n_valid = tl.sum(tl.where(valid, 1.0, 0.0), axis=1)
+    moved = _moved(state, shift, order, WANT)
+    old_top, mass, spread, square, squares, powers, total, n_valid, second, column = moved
     if COLUMN & WANT:
         at_top = tl.where(z == tile_top[:, None], offs_v[None, :], NONE)
-        column = tl.min(at_top, axis=1)
-    if SECOND & WANT:
-        rest = tl.where(offs_v[None, :] == column[:, None], float("-inf"), z)
-        second = tl.max(rest, axis=1)
-    tile = (tile_top, mass, spread, square, squares, powers, total, n_valid, second, column)
-    return _joined(_moved(state, shift, order, WANT), tile, top, WANT)
+        tile_column = tl.min(at_top, axis=1)
+        column = tl.where(tile_top > old_top, tile_column, column)
+        if SECOND & WANT:
+            rest = tl.where(offs_v[None, :] == tile_column[:, None], float("-inf"), z)
+            second = tl.maximum(second, tl.max(rest, axis=1))
+            second = tl.maximum(second, tl.minimum(old_top, tile_top))
+    c = z - shift[:, None]
+    if TOTAL & WANT:
+        valid = z != float("-inf")
+        n_valid += tl.sum(tl.where(valid, 1.0, 0.0), axis=1)
+        total += tl.sum(tl.where(valid, c, 0.0), axis=1)
+    if POWERS & WANT:
+        powers += tl.sum(exp(order * c), axis=1)
+    e = exp(c)
+    added = tl.sum(e, axis=1)
+    if SQUARES & WANT:
+        squares += tl.sum(e * e, axis=1)
+    if SPREAD & WANT:
+        # a masked column adds 0; 0 * -inf would add nan
+        c = tl.maximum(c, FAR)
+        moment = tl.sum(e * c, axis=1)
+        if SQUARE & WANT:
+            apart = c - _mean(moment, added)[:, None]
+            about = tl.sum(e * apart * apart, axis=1)
+            square = _chan(mass, spread, square, added, moment, about)
+        spread += moment
+    mass += added
+    return (top, mass, spread, square, squares, powers, total, n_valid, second, column)
 
 
 @triton.jit

@@ -49,7 +49,9 @@ def _grad_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = (tl.program_id(0) // tl.cdiv(width, BLOCK_V)).to(tl.int64)
-    offs_v = tl.program_id(0) % tl.cdiv(width, BLOCK_V) * BLOCK_V + tl.arange(0, BLOCK_V)
+    start = tl.program_id(0) % tl.cdiv(width, BLOCK_V) * BLOCK_V
+    near = tl.arange(0, BLOCK_V)
+    offs_v = start + near
     first = tl.load(first_ptr + row)
     stop = tl.load(first_ptr + row + 1)
     chosen = 0.0
@@ -57,7 +59,6 @@ def _grad_kernel(
     of_entropy = 0.0
     certain = 0.0
     reached = first < first
-    at_target = tl.zeros([BLOCK_V], tl.float32)
     for s in range(first, stop):
         of_logprob = tl.load(grad_ptr + s)
         of_lse = tl.load(grad_ptr + S + s)
@@ -68,7 +69,6 @@ def _grad_kernel(
         of_entropy += of_h
         certain += of_certainty
         reached |= (of_logprob != 0) | (of_lse != 0) | (of_h != 0) | (of_certainty != 0)
-        at_target += tl.where(offs_v == tl.load(target_ptr + s), of_logprob, 0.0)
 
     step = tl.full((), R, tl.int64)
     top = tl.load(state_ptr + row)
@@ -100,7 +100,11 @@ def _grad_kernel(
         dz -= p * (log_p + entropy) * of_entropy
     if certain != 0:
         dz -= certain / n_valid
-    dz += at_target
+    for s in range(first, stop):
+        target = tl.load(target_ptr + s) - start
+        # of the row's tiles one holds it
+        if (target >= 0) & (target < BLOCK_V):
+            dz += tl.where(near == target.to(tl.int32), tl.load(grad_ptr + s), 0.0)
     if HAS_SOFTCAP:
         capped = z * temperature_by_softcap
         dz *= 1 - capped * capped

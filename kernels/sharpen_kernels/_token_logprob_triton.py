@@ -29,6 +29,7 @@ from ._triton_logits import (
     fold_lanes,
     fold_product,
     fold_top_two,
+    load_lanes,
     load_logits,
 )
 from .stats import Wanted
@@ -42,7 +43,7 @@ FORWARD: dict[str, Any] = {
 MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": False}
 CHOSEN: dict[str, Any] = {"BLOCK_S": 128, "num_warps": 4, "enable_fp_fusion": False}
 RANK: dict[str, Any] = {
-    "SEGMENT": 32768, "BLOCK_V": 4096, "num_warps": 4, "enable_fp_fusion": False,
+    "SEGMENT": 32768, "BLOCK_V": 4096, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
 }  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def _row_kernel(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,  # stride_r is a multiple of VECTOR
+    IS_ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes, and have no gaps
     WANT: tl.constexpr,
     VECTOR: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -145,27 +146,28 @@ def _row_kernel(
         stride_r = stride_r // VECTOR * VECTOR
     logits_ptr += row * stride_r
     # 16 bytes a lane, and BLOCK_V of them
-    near = tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    at = tl.arange(0, BLOCK_V // STEP)[:, None, None] * STEP + near
+    near = tl.arange(0, LANES)[None, :] * VECTOR
+    at = tl.arange(0, BLOCK_V // STEP)[:, None] * STEP + near
+    in_vector = tl.arange(0, VECTOR)[None, None, :]
     first = segment * SEGMENT
     whole = V // BLOCK_V * BLOCK_V
     state = law.empty(LANES)
     # no mask over whole tiles: with one, V alone could forbid wide loads
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
-        z = load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + at, start + at < V,
+        z = load_lanes(
+            logits_ptr, bias_ptr, vocab_mask_ptr, start + at, V,
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
+            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
-        state = _with_tile(state, z, at < 0, start, order, True, WANT, LANES, BLOCK_V // LANES)
+        state = _with_tile(state, z, z == z, start, order, True, WANT, LANES, BLOCK_V // LANES)
     # only the last segment goes beyond them
     for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
-        inside = start + near < V
-        z = load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, inside,
+        z = load_lanes(
+            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
+            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
+        inside = start + near[:, :, None] + in_vector < V
         state = _with_tile(state, z, inside, start, order, False, WANT, LANES, VECTOR)
 
     # the lanes, each centred on the segment's top
@@ -199,10 +201,10 @@ def _row_kernel(
             total = tl.zeros([LANES], tl.float32)
             n_valid = tl.zeros([LANES], tl.float32)
             for start in range(first, tl.minimum(first + SEGMENT, V), STEP):
-                z = load_logits(
-                    logits_ptr, bias_ptr, vocab_mask_ptr, start + near, start + near < V,
+                z = load_lanes(
+                    logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
                     stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-                    False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
+                    False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
                 )  # fmt: skip
                 valid = _by_lane(z != -INF, LANES, VECTOR)
                 c = tl.where(valid, _by_lane(z, LANES, VECTOR) - shift, 0.0)
@@ -213,14 +215,13 @@ def _row_kernel(
         tl.store(part_ptr + 6 * step, row_total)
         tl.store(part_ptr + 7 * step, row_valid)
     if law.SECOND & WANT:
-        pair = tl.reshape(lane_top, [1, LANES]), tl.reshape(second, [1, LANES])
-        _, row_second = fold_top_two(pair[0], pair[1], 1, LANES)
+        _, row_second = fold_top_two(lane_top, second, 1, LANES)
         tl.store(part_ptr + 8 * step, tl.max(row_second, axis=0))
     if law.COLUMN & WANT:
         # the lanes that hold the maximum look for it in the tile where they met it first
         column = tl.full([1, LANES, VECTOR], law.NONE, tl.int32)
         for start in range(0, BLOCK_V, STEP):
-            offs_v = tile[None, :, None] + start + near
+            offs_v = tile[None, :, None] + start + near[:, :, None] + in_vector
             inside = (offs_v < V) & (lane_top == top)[None, :, None]
             z = load_logits(
                 logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, inside,
@@ -269,6 +270,13 @@ def _chosen_kernel(
 
 
 @triton.jit
+def _count_ahead(z, offs_v, chosen, left):
+    """How many of `z` [n, LANES, VECTOR] are ahead of `chosen`, lane by lane."""
+    ahead = (z > chosen) | ((z == chosen) & (offs_v < left))
+    return tl.sum(tl.sum(ahead.to(tl.int32), axis=2), axis=0)
+
+
+@triton.jit
 def _rank_kernel(
     logits_ptr,  # in  [R, >= V]
     bias_ptr,
@@ -295,13 +303,14 @@ def _rank_kernel(
     VECTOR: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     s = (tl.program_id(0) // n_segments).to(tl.int64)
     first = tl.program_id(0) % n_segments * SEGMENT
     row = tl.load(row_ptr + s)
     chosen = tl.load(chosen_ptr + s)
     # of equal logits those further left are ahead, but for a masked target
-    left = tl.load(target_ptr + s) - first_v
+    left = tl.minimum(tl.maximum(tl.load(target_ptr + s) - first_v, 0), V).to(tl.int32)
     left = tl.where(chosen == -INF, 0, left)
     if IS_ALIGNED:
         stride_r = stride_r // VECTOR * VECTOR
@@ -309,23 +318,25 @@ def _rank_kernel(
     # nothing to read for a row outside
     V = tl.where((row >= 0) & (row < R), V, 0)
     whole = V // BLOCK_V * BLOCK_V
-    ahead = tl.zeros([BLOCK_V], tl.int32)
+    STEP: tl.constexpr = LANES * VECTOR
+    near = tl.arange(0, LANES)[None, :] * VECTOR
+    at = tl.arange(0, BLOCK_V // STEP)[:, None] * STEP + near
+    in_vector = tl.arange(0, VECTOR)[None, None, :]
+    ahead = tl.zeros([LANES], tl.int32)
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, offs_v < V,
+        z = load_lanes(
+            logits_ptr, bias_ptr, vocab_mask_ptr, start + at, V,
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
+            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
-        ahead += ((z > chosen) | ((z == chosen) & (offs_v < left))).to(tl.int32)
-    for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, offs_v < V,
+        ahead += _count_ahead(z, start + at[:, :, None] + in_vector, chosen, left)
+    for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
+        z = load_lanes(
+            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
+            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
-        ahead += ((z > chosen) | ((z == chosen) & (offs_v < left))).to(tl.int32)
+        ahead += _count_ahead(z, start + near[:, :, None] + in_vector, chosen, left)
     tl.store(ahead_ptr + tl.program_id(0), tl.sum(ahead, axis=0))
 
 

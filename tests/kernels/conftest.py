@@ -56,8 +56,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(best, "BLOCK_ELEMENTS", 2048)
-    monkeypatch.setitem(fused.FORWARD, "LANES", 8)
     for launch in (fused.FORWARD, fused.RANK):
+        monkeypatch.setitem(launch, "LANES", 8)
         monkeypatch.setitem(launch, "SEGMENT", 256)
     for launch in (fused.FORWARD, fused.RANK, gradient.BACKWARD, best.MAXIMA):
         monkeypatch.setitem(launch, "BLOCK_V", 128)
