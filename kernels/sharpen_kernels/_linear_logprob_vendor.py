@@ -27,7 +27,8 @@ from ._logits import Read
 from ._pairs import Pairs
 from ._rows import Partial, cut
 from ._token_logprob_best import best
-from ._token_logprob_triton import ahead, merged, n_segments, put_chosen, put_partials
+from ._token_logprob_pairs import ahead, put_chosen
+from ._token_logprob_triton import merged, n_segments, put_partials
 from ._triton_logits import Reading
 from .stats import Wanted
 
@@ -142,7 +143,5 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
     with torch.cuda.device_of(hidden):
         for block in _blocks(hidden, head, pairs):
             row, target = pairs.row[block.span] - block.rows.start, pairs.target[block.span]
-            found[block.span] += ahead(
-                block.logits, row, target, block.start, chosen[block.span]
-            )
+            found[block.span] += ahead(block.logits, row, target, block.start, chosen[block.span])
     return found

@@ -113,8 +113,9 @@ def best(x: Reading, k: int) -> tuple[Tensor, Tensor]:
 
     Where V < k the rest is -inf, of any column. Workspace: some 64 MiB at most.
     """
-    logits = x.tensors[0]
-    n_runs = triton.cdiv(x.V, RUN)
+    logits: Tensor = x.tensors[0]
+    run_width: dict[str, Any] = {"RUN": RUN}
+    n_runs = -(-x.V // RUN)
     n_best = min(k, n_runs)
     step = max(1, BLOCK_ELEMENTS // max(n_runs, n_best * RUN))
     values = logits.new_empty((x.R, k), dtype=torch.float32)
@@ -125,14 +126,14 @@ def best(x: Reading, k: int) -> tuple[Tensor, Tensor]:
         maxima = logits.new_empty((n, n_runs), dtype=torch.float32)
         _maxima_kernel[(n * triton.cdiv(x.V, MAXIMA["BLOCK_V"]),)](
             *x.tensors, maxima, first, x.V, n_runs,
-            *x.numbers, **x.flags, **x.vectors, RUN=RUN, **MAXIMA,
+            *x.numbers, **x.flags, **x.vectors, **run_width, **MAXIMA,
         )  # fmt: skip
         # in the order of their columns, so that of a tie the first is the lowest
         run = largest(maxima, n_best)[1].sort(dim=1).values
         z = logits.new_empty((n, n_best * RUN), dtype=torch.float32)
         _candidates_kernel[(n,)](
             *x.tensors, run, z, first, x.V, n_best, *x.numbers, **x.flags,
-            RUN=RUN, BLOCK_K=triton.next_power_of_2(n_best), **CANDIDATES,
+            **run_width, BLOCK_K=triton.next_power_of_2(n_best), **CANDIDATES,
         )  # fmt: skip
         rows = slice(first, first + n)
         values[rows], at = largest(z, k)

@@ -22,6 +22,7 @@ from ._pairs import Pairs
 from ._rows import Partial
 from ._token_logprob_best import best
 from ._token_logprob_grad import backward as backward
+from ._token_logprob_pairs import ahead, put_chosen
 from ._triton_logits import (
     INF,
     Reading,
@@ -41,10 +42,6 @@ FORWARD: dict[str, Any] = {
     "SEGMENT": 32768, "BLOCK_V": 4096, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
 }  # fmt: skip
 MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": False}
-CHOSEN: dict[str, Any] = {"BLOCK_S": 128, "num_warps": 4, "enable_fp_fusion": False}
-RANK: dict[str, Any] = {
-    "SEGMENT": 32768, "BLOCK_V": 4096, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
-}  # fmt: skip
 
 
 @triton.jit
@@ -70,9 +67,7 @@ def _with_tile(
     # all columns so far may be masked: shift by 0 there, or -inf - -inf is nan
     shift = tl.where(top == -INF, 0.0, top)
     c = z - shift[None, :, None]
-    if not IS_WHOLE:
-        n_inside = tl.sum(tl.sum(inside.to(tl.float32), axis=2), axis=0)
-        of_total = _by_lane(tl.where(inside, c, 0.0), LANES, N)
+    of_total = c if IS_WHOLE else tl.where(inside, c, 0.0)
     c = _by_lane(c, LANES, N)
     e = law.exp(c)
     mass = fold(e, LANES, N)
@@ -93,12 +88,11 @@ def _with_tile(
     if law.POWERS & WANT:
         powers = fold(law.exp(order * c), LANES, N)
     if law.TOTAL & WANT:
+        total = fold(_by_lane(of_total, LANES, N), LANES, N)
         if IS_WHOLE:
-            total = fold(c, LANES, N)
             n_valid += N
         else:
-            total = fold(of_total, LANES, N)
-            n_valid = n_inside
+            n_valid = tl.sum(tl.sum(inside.to(tl.float32), axis=2), axis=0)
     if law.COLUMN & WANT:
         # not the column but its tile: the segment's end looks there again
         column += start
@@ -233,116 +227,13 @@ def _row_kernel(
         tl.store(part_ptr + 9 * step, lowest.to(tl.float32, bitcast=True))
 
 
-@triton.jit
-def _chosen_kernel(
-    logits_ptr,  # in  [R, >= V]
-    bias_ptr,
-    vocab_mask_ptr,
-    row_ptr,  # in  [S] int64
-    target_ptr,  # in  [S] int64
-    chosen_ptr,  # out [S] fp32: the target's logit; left alone outside the rows and columns
-    S,
-    R,
-    first_v,
-    V,
-    stride_r,
-    stride_v,
-    stride_b,
-    softcap,
-    inverse_softcap,
-    inverse_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    row = tl.load(row_ptr + offs_s, mask=offs_s < S, other=-1)
-    column = tl.load(target_ptr + offs_s, mask=offs_s < S, other=-1) - first_v
-    inside = (row >= 0) & (row < R) & (column >= 0) & (column < V)
-    z = load_logits(
-        logits_ptr + row * stride_r, bias_ptr, vocab_mask_ptr, column, inside,
-        stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-        False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
-    tl.store(chosen_ptr + offs_s, z, mask=inside)
-
-
-@triton.jit
-def _count_ahead(z, offs_v, chosen, left):
-    """How many of `z` [n, LANES, VECTOR] are ahead of `chosen`, lane by lane."""
-    ahead = (z > chosen) | ((z == chosen) & (offs_v < left))
-    return tl.sum(tl.sum(ahead.to(tl.int32), axis=2), axis=0)
-
-
-@triton.jit
-def _rank_kernel(
-    logits_ptr,  # in  [R, >= V]
-    bias_ptr,
-    vocab_mask_ptr,
-    row_ptr,  # in  [S] int64
-    target_ptr,  # in  [S] int64
-    chosen_ptr,  # in  [S] fp32: the target's logit
-    ahead_ptr,  # out [S, n_segments] int32
-    n_segments,
-    R,
-    first_v,
-    V,
-    stride_r,
-    stride_v,
-    stride_b,
-    softcap,
-    inverse_softcap,
-    inverse_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    s = (tl.program_id(0) // n_segments).to(tl.int64)
-    first = tl.program_id(0) % n_segments * SEGMENT
-    row = tl.load(row_ptr + s)
-    chosen = tl.load(chosen_ptr + s)
-    # of equal logits those further left are ahead, but for a masked target
-    left = tl.minimum(tl.maximum(tl.load(target_ptr + s) - first_v, 0), V).to(tl.int32)
-    left = tl.where(chosen == -INF, 0, left)
-    if IS_ALIGNED:
-        stride_r = stride_r // VECTOR * VECTOR
-    logits_ptr += row * stride_r
-    # nothing to read for a row outside
-    V = tl.where((row >= 0) & (row < R), V, 0)
-    whole = V // BLOCK_V * BLOCK_V
-    STEP: tl.constexpr = LANES * VECTOR
-    near = tl.arange(0, LANES)[None, :] * VECTOR
-    at = tl.arange(0, BLOCK_V // STEP)[:, None] * STEP + near
-    in_vector = tl.arange(0, VECTOR)[None, None, :]
-    ahead = tl.zeros([LANES], tl.int32)
-    for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
-        z = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + at, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-        )  # fmt: skip
-        ahead += _count_ahead(z, start + at[:, :, None] + in_vector, chosen, left)
-    for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
-        z = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-        )  # fmt: skip
-        ahead += _count_ahead(z, start + near[:, :, None] + in_vector, chosen, left)
-    tl.store(ahead_ptr + tl.program_id(0), tl.sum(ahead, axis=0))
-
-
 def n_segments(V: int) -> int:
     """Programs a row."""
-    return triton.cdiv(V, FORWARD["SEGMENT"])
+    return -(-V // FORWARD["SEGMENT"])
+
+
+def _bits(wanted: Wanted) -> dict[str, Any]:
+    return {"WANT": law.wanted_bits(wanted.fields)}
 
 
 def put_partials(x: Reading, part: Tensor, wanted: Wanted) -> None:
@@ -351,7 +242,7 @@ def put_partials(x: Reading, part: Tensor, wanted: Wanted) -> None:
     n = n_segments(x.V)
     _row_kernel[(x.R * n,)](
         *x.tensors, part, x.V, n, of_row, of_segment, step, *x.numbers, wanted.renyi_order,
-        **x.flags, **x.vectors, WANT=law.wanted_bits(wanted.fields), **FORWARD,
+        **x.flags, **x.vectors, **_bits(wanted), **FORWARD,
     )  # fmt: skip
 
 
@@ -361,35 +252,13 @@ def merged(part: Tensor, wanted: Wanted) -> Partial:
     out = part[:, 0]
     if n > 1:
         out = part.new_empty((fields, R))
-        bits = law.wanted_bits(wanted.fields)
         law.merge_kernel[(triton.cdiv(R, MERGE["BLOCK_R"]),)](
-            part, out, R, n, R, wanted.renyi_order, WANT=bits, **MERGE
+            part, out, R, n, R, wanted.renyi_order, **_bits(wanted), **MERGE
         )
     found = {name: out[i] for i, name in enumerate(law.FIELDS) if name in wanted.fields}
     if "column" in found:
         found["column"] = found["column"].contiguous().view(torch.int32).long()
     return Partial(out[0], out[1], **found)
-
-
-def put_chosen(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Tensor) -> None:
-    """Write into `chosen` [S] the logits of the targets that are in these rows and columns."""
-    S = row.shape[0]
-    if S > 0:
-        _chosen_kernel[(triton.cdiv(S, CHOSEN["BLOCK_S"]),)](
-            *x.tensors, row, target, chosen, S, x.R, first_v, x.V, *x.numbers, **x.flags, **CHOSEN
-        )
-
-
-def ahead(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Tensor) -> Tensor:
-    """Unmasked columns of these ahead of each target [S] int64; 0 for a row outside."""
-    S, n = row.shape[0], triton.cdiv(x.V, RANK["SEGMENT"])
-    counts = torch.empty((S, n), dtype=torch.int32, device=chosen.device)
-    if S > 0:
-        _rank_kernel[(S * n,)](
-            *x.tensors, row, target, chosen, counts, n, x.R, first_v, x.V,
-            *x.numbers, **x.flags, **x.vectors, **RANK,
-        )  # fmt: skip
-    return counts.sum(dim=1)
 
 
 def forward(logits: Tensor, read: Read, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:

@@ -116,7 +116,7 @@ def load_lanes(
     HAS_TEMPERATURE: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr,
-    STEP: tl.constexpr = 1,
+    STEP: tl.constexpr = tl.constexpr(1),  # noqa: B008  a constant
 ):
     """Logits [..., VECTOR] of a row, -inf from V on and where the mask is; VECTOR a thread.
 
@@ -152,7 +152,7 @@ def load_lanes(
 def fold(x, ROWS: tl.constexpr, N: tl.constexpr):
     """Sums [ROWS] of `x` [ROWS, N], N a power of 2 up to 1024, by neighbouring pairs."""
     x = tl.reshape(x, [ROWS, N])
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues]  Triton unrolls it
         if x.shape[1] > 1:
             a, b = tl.split(tl.reshape(x, [ROWS, x.shape[1] // 2, 2]))
             x = a + b
@@ -172,7 +172,7 @@ def fold_top_two(first, second, ROWS: tl.constexpr, N: tl.constexpr):
     """The two largest [ROWS] out of pairs of falling numbers, both [ROWS, N]."""
     first = tl.reshape(first, [ROWS, N])
     second = tl.reshape(second, [ROWS, N])
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues]  Triton unrolls it
         if first.shape[1] > 1:
             a, b = tl.split(tl.reshape(first, [ROWS, first.shape[1] // 2, 2]))
             c, d = tl.split(tl.reshape(second, [ROWS, second.shape[1] // 2, 2]))
@@ -196,12 +196,24 @@ class Reading:
         self.V = read.vocab_size
         self.R = logits.shape[0]
         bytes_or_any = logits if mask is None else mask.contiguous().view(torch.uint8)
-        self.tensors = (logits, logits if bias is None else bias, bytes_or_any)
+        self.tensors: tuple[Tensor, Tensor, Tensor] = (
+            logits,
+            logits if bias is None else bias,
+            bytes_or_any,
+        )
         # a product each, as PyTorch divides on a GPU; a tiny temperature must not make 0 * inf
         largest = torch.finfo(torch.float32).max
         softcap = read.softcap or 1.0
-        inverses = (min(1 / x, largest) for x in (softcap, read.temperature))
-        self.numbers = (*logits.stride(), 0 if bias is None else bias.stride(0), softcap, *inverses)
+        stride_r, stride_v = logits.stride()
+        # each a number to Triton, an int or a float
+        self.numbers: tuple[Any, Any, Any, Any, Any, Any] = (
+            stride_r,
+            stride_v,
+            0 if bias is None else bias.stride(0),
+            softcap,
+            min(1 / softcap, largest),
+            min(1 / read.temperature, largest),
+        )
         self.flags: dict[str, Any] = {
             "HAS_BIAS": bias is not None,
             "HAS_MASK": mask is not None,
@@ -210,7 +222,6 @@ class Reading:
         }
         # logits in 16 bytes, the widest load of a thread
         vector = 16 // logits.element_size()
-        stride_r, stride_v = logits.stride()
         at_16_bytes = logits.data_ptr() % 16 == 0 and stride_r % vector == 0
         self.vectors: dict[str, Any] = {
             "IS_ALIGNED": stride_v == 1 and at_16_bytes,

@@ -1,10 +1,10 @@
 """Kernels over logits, to be compiled."""
 
 from cubins import Case
-
 from sharpen_kernels import _fused_state as law
 from sharpen_kernels import _token_logprob_best as best
 from sharpen_kernels import _token_logprob_grad as gradient
+from sharpen_kernels import _token_logprob_pairs as pairs
 from sharpen_kernels import _token_logprob_triton as logits
 from sharpen_kernels.stats import NAMES, Wanted
 
@@ -41,12 +41,10 @@ CASES = {
     "row fp32, logprob": row(BARE, "logprob", types=TYPES, vector=4, has=WIDE_LOADS),
     "row fp32, all": row(ALIGNED, *NAMES, types=TYPES, vector=4),
     "merge": Case(law.merge_kernel, logits.MERGE, TYPES, wants(*NAMES)),
-    "chosen bf16": Case(logits._chosen_kernel, logits.CHOSEN, HALF, ALIGNED),
-    "rank bf16": Case(
-        logits._rank_kernel, logits.RANK, HALF, BARE | {"VECTOR": 8}, has=WIDE_LOADS
-    ),
+    "chosen bf16": Case(pairs._chosen_kernel, pairs.CHOSEN, HALF, ALIGNED),
+    "rank bf16": Case(pairs._rank_kernel, pairs.RANK, HALF, BARE | {"VECTOR": 8}, has=WIDE_LOADS),
     "rank fp32, all": Case(
-        logits._rank_kernel, logits.RANK, TYPES, ALIGNED | {"VECTOR": 4}, has=WIDE_LOADS
+        pairs._rank_kernel, pairs.RANK, TYPES, ALIGNED | {"VECTOR": 4}, has=WIDE_LOADS
     ),
     "maxima bf16": Case(
         best._maxima_kernel, best.MAXIMA, HALF, BARE | {"VECTOR": 8, "RUN": 32}, has=WIDE_LOADS
