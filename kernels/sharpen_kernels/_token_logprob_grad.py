@@ -123,7 +123,7 @@ def backward(grads: Tensor, state: Tensor, logits: Tensor, read: Read, pairs: Pa
     by_softcap = read.temperature / (read.softcap or 1.0)
     with torch.cuda.device_of(logits):  # Triton launches on the current device, not the tensor's
         _grad_kernel[(R * triton.cdiv(width, BACKWARD["BLOCK_V"]),)](
-            *x.tensors, grads.contiguous(), state, pairs.target, pairs.first, dlogits,
+            *x.tensors, grads.contiguous(), state, pairs.target.contiguous(), pairs.first, dlogits,
             R, grads.shape[1], x.V, width, by_softcap, *x.numbers, **x.flags, **x.vectors,
             **BACKWARD,
         )  # fmt: skip

@@ -131,7 +131,17 @@ def put_chosen(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Te
     S = row.shape[0]
     if S > 0:
         _chosen_kernel[(triton.cdiv(S, CHOSEN["BLOCK_S"]),)](
-            *x.tensors, row, target, chosen, S, x.R, first_v, x.V, *x.numbers, **x.flags, **CHOSEN
+            *x.tensors,
+            row,
+            target.contiguous(),
+            chosen,
+            S,
+            x.R,
+            first_v,
+            x.V,
+            *x.numbers,
+            **x.flags,
+            **CHOSEN,
         )
 
 
@@ -141,7 +151,7 @@ def ahead(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Tensor)
     counts = torch.empty((S, n), dtype=torch.int32, device=chosen.device)
     if S > 0:
         _rank_kernel[(S * n,)](
-            *x.tensors, row, target, chosen, counts, n, x.R, first_v, x.V,
+            *x.tensors, row, target.contiguous(), chosen, counts, n, x.R, first_v, x.V,
             *x.numbers, **x.flags, **x.vectors, **RANK,
         )  # fmt: skip
     return counts.sum(dim=1)
