@@ -46,12 +46,19 @@ def small_segments(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Segments of 64 columns (PyTorch) and tiles of 128 (Triton) for ops that read logits."""
+    """Segments of 64 columns (PyTorch), of two tiles of 128 (Triton) for ops that read logits."""
+    from sharpen_kernels import _token_logprob_best as best
+    from sharpen_kernels import _token_logprob_grad as gradient
+    from sharpen_kernels import _token_logprob_pairs as pairs
     from sharpen_kernels import _token_logprob_torch as blocked
     from sharpen_kernels import _token_logprob_triton as fused
 
     monkeypatch.setattr(blocked, "SEGMENT", 64)
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
-    for launch in (fused.FORWARD, fused.RANK, fused.BACKWARD):
+    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 2048)
+    for launch in (fused.FORWARD, pairs.RANK):
+        monkeypatch.setitem(launch, "LANES", 8)
+        monkeypatch.setitem(launch, "SEGMENT", 256)
+    for launch in (fused.FORWARD, pairs.RANK, gradient.BACKWARD, best.MAXIMA):
         monkeypatch.setitem(launch, "BLOCK_V", 128)
