@@ -36,13 +36,26 @@ def _tanh(y):
 
 
 @triton.jit
-def _divide(x, by):
+def divide(x, by):
     # one Newton step on x * (1 / by): the nearest quotient, without the branches of a division
     inverse = 1.0 / by
     near = x * inverse
     step = tl.fma(tl.fma(-near, by, x), inverse, near)
     # inf - inf is nan
     return tl.where(tl.abs(near) == float("inf"), near, step)
+
+
+@triton.jit
+def grouped(unit, n_blocks, n_columns, GROUP_R: tl.constexpr):
+    """Block of rows, and of columns, of a unit of work.
+
+    Blocks of rows run fastest inside groups of GROUP_R, so that the programs of one moment share
+    a little of the weight and of the hidden rows, both in L2.
+    """
+    per_group = tl.maximum(GROUP_R * n_columns, 1)
+    first = unit // per_group * GROUP_R
+    group = tl.maximum(tl.minimum(n_blocks - first, GROUP_R), 1)
+    return first + unit % per_group % group, unit % per_group // group
 
 
 @triton.jit
@@ -65,25 +78,19 @@ def place(
     t, n_blocks, whole_tiles, rest_tiles, V,
     SEGMENT: tl.constexpr, GROUP_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Block of rows, segment, tile in the segment, and whether it is the last, of tile `t`.
-
-    Blocks of rows run fastest inside groups of GROUP_R, so that the programs of one moment share
-    a few segments of the weight and a few blocks of hidden rows, both in L2.
-    """
+    """Block of rows, segment, tile in the segment, and whether it is the last, of tile `t`."""
     TILES: tl.constexpr = SEGMENT // BLOCK_V
     n_whole = V // SEGMENT
-    # a unit of the ragged segment, unless t is below; none has 0 tiles, but a divisor must not
-    per_unit = tl.where(t < whole_tiles, TILES, tl.maximum(rest_tiles, 1))
-    beyond = tl.where(t < whole_tiles, t, t - whole_tiles)
-    unit = (beyond // per_unit + tl.where(t < whole_tiles, 0, whole_tiles // TILES))
-    unit = tl.program_id(0) + unit * tl.num_programs(0)
-    tile = beyond % per_unit
-    in_group = unit % tl.maximum(GROUP_R * n_whole, 1)
-    first = unit // tl.maximum(GROUP_R * n_whole, 1) * GROUP_R
-    group = tl.maximum(tl.minimum(n_blocks - first, GROUP_R), 1)
-    ragged = t >= whole_tiles
-    block = tl.where(ragged, unit - n_blocks * n_whole, first + in_group % group)
-    segment = tl.where(ragged, n_whole, in_group // group)
+    is_whole = t < whole_tiles
+    # no unit has 0 tiles, but a divisor must not
+    per_unit = tl.where(is_whole, TILES, tl.maximum(rest_tiles, 1))
+    since = tl.where(is_whole, t, t - whole_tiles)
+    before = tl.where(is_whole, 0, whole_tiles // TILES)
+    unit = tl.program_id(0) + (before + since // per_unit) * tl.num_programs(0)
+    tile = since % per_unit
+    block, segment = grouped(unit, n_blocks, n_whole, GROUP_R)
+    block = tl.where(is_whole, block, unit - n_blocks * n_whole)
+    segment = tl.where(is_whole, segment, n_whole)
     return block, segment, tile, tile == per_unit - 1
 
 
@@ -128,6 +135,22 @@ def add_product(
 
 
 @triton.jit
+def product(
+    hidden, weight, row, column, R, V, D, stride_hr, stride_hd, stride_wv, stride_wd,
+    TMA: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The product of a whole tile, block by block of D as the forward pass adds it."""
+    z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for k in range(tl.maximum(tl.cdiv(D, BLOCK_D), 1)):
+        z = add_product(
+            z, hidden, weight, row, column, k, R, V, D,
+            stride_hr, stride_hd, stride_wv, stride_wd, TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    return z
+
+
+@triton.jit
 def logits(
     z,  # [BLOCK_R, columns] out of `add_product`
     offs_v,  # [columns]
@@ -146,9 +169,9 @@ def logits(
         kept = bias != float("-inf")
         z += bias[None, :]
     if HAS_SOFTCAP:
-        z = softcap * _tanh(_divide(z, softcap))
+        z = softcap * _tanh(divide(z, softcap))
     if HAS_TEMPERATURE:
-        z = _divide(z, temperature)
+        z = divide(z, temperature)
     return tl.where(kept[None, :], z, float("-inf"))
 
 
