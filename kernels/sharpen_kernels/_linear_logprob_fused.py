@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ._launch import INTERPRETED
 from ._linear_logprob_chunk import Head
-from ._rows import Pairs, Rows
+from ._pairs import Pairs
+from ._rows import Rows
 
 # chosen, not measured. SEGMENT: columns a program, enough programs for few rows and few partials
 # to merge. GROUP_R: blocks of rows that run side by side and read one segment of weight from L2

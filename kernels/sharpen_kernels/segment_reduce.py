@@ -25,7 +25,7 @@ from .segment_stats import (
     SequenceStatistic,
     SequenceStats,
 )
-from .stats import TokenStats
+from .stats import IDS_OR_LISTS, TokenStats
 
 EPSILON = 1e-4  # beside the std of an advantage, as in TRL
 DIFFERENTIABLE = ("sum", "mean")
@@ -135,7 +135,7 @@ def segment_reduce(
 
     Args:
         values: Token statistics by name, fp32 or fp64; of a `TokenStats` all that were computed but
-            `top1`, which is no quantity.
+            ids and lists (`top1`, `topk`, `topk_id`).
         offsets: Where each sequence starts, then where the last one ends; never falling.
         group_offsets: Where in the sequences each group starts, then where the last one ends.
         stats: Which statistics of sequences to return.
@@ -222,8 +222,10 @@ def segment_reduce(
 
 def _check_values(values: TokenStats | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The columns to reduce; raise unless they fit together."""
-    given = vars(values) if isinstance(values, TokenStats) else values
-    columns = {name: x for name, x in given.items() if x is not None and name != "top1"}
+    is_stats = isinstance(values, TokenStats)
+    given = vars(values) if is_stats else values
+    left_out = IDS_OR_LISTS if is_stats else ()
+    columns = {name: x for name, x in given.items() if x is not None and name not in left_out}
     if not columns:
         raise ValueError(
             f"`values` must hold at least one statistic, got {values!r}; "

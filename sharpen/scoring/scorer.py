@@ -144,8 +144,8 @@ class Scorer:
             completions: Token ids of the completions of each prompt: any number, any lengths, with
                 their EOS if it shall count. An empty completion has 0 scored tokens.
             valid: False for completions that must not be chosen; default: all True.
-            stats: Token statistics to compute beside the log-prob, of "lse", "entropy",
-                "self_certainty" and "is_greedy".
+            stats: Token statistics to compute beside the log-prob: names of fields of
+                `sharpen_kernels.TokenStats`, where their formulas stand.
 
         Raises:
             InputError: If the lists disagree in length, a statistic is unknown, a prompt or
@@ -158,7 +158,7 @@ class Scorer:
         Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
             tokens = self._token_stats(pairs, names)
-        columns = {name: getattr(tokens, name).to("cpu", torch.float32) for name in names}
+        columns = {name: _on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
         broken = scores.nan_completions()
         if broken:
@@ -234,6 +234,10 @@ class Scorer:
         return token_stats(
             self.model, pairs, head=self._head, max_tokens=self.max_tokens, stats=stats
         )
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    return x.to("cpu", torch.float32) if x.is_floating_point() else x.cpu()
 
 
 def _rebuild(arguments: dict[str, Any]) -> Scorer:

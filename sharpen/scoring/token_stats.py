@@ -69,7 +69,8 @@ def _join(
     device: torch.device,
 ) -> TokenStats:
     if not parts:
-        return TokenStats(**{name: torch.zeros(0, device=device) for name in stats})
+        nothing = torch.zeros(0, 1, device=device)
+        return token_logprob(nothing, nothing[:, 0].long(), stats=stats)
     columns = {}
     for name in stats:
         column_S = torch.cat([getattr(part, name) for part in parts])

@@ -27,6 +27,31 @@ def test_as_accurate_as_torch(R, V, D, dtype, device):
     assert_matches_fp64(head_problem(R, V, D, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("V", [32_001, 151_665])
+def test_vocabulary_of_a_real_model(V, device):
+    # Llama 2 with a padding token; Qwen 2.5 without the padding of its head
+    assert_matches_fp64(head_problem(2, V, 16, device=device))
+
+
+@pytest.mark.parametrize("D", [31, 127, 129, 255, 257, 1000])
+def test_ragged_depth(D, device):
+    assert_matches_fp64(head_problem(64, 65, D, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_rank_counts_what_a_sort_would(device):
+    problem = head_problem(1, 300, 8, device=device)
+    problem["weight"] = torch.randint(-1, 2, (300, 8), device=device).float()  # many ties
+    problem["hidden"][:] = 1.0
+    z = problem["hidden"] @ problem["weight"].T
+    order = z[0].sort(descending=True, stable=True).indices
+    problem |= {"target": order, "rows": torch.zeros_like(order)}
+    got = values(problem, ("rank", "is_greedy", "topk_id"), k=32)
+    assert got["rank"].tolist() == [float(i) for i in range(1, 301)]
+    assert torch.equal(got["is_greedy"], (got["rank"] == 1).float())
+    assert torch.equal(got["topk_id"][7], order[:32])
+
+
 @pytest.mark.parametrize("stat", NAMES)
 def test_each_statistic_alone(stat, device):
     assert_matches_fp64(head_problem(6, 70, 20, device=device, bias=True), stats=(stat,))
@@ -100,7 +125,9 @@ def test_fp64_in_fp64_out(device):
     problem = head_problem(5, 90, 16, S=11, device=device, bias=True)
     problem |= {name: problem[name].double() for name in ("hidden", "weight", "bias")}
     got = assert_matches_fp64(problem, softcap=10.0)
-    assert {x.dtype for x in got.values()} == {torch.float64}
+    ids = {"top1", "topk_id"}
+    assert {x.dtype for name, x in got.items() if name not in ids} == {torch.float64}
+    assert {got[name].dtype for name in ids} == {torch.int64}
 
 
 def test_hand_worked_uniform_row(device):
@@ -108,13 +135,22 @@ def test_hand_worked_uniform_row(device):
     problem = head_problem(1, V, 4, device=device)
     problem["hidden"][:] = 0
     problem["target"][:] = 3
-    got = {name: x.item() for name, x in values(problem).items()}
+    found = values(problem, k=V)
+    ids, topk = found.pop("topk_id"), found.pop("topk")
+    got = {name: x.item() for name, x in found.items()}
     assert got["logprob"] == pytest.approx(-math.log(V))
     assert got["lse"] == pytest.approx(math.log(V))
     assert got["entropy"] == pytest.approx(math.log(V))
     assert got["self_certainty"] == pytest.approx(0, abs=1e-6)
-    # all tie: the argmax is column 0
-    assert got["is_greedy"] == 0.0
+    assert got["sum_p2"] == got["renyi"] == pytest.approx(1 / V)
+    assert got["varentropy"] == pytest.approx(0, abs=1e-6)
+    assert got["margin"] == 0.0
+    # all tie: the lowest column is first
+    assert got["is_greedy"] == got["top1"] == 0.0
+    assert got["rank"] == 4.0
+    assert ids.tolist() == [list(range(V))]
+    assert topk.tolist() == [[got["logprob"]] * V]
+    assert got["topk_mean"] == pytest.approx(-math.log(V))
 
 
 @pytest.mark.usefixtures("small_segments")
@@ -124,8 +160,12 @@ def test_greedy_ties_go_to_the_lowest_column(device):
     problem["weight"][tied] = 9 * problem["hidden"][0]
     problem["rows"] = torch.zeros(4, dtype=torch.int64, device=device)
     problem["target"] = torch.tensor([*tied, 0], device=device)
-    got = values(problem, ("is_greedy",))
+    got = values(problem, k=5)
     assert got["is_greedy"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert got["top1"].tolist() == [130] * 4
+    assert got["margin"].tolist() == [0.0] * 4
+    assert got["rank"][:3].tolist() == [1.0, 2.0, 3.0]
+    assert got["topk_id"][0, :3].tolist() == tied
 
 
 def test_gradient_reaches_only_what_asks(device):
@@ -137,12 +177,11 @@ def test_gradient_reaches_only_what_asks(device):
     assert problem["bias"].grad is None
 
 
-def test_is_greedy_carries_no_gradient(device):
+def test_only_the_differentiable_carry_a_gradient(device):
     problem = head_problem(4, 60, 8, device=device)
     problem["hidden"].requires_grad_()
     got = values(problem)
-    assert not got.pop("is_greedy").requires_grad
-    assert all(x.requires_grad for x in got.values())
+    assert {name for name, x in got.items() if x.requires_grad} == set(DIFFERENTIABLE)
 
 
 def test_tied_weight_adds_both_gradients(device):

@@ -11,7 +11,7 @@ from sharpen_kernels.linear_logprob import linear_logprob
 from sharpen_kernels.stats import NAMES
 
 DTYPES = [torch.float32, torch.bfloat16]
-R = 270  # more than a block of rows on every route, and ragged
+R = 1030  # more than a block of rows on every route, and ragged
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -29,11 +29,11 @@ def assert_same_bits(got, want):
         assert torch.equal(x, want[name]), f"{name}: {(x != want[name]).sum()} values differ"
 
 
-@pytest.mark.parametrize("n", [1, 7, 128])
+@pytest.mark.parametrize("n", [1, 7, 128, 1000])
 @pytest.mark.usefixtures("small_segments")
 def test_any_batch_at_any_offset(problem, n):
     whole = values(problem)
-    for start in (0, 63, R - n):
+    for start in (0, min(63, R - n), R - n):
         part = values(rows_of(problem, start, start + n))
         assert_same_bits(part, {name: x[start : start + n] for name, x in whole.items()})
 
@@ -58,7 +58,7 @@ def test_any_order_of_pairs(problem, device):
 def test_any_subset_of_statistics(device):
     problem = head_problem(5, 140, 40, device=device)
     every = values(problem)
-    for n in range(1, len(NAMES)):
+    for n in (1, 2, len(NAMES) - 1):
         for stats in itertools.combinations(NAMES, n):
             assert_same_bits(values(problem, stats), every)
 

@@ -15,6 +15,7 @@ from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels._pairs import Pairs
+from sharpen_kernels._rows import finish
 from sharpen_kernels.stats import NAMES, Wanted
 
 OP = torch.ops.sharpen.linear_logprob
@@ -91,10 +92,8 @@ def test_cpu_workspace_is_bounded(dtype):
     head = chunked.Head(problem["weight"], None, 1.0, None, 40_000)
     pairs = Pairs.of(problem["target"], None, 550)
     with LiveBytes() as forward:
-        rows, _ = chunked.forward(hidden, head, pairs, list(DIFFERENTIABLE))
-    assert rows.entropy is not None
-    assert rows.n_valid is not None
-    state = torch.stack([rows.top, rows.log_mass, rows.entropy, rows.n_valid])
+        part, _ = chunked.forward(hidden, head, pairs, Wanted(NAMES))
+    state = finish(part).state()
     grads = {str(name): torch.ones(550) for name in DIFFERENTIABLE}
     with LiveBytes() as backward:
         outputs = chunked.backward(grads, state, hidden, head, pairs, (True, True, False))
@@ -122,12 +121,14 @@ def test_gradcheck(stat, options, device):
 def test_opcheck(S, device):
     problem = head_problem(4, 50, 8, S=S, device=device, bias=True)
     names = ("hidden", "weight", "target", "rows", "bias")
-    fixed = [problem[name] for name in names]
+    mask = torch.arange(50, device=device) % 3 > 0
+    fixed = [*(problem[name] for name in names), mask]
     leaves = [x.clone().requires_grad_() if is_float(x) else x for x in fixed]
-    options = (0.7, 9.0, 50, -100, "logprob,entropy,is_greedy")
-    torch.library.opcheck(OP, (*leaves, *options))
-    found, state = OP(*fixed, *options)
-    bwd = (torch.ones_like(found), state, *fixed, *options, [True, False, True])
+    options = (0.7, 9.0, 50, -100)
+    torch.library.opcheck(OP, (*leaves, *options, ",".join(NAMES), 0.5, 4))
+    numbers = "logprob,entropy,is_greedy"
+    found, *_, state = OP(*fixed, *options, numbers, 2.0, 20)
+    bwd = (torch.ones_like(found), state, *fixed, *options, numbers, [True, False, True])
     torch.library.opcheck(torch.ops.sharpen.linear_logprob_bwd, bwd)
 
 

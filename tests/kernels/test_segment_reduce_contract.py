@@ -58,7 +58,8 @@ def test_empty_keeps_the_graph(S, offsets, device):
 def test_columns_of_token_stats_are_reduced_apart(device):
     logprob, greedy = torch.randn(10, device=device), torch.ones(10, device=device)
     ids = torch.arange(10, device=device)
-    tokens = TokenStats(logprob=logprob, is_greedy=greedy, top1=ids)
+    lists = torch.zeros(10, 3, device=device)
+    tokens = TokenStats(logprob=logprob, is_greedy=greedy, top1=ids, topk=lists)
     offsets = torch.tensor(OFFSETS, device=device)
     found = segment_reduce(tokens, offsets, stats=("sum", "all"))
     assert set(found.sequences) == {"logprob", "is_greedy"}

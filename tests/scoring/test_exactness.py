@@ -7,6 +7,7 @@ import torch
 
 from oracle import assert_as_accurate
 from sharpen import Scorer
+from sharpen_kernels.stats import NAMES
 from tiny import FAMILIES, alone, opaque, ragged, tiny
 
 ONE_BY_ONE, SOME, ALL = 1, 40, 100_000
@@ -143,9 +144,8 @@ def test_long_and_short_sequences_of_longrope_do_not_share_a_batch():
 
 def test_statistics_of_both_routes_agree():
     prompts, completions = ragged()
-    stats = ("lse", "entropy", "self_certainty", "is_greedy")
     scorers = Scorer(tiny("phi-bias")), Scorer(opaque("phi-bias", cap=None))
-    hidden, logits = (s.score(prompts, completions, stats=stats).tokens for s in scorers)
+    hidden, logits = (s.score(prompts, completions, stats=NAMES).tokens for s in scorers)
     assert [s.route for s in scorers] == ["hidden", "logits"]
-    for name in ("logprob", *stats):
+    for name in NAMES:
         torch.testing.assert_close(getattr(hidden, name), getattr(logits, name))

@@ -53,6 +53,9 @@ def test_empty_completions_have_no_tokens_and_cost_no_forward():
     assert scores.groups.tolist() == [0, 2, 2]
     assert scores.reward("logprob").tolist() == [0.0, 0.0]
     assert scorer.logprobs([[1]], [[[]]]).shape == (0,)
+    tokens = scorer.score([[1]], [[[]]], stats=("topk", "top1")).tokens
+    assert tokens.topk.shape == (0, 20)
+    assert tokens.top1.dtype == torch.int64
 
 
 def test_only_what_was_asked_for_is_computed():
@@ -170,8 +173,8 @@ def test_errors_name_the_argument_and_the_fix(folder):
         scorer.score([[1]], [[[2], [3, V]]])
     with pytest.raises(InputError, match=rf"context of {CONTEXT} tokens, got 2 \+ {CONTEXT} ="):
         scorer.logprobs([[1, 1]], [[[1] * CONTEXT]])
-    with pytest.raises(InputError, match=r"`stats` must be of logprob, .*, got 'rank'"):
-        scorer.score([[1]], [[[1]]], stats=("rank",))
+    with pytest.raises(InputError, match=r"`stats` must be of logprob, .*, got 'perplexity'"):
+        scorer.score([[1]], [[[1]]], stats=("perplexity",))
     with pytest.raises(InputError, match=r"`valid` must hold one entry per completion"):
         scorer.score([[1]], [[[1]]], valid=[[True, True]])
     with pytest.raises(InputError, match=r"text needs a tokenizer, got none; pass"):
