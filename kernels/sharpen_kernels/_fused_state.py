@@ -55,20 +55,20 @@ def restart(state, fresh, WANT: tl.constexpr):
     top, mass, spread, square, squares, powers, total, n_valid, second, column = state
     top = tl.where(fresh, float("-inf"), top)
     mass = tl.where(fresh, 0.0, mass)
-    if WANT & SPREAD:
+    if SPREAD & WANT:
         spread = tl.where(fresh, 0.0, spread)
-    if WANT & SQUARE:
+    if SQUARE & WANT:
         square = tl.where(fresh, 0.0, square)
-    if WANT & SQUARES:
+    if SQUARES & WANT:
         squares = tl.where(fresh, 0.0, squares)
-    if WANT & POWERS:
+    if POWERS & WANT:
         powers = tl.where(fresh, 0.0, powers)
-    if WANT & TOTAL:
+    if TOTAL & WANT:
         total = tl.where(fresh, 0.0, total)
         n_valid = tl.where(fresh, 0.0, n_valid)
-    if WANT & COLUMN:
+    if COLUMN & WANT:
         column = tl.where(fresh, 0, column)
-    if WANT & SECOND:
+    if SECOND & WANT:
         second = tl.where(fresh, float("-inf"), second)
     return (top, mass, spread, square, squares, powers, total, n_valid, second, column)
 
@@ -93,15 +93,15 @@ def _moved(state, shift, order, WANT: tl.constexpr):
     gap = tl.where(top == float("-inf"), 0.0, top - shift)
     near = tl.maximum(gap, FAR)
     scale = exp(near)
-    if WANT & SPREAD:
+    if SPREAD & WANT:
         spread = scale * tl.fma(mass, near, spread)
-    if WANT & SQUARE:
+    if SQUARE & WANT:
         square = scale * square
-    if WANT & SQUARES:
+    if SQUARES & WANT:
         squares = scale * scale * squares
-    if WANT & POWERS:
+    if POWERS & WANT:
         powers = exp(order * gap) * powers
-    if WANT & TOTAL:
+    if TOTAL & WANT:
         total = tl.fma(n_valid, gap, total)
     mass = scale * mass
     return (top, mass, spread, square, squares, powers, total, n_valid, second, column)
@@ -115,20 +115,20 @@ def _joined(a, b, top, WANT: tl.constexpr):
     mass = a_mass + b_mass
     spread, square, squares, powers = a_spread, a_square, a_squares, a_powers
     total, n_valid, second, column = a_total, a_valid, a_second, a_col
-    if WANT & SPREAD:
+    if SPREAD & WANT:
         spread = a_spread + b_spread
-    if WANT & SQUARE:
+    if SQUARE & WANT:
         square = _chan(a_mass, a_spread, a_square, b_mass, b_spread, b_square)
-    if WANT & SQUARES:
+    if SQUARES & WANT:
         squares = a_squares + b_squares
-    if WANT & POWERS:
+    if POWERS & WANT:
         powers = a_powers + b_powers
-    if WANT & TOTAL:
+    if TOTAL & WANT:
         total = a_total + b_total
         n_valid = a_valid + b_valid
-    if WANT & COLUMN:
+    if COLUMN & WANT:
         column = tl.where(b_top > a_top, b_col, a_col)
-    if WANT & SECOND:
+    if SECOND & WANT:
         second = tl.maximum(tl.minimum(a_top, b_top), tl.maximum(a_second, b_second))
     return (top, mass, spread, square, squares, powers, total, n_valid, second, column)
 
@@ -161,30 +161,30 @@ def with_tile(
     shift = _shift(top)
     moved = _moved(state, shift, order, WANT)
     old_top, mass, spread, square, squares, powers, total, n_valid, second, column = moved
-    if WANT & COLUMN:
+    if COLUMN & WANT:
         at_top = tl.where(z == tile_top[:, None], offs_v[None, :], NONE)
         tile_column = tl.min(at_top, axis=1)
         column = tl.where(tile_top > old_top, tile_column, column)
-        if WANT & SECOND:
+        if SECOND & WANT:
             rest = tl.where(offs_v[None, :] == tile_column[:, None], float("-inf"), z)
             second = tl.maximum(second, tl.max(rest, axis=1))
             second = tl.maximum(second, tl.minimum(old_top, tile_top))
     c = z - shift[:, None]
-    if WANT & TOTAL:
+    if TOTAL & WANT:
         valid = z != float("-inf")
         n_valid += tl.sum(tl.where(valid, 1.0, 0.0), axis=1)
         total += tl.sum(tl.where(valid, c, 0.0), axis=1)
-    if WANT & POWERS:
+    if POWERS & WANT:
         powers += tl.sum(exp(order * c), axis=1)
     e = exp(c)
     added = tl.sum(e, axis=1)
-    if WANT & SQUARES:
+    if SQUARES & WANT:
         squares += tl.sum(e * e, axis=1)
-    if WANT & SPREAD:
+    if SPREAD & WANT:
         # a masked column adds 0; 0 * -inf would add nan
         c = tl.maximum(c, FAR)
         moment = tl.sum(e * c, axis=1)
-        if WANT & SQUARE:
+        if SQUARE & WANT:
             apart = c - _mean(moment, added)[:, None]
             about = tl.sum(e * apart * apart, axis=1)
             square = _chan(mass, spread, square, added, moment, about)
