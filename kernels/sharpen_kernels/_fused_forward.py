@@ -77,6 +77,7 @@ def segment_kernel(
     last_k = tl.maximum(tl.cdiv(D, BLOCK_D), 1) - 1
 
     state = state_law.empty(BLOCK_R)
+    lost = tl.zeros([BLOCK_R], tl.float32)
     z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     # one loop over (tile, block of D): a tile is loaded while the one before it is reduced, so
     # each keeps its own count of where it is
@@ -105,6 +106,7 @@ def segment_kernel(
             start_v = segment * SEGMENT + tile * BLOCK_V
             offs_r = tl.cast(block * BLOCK_R, tl.int64) + tl.arange(0, BLOCK_R)
             state = state_law.restart(state, tile == 0, WANT)
+            lost = tl.where(tile == 0, 0.0, lost)
             for i in tl.static_range(PIECES):
                 start = start_v + i * WIDTH
                 offs_v = start + tl.arange(0, WIDTH)
@@ -116,9 +118,9 @@ def segment_kernel(
                     zi, offs_v, start, target_ptr, first_ptr, chosen_ptr, offs_r, R, V,
                     WIDTH, ONE_PAIR,
                 )  # fmt: skip
-                state = state_law.with_tile(state, zi, offs_v, order, WANT)
+                state, lost = state_law.with_tile(state, zi, offs_v, lost, order, WANT)
             if is_last:
                 step = tl.cast(R, tl.int64) * n_segments
                 at = part_ptr + tl.cast(segment, tl.int64) * R + offs_r
-                state_law.store(at, step, state, offs_r < R)
+                state_law.store(at, step, state_law.with_lost(state, lost, WANT), offs_r < R)
             z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)

@@ -152,10 +152,15 @@ def with_tile(
     state,
     z,  # [BLOCK_R, columns] logits to the right of those in `state`
     offs_v,  # [columns] int32
+    lost,  # [BLOCK_R] what rounding took from `total` so far
     order,
     WANT: tl.constexpr,
 ):
-    """`state` and the columns of `z`."""
+    """`state` and the columns of `z`, and what rounding has taken from its `total`.
+
+    `total` grows with the columns while the others stay near 1: its roundings are kept (Knuth's
+    two-sum), or they would be the error of `self_certainty`.
+    """
     tile_top = tl.max(z, axis=1)  # drops nan; the mass below does not
     top = tl.maximum(state[0], tile_top)
     shift = _shift(top)
@@ -173,7 +178,11 @@ def with_tile(
     if TOTAL & WANT:
         valid = z != float("-inf")
         n_valid += tl.sum(tl.where(valid, 1.0, 0.0), axis=1)
-        total += tl.sum(tl.where(valid, c, 0.0), axis=1)
+        more = tl.sum(tl.where(valid, c, 0.0), axis=1)
+        both = total + more
+        kept = both - total
+        lost += (total - (both - kept)) + (more - kept)
+        total = both
     if POWERS & WANT:
         powers += tl.sum(exp(order * c), axis=1)
     e = exp(c)
@@ -190,6 +199,15 @@ def with_tile(
             square = _chan(mass, spread, square, added, moment, about)
         spread += moment
     mass += added
+    return (top, mass, spread, square, squares, powers, total, n_valid, second, column), lost
+
+
+@triton.jit
+def with_lost(state, lost, WANT: tl.constexpr):
+    """`state` with the roundings of its `total` put back."""
+    top, mass, spread, square, squares, powers, total, n_valid, second, column = state
+    if TOTAL & WANT:
+        total += lost
     return (top, mass, spread, square, squares, powers, total, n_valid, second, column)
 
 

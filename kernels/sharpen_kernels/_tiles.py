@@ -61,7 +61,7 @@ HALF = {
     ),
 }
 SINGLE = Tile()
-INTERPRETER = Tile(BLOCK_V=128, PIECES=2, tma=True)
+INTERPRETER = Tile(BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=2, tma=True)
 
 
 def d_class(D: int) -> str:
