@@ -78,7 +78,9 @@ class _Call:
             wide = wide.clamp(min=torch.finfo(torch.float32).min)
         return torch.where(mask[:V], wide, float("-inf"))
 
-    def arguments(self, hidden: Tensor) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    def arguments(
+        self, hidden: Tensor, *, sums: bool = False
+    ) -> tuple[list[Any], list[Any], dict[str, Any]]:
         """Hidden rows, weight and bias; sizes, strides and options; flags and tile."""
         tile, weight = self.tile, self.head.weight[: self.V]
         tma = tile.tma and self.D > 0 and _by_tma(hidden) and _by_tma(weight)
@@ -94,7 +96,7 @@ class _Call:
         operands.append(weight if self.bias is None else self.bias)
         sizes = [hidden.shape[0], self.V, self.D, *hidden.stride(), *weight.stride()]
         options = [self.head.temperature, self.head.softcap or 0.0]
-        return operands, [*sizes, *options], {**self.flags, "TMA": tma, **tile.launch()}
+        return operands, [*sizes, *options], {**self.flags, "TMA": tma, **tile.launch(sums=sums)}
 
     def blocks(self, R: int) -> int:
         """How many blocks R rows are."""
@@ -139,7 +141,7 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
         x = hidden[rows]
         n = x.shape[0]
         part = hidden.new_empty((len(FIELDS), call.n_segments, n), dtype=torch.float32)
-        operands, options, flags = call.arguments(x)
+        operands, options, flags = call.arguments(x, sums=True)
         one = pairs.order is None
         of_pass = rows if one else slice(None)
         units = call.blocks(n) * call.n_segments

@@ -24,6 +24,7 @@ class Tile:
     BLOCK_V: int = 64
     BLOCK_D: int = 32
     PIECES: int = 1
+    PASS_PIECES: int = 1  # of second passes and gradients, which keep no sums
     SEGMENT: int = 4096
     GROUP_R: int = 16  # blocks of rows side by side, which share a segment of the weight in L2
     num_warps: int = 4
@@ -31,14 +32,16 @@ class Tile:
     per_sm: int = 1  # programs a multiprocessor holds
     tma: bool = False  # where strides and addresses allow, else pointers: the same bits
 
-    def launch(self) -> dict[str, int | bool]:
-        """Keyword arguments that every kernel of a tile takes.
+    def launch(self, *, sums: bool) -> dict[str, int | bool]:
+        """Keyword arguments of every kernel of a tile; `sums` of the one that keeps sums.
 
         fp fusion is off, and spelled out: Triton 3.10 changes its default, and with it the last
         bits of a score.
         """
         names = ("GROUP_R", "BLOCK_R", "BLOCK_V", "BLOCK_D", "PIECES", "num_warps", "num_stages")
-        return {name: getattr(self, name) for name in names} | {"enable_fp_fusion": False}
+        found = {name: getattr(self, name) for name in names}
+        pieces = {} if sums else {"PIECES": self.PASS_PIECES}
+        return found | pieces | {"enable_fp_fusion": False}
 
 
 Key = tuple[str, str, str, str, str]  # op, architecture, dtype, class of D, class of V
@@ -51,17 +54,19 @@ TABLE: dict[Key, Tile] = {}
 # chosen, not measured: the largest tiles that spill no register with every statistic on
 HALF = {
     "sm80": Tile(
-        BLOCK_R=128, BLOCK_V=64, BLOCK_D=64, num_warps=8, num_stages=3
+        BLOCK_R=128, BLOCK_V=64, BLOCK_D=64, num_warps=8, num_stages=3, per_sm=2
     ),
     "sm90": Tile(
-        BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=2, num_warps=8, num_stages=4, tma=True
+        BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=2, PASS_PIECES=2,
+        num_warps=8, num_stages=4, tma=True,
     ),
     "sm100": Tile(
-        BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=4, num_warps=8, num_stages=3, tma=True
+        BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=4, PASS_PIECES=4,
+        num_warps=8, num_stages=3, tma=True,
     ),
 }
-SINGLE = Tile()
-INTERPRETER = Tile(BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=2, tma=True)
+SINGLE = Tile(PIECES=2)
+INTERPRETER = Tile(BLOCK_R=64, BLOCK_V=512, BLOCK_D=64, PIECES=2, PASS_PIECES=2, tma=True)
 
 
 def d_class(D: int) -> str:
