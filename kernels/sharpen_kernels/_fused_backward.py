@@ -1,6 +1,6 @@
 """Gradient of one tile of logits of `linear_logprob`, computed again from the forward's bits.
 
-    dz = p (prob - entropy' (log p + H)) - uniform + (target's own),  p = exp(z - top - log_mass)
+    dz = p (prob - entropy' (log p + H)) - uniform + (target's own),  p = exp(z - top) / mass
 
 The coefficients of a row are those of `RowGrads`. What is masked, and a row that no gradient
 reaches, gets exact zeros whatever it holds.
@@ -14,7 +14,7 @@ import triton.language as tl
 from ._fused_state import FAR
 from ._fused_tile import divide, exp, grouped, logits, piece, product
 
-# rows of coef [len(COEFFICIENTS), R]
+# rows of coef [len(COEFFICIENTS) + 1, R]; the last is 1 / mass
 COEFFICIENTS = ("active", "top", "log_mass", "prob", "entropy", "of_entropy", "uniform")
 
 
@@ -26,7 +26,7 @@ def grad_kernel(
     target_ptr,  # in  [S] int64, sorted by row
     first_ptr,  # in  [R + 1] int64: the pairs of row r are first[r] ... first[r + 1]
     grad_ptr,  # in  [S] fp32: the gradient of each pair's own logit
-    coef_ptr,  # in  [len(COEFFICIENTS), ...] fp32, rows coef_step apart
+    coef_ptr,  # in  [len(COEFFICIENTS) + 1, ...] fp32, rows coef_step apart
     dz_ptr,  # out [R, stop - start] bf16 | fp32, contiguous
     dbias_ptr,  # out [blocks of rows, stop - start] fp32, written if WANT_BIAS
     coef_step,
@@ -71,7 +71,7 @@ def grad_kernel(
     coef_ptr += offs_r
     active = tl.load(coef_ptr, mask=mask_r, other=0.0) > 0.0
     top = tl.load(coef_ptr + coef_step, mask=mask_r, other=0.0)[:, None]
-    log_mass = tl.load(coef_ptr + 2 * coef_step, mask=mask_r, other=float("inf"))[:, None]
+    inverse_mass = tl.load(coef_ptr + 7 * coef_step, mask=mask_r, other=0.0)[:, None]
     prob = tl.load(coef_ptr + 3 * coef_step, mask=mask_r, other=0.0)[:, None]
     out_ptr = dz_ptr + offs_r[:, None] * (stop - start)
     for i in tl.static_range(PIECES):
@@ -81,11 +81,13 @@ def grad_kernel(
             piece(z, i, PIECES), offs_v, bias_ptr, V, temperature, softcap,
             HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
         )  # fmt: skip
-        log_p = (zi - top) - log_mass
-        p = exp(log_p)
+        # not exp(z - top - log_mass): the larger the exponent, the coarser its rounding
+        p = exp(zi - top) * inverse_mass
         dz = p * prob
         if OF_ENTROPY:
             # dH / dz = -p (log p + H); log p = -inf where p = 0
+            log_mass = tl.load(coef_ptr + 2 * coef_step, mask=mask_r, other=0.0)[:, None]
+            log_p = (zi - top) - log_mass
             entropy = tl.load(coef_ptr + 4 * coef_step, mask=mask_r, other=0.0)[:, None]
             scale = tl.load(coef_ptr + 5 * coef_step, mask=mask_r, other=0.0)[:, None]
             dz -= p * (tl.maximum(log_p, FAR) + entropy) * scale

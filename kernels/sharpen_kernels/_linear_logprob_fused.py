@@ -240,7 +240,7 @@ def backward(
     dweight = torch.zeros_like(head.weight) if need_weight else None
     dbias = torch.zeros_like(head.bias) if need_bias and head.bias is not None else None
     of_row = RowGrads(grads, state, pairs.row, R)
-    coef = _coefficients(of_row, R)
+    coef = _coefficients(of_row)
     own = grads.get("logprob")
     one = pairs.order is None
     columns = 4 * max(D, 1) * (1 if narrow == torch.bfloat16 else 2)
@@ -286,11 +286,13 @@ def backward(
     return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
 
 
-def _coefficients(of_row: RowGrads, R: int) -> Tensor:
-    """The rows of COEFFICIENTS [7, R]; 0 where a call has none."""
+def _coefficients(of_row: RowGrads) -> Tensor:
+    """The rows of COEFFICIENTS and of 1 / mass [8, R]; 0 where a call has none."""
     zero = torch.zeros_like(of_row.top)
     named = [getattr(of_row, name) for name in COEFFICIENTS]
-    return torch.cat([zero if x is None else x.to(zero.dtype) for x in named], dim=1).T.contiguous()
+    rows = [zero if x is None else x.to(zero.dtype) for x in named]
+    rows.append(of_row.log_mass.double().neg().exp().to(zero.dtype))
+    return torch.cat(rows, dim=1).T.contiguous()
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
