@@ -47,7 +47,7 @@ def _route(hidden: Tensor, head: chunked.Head) -> Any:
     if runs_triton(hidden, _wide(hidden, head.weight)):
         from . import _linear_logprob_fused as fused
 
-        return fused
+        return fused if fused.takes(hidden, head) else chunked
     return native if native.takes(hidden, head) else chunked
 
 

@@ -1,5 +1,6 @@
 """For kernels alone: poisoned memory, silent IEEE specials, many small segments."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -33,15 +34,16 @@ def small_segments(monkeypatch):
     """Segments of 64 columns (PyTorch, C++) and 128 (Triton): many to merge, at little cost."""
     from sharpen_kernels import _linear_logprob_chunk as chunked
     from sharpen_kernels import _linear_logprob_cpu as native
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _tiles
 
     monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(native, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(native, "PARTIALS_BYTES", 1)  # passes of one block of rows
     monkeypatch.setattr(native, "MAX_WAVE", 64)
     monkeypatch.setattr(native, "MAX_PASS", 64)
-    monkeypatch.setitem(fused.FP32, "SEGMENT", 128)
-    monkeypatch.setitem(fused.TENSOR_CORES, "SEGMENT", 128)
+    tile = _tiles.tile
+    cut = {"SEGMENT": 128, "BLOCK_V": 64}
+    monkeypatch.setattr(_tiles, "tile", lambda *a: dataclasses.replace(tile(*a), **cut))
 
 
 @pytest.fixture

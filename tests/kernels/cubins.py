@@ -53,6 +53,8 @@ class Case:
     # (target, pattern of an opcode) pairs: what must be in the SASS, and what must not
     has: tuple[tuple[str, str], ...] = ()
     lacks: tuple[tuple[str, str], ...] = ()
+    # the targets that its tile is for
+    on: tuple[str, ...] = tuple(TARGETS)
 
     def type_of(self, name: str) -> str:
         """Triton's type of the argument `name`."""
@@ -162,7 +164,7 @@ def table(cases: dict[str, Case]) -> str:
     """What resources.json holds: a line a case and target."""
     entries = []
     for name, case in cases.items():
-        each = [f'"{sm}": {json.dumps(build(case, t).resources)}' for sm, t in TARGETS.items()]
+        each = [f'"{sm}": {json.dumps(build(case, TARGETS[sm]).resources)}' for sm in case.on]
         entries.append(f'"{name}": {{\n ' + ",\n ".join(each) + "\n}")
     body = ",\n".join(entries)
     return f'{{"triton": "{triton.__version__}", "cases": {{\n{body}\n}}}}\n'
