@@ -70,12 +70,14 @@ class _Call:
     def _bias(self) -> Tensor | None:
         """The bias in fp32, -inf in masked columns; None where there is neither."""
         bias, mask, V = self.head.bias, self.head.vocab_mask, self.V
+        if bias is not None:
+            bias = bias[:V].float().contiguous()
+            if self.head.softcap is not None:
+                # a bias of -inf is capped, not masked
+                bias = bias.clamp(min=torch.finfo(torch.float32).min)
         if mask is None:
-            return None if bias is None else bias[:V].float().contiguous()
-        wide = mask.new_zeros(V, dtype=torch.float32) if bias is None else bias[:V].float()
-        if self.head.softcap is not None:
-            # a bias of -inf is capped, not masked
-            wide = wide.clamp(min=torch.finfo(torch.float32).min)
+            return bias
+        wide = mask.new_zeros(V, dtype=torch.float32) if bias is None else bias
         return torch.where(mask[:V], wide, float("-inf"))
 
     def arguments(
@@ -202,7 +204,11 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
     bytes_a_row = max(4 * tiles, hidden.element_size() * call.D)
     for span in _passes(S, call.rows_in(PASS_BYTES, bytes_a_row)):
         # a row for each pair: one logit to rank against
-        x = hidden[span] if pairs.order is None else hidden[pairs.row[span].clamp(0, len(hidden) - 1)]
+        x = (
+            hidden[span]
+            if pairs.order is None
+            else hidden[pairs.row[span].clamp(0, len(hidden) - 1)]
+        )
         n = x.shape[0]
         counts = torch.empty((tiles, n), dtype=torch.int32, device=x.device)
         operands, options, flags = call.arguments(x)
