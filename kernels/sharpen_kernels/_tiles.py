@@ -53,20 +53,30 @@ TABLE: dict[Key, Tile] = {}
 
 # chosen, not measured: the largest tiles that spill no register with every statistic on
 HALF = {
-    "sm80": Tile(
-        BLOCK_R=128, BLOCK_V=64, BLOCK_D=64, num_warps=8, num_stages=3, per_sm=2
-    ),
+    "sm80": Tile(BLOCK_R=128, BLOCK_V=64, BLOCK_D=64, num_warps=8, num_stages=3, per_sm=2),
     "sm90": Tile(
-        BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=2, PASS_PIECES=2,
-        num_warps=8, num_stages=4, tma=True,
+        BLOCK_R=128,
+        BLOCK_V=128,
+        BLOCK_D=64,
+        PIECES=2,
+        PASS_PIECES=2,
+        num_warps=8,
+        num_stages=4,
+        tma=True,
     ),
     "sm100": Tile(
-        BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, PIECES=4, PASS_PIECES=4,
-        num_warps=8, num_stages=3, tma=True,
+        BLOCK_R=128,
+        BLOCK_V=128,
+        BLOCK_D=64,
+        PIECES=4,
+        PASS_PIECES=4,
+        num_warps=8,
+        num_stages=3,
+        tma=True,
     ),
 }
 SINGLE = Tile(PIECES=2)
-INTERPRETER = Tile(BLOCK_R=64, BLOCK_V=512, BLOCK_D=64, PIECES=2, PASS_PIECES=2, tma=True)
+INTERPRETER = Tile(BLOCK_R=64, BLOCK_V=512, BLOCK_D=16, PIECES=2, PASS_PIECES=2, tma=True)
 
 
 def d_class(D: int) -> str:
