@@ -1,7 +1,17 @@
+"""Forward of `linear_logprob`: blocks of rows and segments of the vocabulary, tile after tile.
+
+A persistent program takes unit after unit of work, a block of rows and a fixed segment of
+columns, in one loop over (tile, block of D): the next tile is on its way from memory while this
+one is reduced to a few running sums a row. A target's logit is read out of the very tile that
+enters the sum, so no log-probability exceeds 0.
+
+R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
+"""
+
 import triton
 import triton.language as tl
 
-from . import _fused_state as state_law
+from . import _fused_state as law
 from ._fused_tile import add_product, logits, my_units, piece, place
 
 
@@ -76,7 +86,7 @@ def segment_kernel(
     whole_tiles, total, rest_tiles = my_units(n_blocks, V, SEGMENT, BLOCK_V)
     last_k = tl.maximum(tl.cdiv(D, BLOCK_D), 1) - 1
 
-    state = state_law.empty(BLOCK_R)
+    state = law.empty(BLOCK_R)
     lost = tl.zeros([BLOCK_R], tl.float32)
     z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     # one loop over (tile, block of D): a tile is loaded while the one before it is reduced, so
@@ -105,7 +115,7 @@ def segment_kernel(
             k = -1
             start_v = segment * SEGMENT + tile * BLOCK_V
             offs_r = tl.cast(block * BLOCK_R, tl.int64) + tl.arange(0, BLOCK_R)
-            state = state_law.restart(state, tile == 0, WANT)
+            state = law.restart(state, tile == 0, WANT)
             lost = tl.where(tile == 0, 0.0, lost)
             for i in tl.static_range(PIECES):
                 start = start_v + i * WIDTH
@@ -118,9 +128,9 @@ def segment_kernel(
                     zi, offs_v, start, target_ptr, first_ptr, chosen_ptr, offs_r, R, V,
                     WIDTH, ONE_PAIR,
                 )  # fmt: skip
-                state, lost = state_law.with_tile(state, zi, offs_v, lost, order, WANT)
+                state, lost = law.with_tile(state, zi, offs_v, lost, order, WANT)
             if is_last:
                 step = tl.cast(R, tl.int64) * n_segments
                 at = part_ptr + tl.cast(segment, tl.int64) * R + offs_r
-                state_law.store(at, step, state_law.with_lost(state, lost, WANT), offs_r < R)
+                law.store(at, step, law.with_lost(state, lost, WANT), offs_r < R)
             z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)

@@ -41,7 +41,7 @@ def rank_kernel(
 ):
     """Count the unmasked columns of each tile that are ahead of the target."""
     WIDTH: tl.constexpr = BLOCK_V // PIECES
-    block, tile = grouped(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(V, BLOCK_V), GROUP_R)
+    block, tile = grouped(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(V, BLOCK_V), GROUP_R)  # pyright: ignore[reportGeneralTypeIssues]  of jit code
     row, column = block * BLOCK_R, tile * BLOCK_V
     z = product(
         hidden, weight, row, column, R, V, D, stride_hr, stride_hd, stride_wv, stride_wd,

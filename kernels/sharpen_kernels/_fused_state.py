@@ -214,7 +214,7 @@ def with_lost(state, lost, WANT: tl.constexpr):
 @triton.jit
 def store(part_ptr, step, state, mask):
     """Write each field of a state, `step` elements apart."""
-    for i in tl.static_range(N_FIELDS - 1):
+    for i in tl.static_range(N_FIELDS - 1):  # pyright: ignore[reportGeneralTypeIssues]  of jit code
         tl.store(part_ptr + i * step, state[i], mask=mask)
     column = state[N_FIELDS - 1].to(tl.float32, bitcast=True)
     tl.store(part_ptr + (N_FIELDS - 1) * step, column, mask=mask)

@@ -88,7 +88,7 @@ def place(
     before = tl.where(is_whole, 0, whole_tiles // TILES)
     unit = tl.program_id(0) + (before + since // per_unit) * tl.num_programs(0)
     tile = since % per_unit
-    block, segment = grouped(unit, n_blocks, n_whole, GROUP_R)
+    block, segment = grouped(unit, n_blocks, n_whole, GROUP_R)  # pyright: ignore[reportGeneralTypeIssues]  of jit code
     block = tl.where(is_whole, block, unit - n_blocks * n_whole)
     segment = tl.where(is_whole, segment, n_whole)
     return block, segment, tile, tile == per_unit - 1

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _tiles
@@ -31,7 +30,8 @@ from ._rows import Partial, largest, merge
 from .stats import Wanted
 
 PARTIALS_BYTES = 64 * 2**20  # states of the segments of one pass of rows
-PASS_BYTES = 64 * 2**20  # a second pass: counts, or logits, of which sorting takes three times more
+PASS_BYTES = 64 * 2**20  # counts, or copies of hidden rows, of one pass
+BEST_BYTES = 32 * 2**20  # logits of one pass: sorting them takes six times as much
 GRADIENT_BYTES = 96 * 2**20  # gradients of logits; as much again for a wave of the weight's own
 MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": False}
 
@@ -102,12 +102,16 @@ class _Call:
 
     def blocks(self, R: int) -> int:
         """How many blocks R rows are."""
-        return triton.cdiv(R, self.tile.BLOCK_R)
+        return _parts(R, self.tile.BLOCK_R)
+
+    @property
+    def group(self) -> int:
+        """Rows that run side by side: the fewest worth a pass."""
+        return self.tile.BLOCK_R * self.tile.GROUP_R
 
     def rows_in(self, budget: int, bytes_a_row: int) -> int:
-        """Rows of a pass that may take `budget` bytes: whole groups of blocks, one at least."""
-        group = self.tile.BLOCK_R * self.tile.GROUP_R
-        return max(budget // max(bytes_a_row, 1) // group, 1) * group
+        """Rows of a pass that may take `budget` bytes: whole groups, one at least."""
+        return max(budget // max(bytes_a_row, 1) // self.group, 1) * self.group
 
 
 def _by_tma(x: Tensor) -> bool:
@@ -115,6 +119,16 @@ def _by_tma(x: Tensor) -> bool:
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     # an expanded row has stride 0, which the engine takes for a tensor of one row
     return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+
+
+def _parts(n: int, size: int) -> int:
+    """How many pieces of `size` cover n."""
+    return -(-n // size)
+
+
+def _launch(x: Tensor, kernel: Any, programs: int, *arguments: Any, **flags: Any) -> None:
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not the tensor's
+        kernel[(programs,)](*arguments, **flags)
 
 
 def _passes(R: int, step: int) -> list[slice]:
@@ -147,15 +161,17 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
         one = pairs.order is None
         of_pass = rows if one else slice(None)
         units = call.blocks(n) * call.n_segments
-        with torch.cuda.device_of(hidden):  # Triton launches on the current device
-            segment_kernel[(_programs(call, units, hidden.device),)](
-                *operands, pairs.target[of_pass], pairs.first[rows.start :], chosen[of_pass],
-                part, *options, wanted.renyi_order,
-                WANT=want, ONE_PAIR=one, SEGMENT=call.tile.SEGMENT, **flags,
-            )  # fmt: skip
-            merge_kernel[(triton.cdiv(n, MERGE["BLOCK_R"]),)](
-                part, out[:, rows], n, call.n_segments, R, wanted.renyi_order, WANT=want, **MERGE
-            )
+        _launch(
+            hidden, segment_kernel, _programs(call, units, hidden.device),
+            *operands, pairs.target[of_pass], pairs.first[rows.start :], chosen[of_pass],
+            part, *options, wanted.renyi_order,
+            WANT=want, ONE_PAIR=one, SEGMENT=call.tile.SEGMENT, **flags,
+        )  # fmt: skip
+        merges = _parts(n, MERGE["BLOCK_R"])
+        _launch(
+            hidden, merge_kernel, merges,
+            part, out[:, rows], n, call.n_segments, R, wanted.renyi_order, WANT=want, **MERGE
+        )  # fmt: skip
     found = {name: x for name, x in zip(FIELDS, out, strict=True) if name in wanted.fields}
     if "column" in found:
         found["column"] = found["column"].view(torch.int32).long()
@@ -168,20 +184,20 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
 
 def _best(call: _Call, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row and their columns, from logits written wave by wave."""
-    wave = min(call.tile.SEGMENT * 4, call.n_segments * call.tile.SEGMENT)
+    wave = call.tile.SEGMENT
     found = []
-    for rows in _passes(hidden.shape[0], call.rows_in(PASS_BYTES, 4 * wave)):
+    for rows in _passes(hidden.shape[0], call.rows_in(BEST_BYTES, 4 * wave)):
         x = hidden[rows]
         operands, options, flags = call.arguments(x)
         part: Partial | None = None
         for start in range(0, call.V, wave):
             stop = min(start + wave, call.V)
             z = x.new_empty((x.shape[0], stop - start), dtype=torch.float32)
-            tiles = triton.cdiv(stop - start, call.tile.BLOCK_V)
-            with torch.cuda.device_of(x):
-                logits_kernel[(call.blocks(x.shape[0]) * tiles,)](
-                    *operands, z, start, stop, *options, **flags
-                )
+            tiles = _parts(stop - start, call.tile.BLOCK_V)
+            _launch(
+                x, logits_kernel, call.blocks(x.shape[0]) * tiles,
+                *operands, z, start, stop, *options, **flags,
+            )  # fmt: skip
             best, at = largest(z, k)
             unused = best[:, 0]
             right = Partial(unused, unused, best=best, best_column=at + start)
@@ -198,24 +214,21 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
     `chosen` [S] are the targets' logits, from the `forward` above: these are the same bits.
     """
     call = _Call(hidden, head)
-    tiles = triton.cdiv(call.V, call.tile.BLOCK_V)
+    tiles = _parts(call.V, call.tile.BLOCK_V)
     S = chosen.shape[0]
     ahead = torch.empty_like(pairs.target)
     bytes_a_row = max(4 * tiles, hidden.element_size() * call.D)
     for span in _passes(S, call.rows_in(PASS_BYTES, bytes_a_row)):
         # a row for each pair: one logit to rank against
-        x = (
-            hidden[span]
-            if pairs.order is None
-            else hidden[pairs.row[span].clamp(0, len(hidden) - 1)]
-        )
+        one = pairs.order is None
+        x = hidden[span] if one else hidden[pairs.row[span].clamp(0, hidden.shape[0] - 1)]
         n = x.shape[0]
         counts = torch.empty((tiles, n), dtype=torch.int32, device=x.device)
         operands, options, flags = call.arguments(x)
-        with torch.cuda.device_of(hidden):
-            rank_kernel[(call.blocks(n) * tiles,)](
-                *operands, pairs.target[span], chosen[span], counts, *options, **flags
-            )
+        _launch(
+            hidden, rank_kernel, call.blocks(n) * tiles,
+            *operands, pairs.target[span], chosen[span], counts, *options, **flags,
+        )  # fmt: skip
         ahead[span] = counts.sum(dim=0)
     return ahead
 
@@ -249,10 +262,11 @@ def backward(
     coef = _coefficients(of_row)
     own = grads.get("logprob")
     one = pairs.order is None
-    columns = 4 * max(D, 1) * (1 if narrow == torch.bfloat16 else 2)
+    # its row of dW and, where that is widened, of W; or a group of rows of dz
+    column_bytes = max(4 * D * (1 if narrow == torch.bfloat16 else 2), narrow.itemsize * call.group)
     unit = call.tile.BLOCK_V
-    wave = max(GRADIENT_BYTES // columns // unit, 1) * unit
-    wave = min(wave, triton.cdiv(call.V, unit) * unit)
+    wave = max(GRADIENT_BYTES // column_bytes // unit, 1) * unit
+    wave = min(wave, _parts(call.V, unit) * unit)
     step = call.rows_in(GRADIENT_BYTES, narrow.itemsize * wave)
     step = min(step, call.rows_in(PASS_BYTES, narrow.itemsize * max(D, 1)))
     for start in range(0, call.V, wave):
@@ -268,15 +282,15 @@ def backward(
             operands, options, flags = call.arguments(x)
             of_pass = rows if one else slice(None)
             grad = coef if own is None else own[of_pass]
-            tiles = triton.cdiv(stop - start, call.tile.BLOCK_V)
-            with torch.cuda.device_of(hidden):
-                grad_kernel[(call.blocks(n) * tiles,)](
-                    *operands, pairs.target[of_pass], pairs.first[rows.start :], grad,
-                    coef[:, rows], dz, sums, R, start, stop, *options,
-                    OF_TARGET=own is not None, OF_ENTROPY=of_row.of_entropy is not None,
-                    OF_UNIFORM=of_row.uniform is not None, WANT_BIAS=dbias is not None,
-                    ONE_PAIR=one, **flags,
-                )  # fmt: skip
+            tiles = _parts(stop - start, call.tile.BLOCK_V)
+            _launch(
+                hidden, grad_kernel, call.blocks(n) * tiles,
+                *operands, pairs.target[of_pass], pairs.first[rows.start :], grad,
+                coef[:, rows], dz, sums, R, start, stop, *options,
+                OF_TARGET=own is not None, OF_ENTROPY=of_row.of_entropy is not None,
+                OF_UNIFORM=of_row.uniform is not None, WANT_BIAS=dbias is not None,
+                ONE_PAIR=one, **flags,
+            )  # fmt: skip
             if dhidden is not None:
                 _add_product(dhidden[rows], dz, weight)
             if dweight_v is not None:

@@ -76,7 +76,7 @@ HALF = {
     ),
 }
 SINGLE = Tile(PIECES=2)
-INTERPRETER = Tile(BLOCK_R=64, BLOCK_V=512, BLOCK_D=64, PIECES=2, PASS_PIECES=2, tma=True)
+INTERPRETER = Tile(BLOCK_R=64, BLOCK_V=512, BLOCK_D=16, PIECES=2, PASS_PIECES=2, tma=True)
 
 
 def d_class(D: int) -> str:

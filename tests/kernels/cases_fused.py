@@ -34,7 +34,8 @@ def fused(kernel, sm, dtype, constants, **held) -> Case:
     if tile.tma and sm == "sm90" and dtype == torch.bfloat16:
         held["has"] = (("sm90", "HGMMA"), ("sm90", "UTMALDG"))
         held["lacks"] = (("sm90", "HMMA"),)
-    return Case(kernel, tile.launch(sums=kernel is forward.segment_kernel), types, fixed | constants, EVEN, on=(sm,), **held)
+    launch = tile.launch(sums=kernel is forward.segment_kernel)
+    return Case(kernel, launch, types, fixed | constants, EVEN, on=(sm,), **held)
 
 
 CASES = {}
