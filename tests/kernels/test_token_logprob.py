@@ -121,17 +121,23 @@ def test_masked_columns_are_ahead_of_no_target(device):
     assert values(call, ("rank",))["rank"].tolist() == [298.0, 298.0, want]
 
 
-def test_rank_reads_no_row_outside(device):
+def test_pairs_read_nothing_outside_rows_and_columns(device):
     if not (INTERPRETED or device == "cuda"):
         pytest.skip("a kernel's own guard: needs a GPU or TRITON_INTERPRET=1")
     from sharpen_kernels._logits import Read
-    from sharpen_kernels._token_logprob_pairs import ahead
+    from sharpen_kernels._token_logprob_pairs import ahead, put_chosen
     from sharpen_kernels._triton_logits import Reading
 
     x = Reading(torch.randn(4, 50, device=device)[1:3], Read(1.0, None, 50, None))
     row = torch.tensor([-1, 0, 2], device=device)
     low = torch.full((3,), -1e9, device=device)
     assert ahead(x, row, torch.zeros_like(row), 0, low).tolist() == [0, 50, 0]
+    row = torch.tensor([-1, 0, 2, 1, 1], device=device)
+    target = torch.tensor([10, 17, 10, 60, 9], device=device)
+    chosen = torch.full((5,), math.nan, device=device)
+    put_chosen(x, row, target, 10, chosen)
+    assert chosen[1] == x.tensors[0][0, 7]
+    assert chosen.isnan().tolist() == [True, False, True, True, True]
 
 
 def test_top1_is_an_exact_id(device):
