@@ -70,12 +70,14 @@ class _Call:
     def _bias(self) -> Tensor | None:
         """The bias in fp32, -inf in masked columns; None where there is neither."""
         bias, mask, V = self.head.bias, self.head.vocab_mask, self.V
+        if bias is not None:
+            bias = bias[:V].float().contiguous()
+            if self.head.softcap is not None:
+                # a bias of -inf is capped, not masked
+                bias = bias.clamp(min=torch.finfo(torch.float32).min)
         if mask is None:
-            return None if bias is None else bias[:V].float().contiguous()
-        wide = mask.new_zeros(V, dtype=torch.float32) if bias is None else bias[:V].float()
-        if self.head.softcap is not None:
-            # a bias of -inf is capped, not masked
-            wide = wide.clamp(min=torch.finfo(torch.float32).min)
+            return bias
+        wide = mask.new_zeros(V, dtype=torch.float32) if bias is None else bias
         return torch.where(mask[:V], wide, float("-inf"))
 
     def arguments(

@@ -14,18 +14,18 @@ as in the fused route. What follows the product is.
 R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _fused_state as law
+from . import _linear_logprob_chunk as chunked
 from ._linear_logprob_chunk import Head, _block
-from ._linear_logprob_chunk import backward as backward
 from ._logits import Read
 from ._pairs import Pairs
-from ._rows import Partial, cut
+from ._rows import Partial, cut, finish
 from ._token_logprob_best import best
 from ._token_logprob_pairs import ahead, put_chosen
 from ._token_logprob_triton import merged, n_segments, put_partials
@@ -145,3 +145,19 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
             row, target = pairs.row[block.span] - block.rows.start, pairs.target[block.span]
             found[block.span] += ahead(block.logits, row, target, block.start, chosen[block.span])
     return found
+
+
+def backward(
+    grads: dict[str, Tensor],
+    state: Tensor,
+    hidden: Tensor,
+    head: Head,
+    pairs: Pairs,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by PyTorch's blocks, `_linear_logprob_chunk.backward`, and its own forward first.
+
+    One product's rounding must serve p and lse: for p near 1, 1 - p is but rounding.
+    """
+    part, _ = chunked.forward(hidden, head, pairs, Wanted(tuple(grads)))
+    return chunked.backward(grads, finish(part).state().to(state.dtype), hidden, head, pairs, needs)

@@ -102,15 +102,16 @@ def test_descriptors_and_pointers_agree_bit_for_bit(dtype, tiles, programs, devi
     tiles(tma=False)
     assert_same_bits(values_and_gradients(linear_logprob, problem, **mask), want)
     tiles(tma=True)
-    # one element further on: no longer on 16 bytes
-    aside = {}
-    for name in ("hidden", "weight"):
-        x = problem[name]
-        wide = x.new_zeros(x.shape[0], x.shape[1] + 1)
-        wide[:, 1:] = x
-        aside[name] = wide[:, 1:]
-        assert not fused._by_tma(aside[name])
-    assert_same_bits(values_and_gradients(linear_logprob, problem | aside, **mask), want)
+    # amid what must not be read; on 16 bytes, and one element further on
+    for start in (8, 1):
+        aside = {}
+        for name in ("hidden", "weight"):
+            x = problem[name]
+            wide = x.new_full((x.shape[0] + 2, x.shape[1] + 16), float("nan"))
+            aside[name] = wide[1:-1, start : start + x.shape[1]]
+            aside[name].copy_(x)
+            assert fused._by_tma(aside[name]) == (start == 8)
+        assert_same_bits(values_and_gradients(linear_logprob, problem | aside, **mask), want)
 
 
 def test_what_the_copy_engine_cannot_read():
