@@ -83,9 +83,9 @@ def test_half_precision(dtype, device):
     assert_matches_fp64(problem, **mask)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 10_000])
+@pytest.mark.parametrize("n", [1, 2, 10_000])
 def test_bits_do_not_depend_on_the_number_of_programs(n, tiles, programs, device):
-    problem, mask = rich_problem(50, 135, 20, 70, device)
+    problem, mask = rich_problem(33, 103, 20, 40, device)
     want = values(problem, **mask)
     programs(n)
     assert_same_bits(values(problem, **mask), want)
@@ -102,15 +102,16 @@ def test_descriptors_and_pointers_agree_bit_for_bit(dtype, tiles, programs, devi
     tiles(tma=False)
     assert_same_bits(values_and_gradients(linear_logprob, problem, **mask), want)
     tiles(tma=True)
-    # one element further on: no longer on 16 bytes
-    aside = {}
-    for name in ("hidden", "weight"):
-        x = problem[name]
-        wide = x.new_zeros(x.shape[0], x.shape[1] + 1)
-        wide[:, 1:] = x
-        aside[name] = wide[:, 1:]
-        assert not fused._by_tma(aside[name])
-    assert_same_bits(values_and_gradients(linear_logprob, problem | aside, **mask), want)
+    # amid what must not be read; on 16 bytes, and one element further on
+    for start in (8, 1):
+        aside = {}
+        for name in ("hidden", "weight"):
+            x = problem[name]
+            wide = x.new_full((x.shape[0] + 2, x.shape[1] + 16), float("nan"))
+            aside[name] = wide[1:-1, start : start + x.shape[1]]
+            aside[name].copy_(x)
+            assert fused._by_tma(aside[name]) == (start == 8)
+        assert_same_bits(values_and_gradients(linear_logprob, problem | aside, **mask), want)
 
 
 def test_what_the_copy_engine_cannot_read():
@@ -128,20 +129,20 @@ def test_what_the_copy_engine_cannot_read():
 def test_passes_of_few_rows_change_no_bit(budget, tiles, programs, monkeypatch, device):
     from sharpen_kernels import _linear_logprob_fused as fused
 
-    for S in (None, 90):
-        problem, mask = rich_problem(70, 70, 20, S, device)
+    for S in (None, 40):
+        problem, mask = rich_problem(34, 40, 20, S, device)
         want = values(problem, **mask)
         with monkeypatch.context() as patch:
             patch.setattr(fused, budget, 1)
             assert_same_bits(values(problem, **mask), want)
 
 
-@pytest.mark.parametrize("S", [None, 90])
+@pytest.mark.parametrize("S", [None, 40])
 def test_gradients_in_many_passes_and_waves(S, tiles, programs, monkeypatch, device):
     from sharpen_kernels import _linear_logprob_fused as fused
 
     monkeypatch.setattr(fused, "GRADIENT_BYTES", 1)  # 32 rows by 16 columns
-    problem, mask = rich_problem(70, 70, 20, S, device)
+    problem, mask = rich_problem(35, 40, 20, S, device)
     assert_matches_fp64(problem, stats=DIFFERENTIABLE, softcap=20.0, **mask)
 
 
@@ -162,7 +163,7 @@ def test_rank_and_topk_over_ties(device):
 
 @pytest.mark.usefixtures("tiles", "programs")
 def test_first_of_topk_is_the_greedy_logprob(device):
-    problem, mask = rich_problem(40, 150, 24, None, device)
+    problem, mask = rich_problem(20, 103, 24, None, device)
     top1 = values(problem, ("top1",), **mask)["top1"]
     got = values(problem | {"target": top1}, **mask)
     assert (got["is_greedy"] == 1).all()
