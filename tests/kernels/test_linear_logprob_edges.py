@@ -217,6 +217,18 @@ def test_strides(name, layout, device):
         torch.testing.assert_close(value, want[key], msg=key)
 
 
+@pytest.mark.parametrize("S", [None, 9])
+def test_strided_targets_and_rows(S, device):
+    problem = head_problem(6, 90, 10, S=S, device=device)
+    want = values_and_gradients(linear_logprob, problem)
+    for name in ("target", "rows"):
+        if problem[name] is not None:
+            problem[name] = problem[name].repeat_interleave(2)[::2]
+    got = values_and_gradients(linear_logprob, problem)
+    for name, x in got.items():
+        assert torch.equal(x, want[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_offsets_beyond_2_to_the_31(dtype, device):
     if device == "cuda":
