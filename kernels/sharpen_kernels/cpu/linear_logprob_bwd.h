@@ -2,8 +2,8 @@
 //
 // The vocabulary is taken in waves and the rows in passes, so that the gradient of a wave's logits
 // fits the workspace; three parallel steps follow one another. (1) weight and rows are packed,
-// (2) tiles of logits become tiles of their gradient, (3) these multiply the weight into the
-// gradient of hidden and the rows into that of the weight. Every output element has one owner and
+// (2) tiles of logits become tiles of their gradient, (3) these multiply the rows into the gradient
+// of the weight and the weight into that of hidden. Every output element has one owner and
 // one order of sums: no bit depends on the number of threads.
 // For bf16 and fp16 inputs the gradient of a logit is taken as the sum of two bf16 numbers (16 bits
 // of it are kept), which is multiplied several times faster than fp32.
@@ -26,10 +26,11 @@ struct Backward {
   char* memory;    // `layout` says how much
 };
 
-// Depth and rows of one task of a product: the right factor stays in the cache while the tasks of
-// one such piece follow one another.
+// Depth and rows of a piece of a product: the right factor stays in the cache while the blocks that
+// multiply it follow one another.
 constexpr int64_t DEPTH_CHUNK = 256;
 constexpr int64_t ROWS_CHUNK = 512;
+constexpr int64_t TASKS = 4;  // at the least for each thread
 
 // M is one of the kinds of product, `OneDnn` or `Amx`.
 template <typename M>
@@ -92,18 +93,7 @@ class BackwardPass {
         share(tiles * blocks, [&](int64_t thread, int64_t i) {
           fill(thread, i / blocks * M::TILE_COLUMNS, i % blocks * BLOCK);
         });
-        const int64_t chunks = round_up(depth_, DEPTH_CHUNK) / DEPTH_CHUNK;
-        if (p_.dhidden != nullptr) {
-          share(blocks * chunks, [&](int64_t, int64_t i) {
-            add_to_hidden(i % blocks * BLOCK, i / blocks * DEPTH_CHUNK);
-          });
-        }
-        for (int64_t at = 0; p_.dweight != nullptr && at < whole_; at += ROWS_CHUNK) {
-          const int64_t columns = wide_ / BLOCK;
-          share(columns * chunks, [&](int64_t, int64_t i) {
-            add_to_weight(i % columns * BLOCK, i / columns * DEPTH_CHUNK, at);
-          });
-        }
+        multiply();
         if (p_.dbias != nullptr) add_to_bias();
       }
     }
@@ -195,6 +185,31 @@ class BackwardPass {
         }
       }
     }
+  }
+
+  // Both products in one step: a thread that waits for another is a thread lost.
+  void multiply() {
+    const int64_t chunks = round_up(depth_, DEPTH_CHUNK) / DEPTH_CHUNK;
+    const int64_t columns = wide_ / BLOCK;
+    const int64_t wanted = round_up(TASKS * p_.threads, chunks) / chunks;
+    const int64_t each = columns / std::min(columns, wanted);  // blocks of columns of a task
+    const int64_t groups = round_up(columns, each) / each;
+    const int64_t of_weight = p_.dweight == nullptr ? 0 : groups * chunks;
+    const int64_t blocks = whole_ / BLOCK;
+    const int64_t of_hidden = p_.dhidden == nullptr ? 0 : blocks * chunks;
+    share(of_weight + of_hidden, [&](int64_t, int64_t i) {
+      if (i >= of_weight) {
+        i -= of_weight;
+        add_to_hidden(i % blocks * BLOCK, i / blocks * DEPTH_CHUNK);
+        return;
+      }
+      const int64_t first = i % groups * each;
+      for (int64_t at = 0; at < whole_; at += ROWS_CHUNK) {
+        for (int64_t c = first; c < std::min(columns, first + each); ++c) {
+          add_to_weight(c * BLOCK, i / groups * DEPTH_CHUNK, at);
+        }
+      }
+    });
   }
 
   // Whether a gradient reaches a row of the block from `row` on: none does in a prompt, say.
