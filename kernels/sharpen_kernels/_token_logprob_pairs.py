@@ -15,7 +15,7 @@ from ._triton_logits import INF, Reading, load_lanes, load_logits
 # chosen by the instructions and registers of the cubin, not measured
 CHOSEN: dict[str, Any] = {"BLOCK_S": 128, "num_warps": 4, "enable_fp_fusion": False}
 RANK: dict[str, Any] = {
-    "SEGMENT": 32768, "BLOCK_V": 4096, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
+    "SEGMENT": 32768, "UNROLL": 4, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
 }  # fmt: skip
 
 
@@ -88,9 +88,11 @@ def _rank_kernel(
     IS_ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr,
     SEGMENT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    STEP: tl.constexpr = LANES * VECTOR
+    BLOCK_V: tl.constexpr = UNROLL * STEP
     s = (tl.program_id(0) // n_segments).to(tl.int64)
     first = tl.program_id(0) % n_segments * SEGMENT
     row = tl.load(row_ptr + s)
@@ -104,9 +106,8 @@ def _rank_kernel(
     # nothing to read for a row outside
     V = tl.where((row >= 0) & (row < R), V, 0)
     whole = V // BLOCK_V * BLOCK_V
-    STEP: tl.constexpr = LANES * VECTOR
     near = tl.arange(0, LANES)[None, :] * VECTOR
-    at = tl.arange(0, BLOCK_V // STEP)[:, None] * STEP + near
+    at = tl.arange(0, UNROLL)[:, None] * STEP + near
     in_vector = tl.arange(0, VECTOR)[None, None, :]
     ahead = tl.zeros([LANES], tl.int32)
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):

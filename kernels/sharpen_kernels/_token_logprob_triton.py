@@ -35,11 +35,11 @@ from ._triton_logits import (
 )
 from .stats import Wanted
 
-# chosen by the instructions and registers of the cubin, not measured: 64 bytes of bf16 a thread in
-# flight. SEGMENT: long enough that summing the lanes is little beside it, short enough that a few
+# chosen by the instructions and registers of the cubin, not measured: 64 bytes a thread in flight.
+# SEGMENT: long enough that summing the lanes is little beside it, short enough that a few
 # rows of a large vocabulary occupy the GPU
 FORWARD: dict[str, Any] = {
-    "SEGMENT": 32768, "BLOCK_V": 4096, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
+    "SEGMENT": 32768, "UNROLL": 4, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
 }  # fmt: skip
 MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": False}
 
@@ -129,19 +129,20 @@ def _row_kernel(
     WANT: tl.constexpr,
     VECTOR: tl.constexpr,
     SEGMENT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):
     STEP: tl.constexpr = LANES * VECTOR
+    BLOCK_V: tl.constexpr = UNROLL * STEP
     row = (tl.program_id(0) // n_segments).to(tl.int64)  # row * stride_r passes 2**31
     segment = tl.program_id(0) % n_segments
     if IS_ALIGNED:
         # tells the compiler
         stride_r = stride_r // VECTOR * VECTOR
     logits_ptr += row * stride_r
-    # 16 bytes a lane, and BLOCK_V of them
+    # 16 bytes a lane, and UNROLL times that
     near = tl.arange(0, LANES)[None, :] * VECTOR
-    at = tl.arange(0, BLOCK_V // STEP)[:, None] * STEP + near
+    at = tl.arange(0, UNROLL)[:, None] * STEP + near
     in_vector = tl.arange(0, VECTOR)[None, None, :]
     first = segment * SEGMENT
     whole = V // BLOCK_V * BLOCK_V
@@ -153,7 +154,7 @@ def _row_kernel(
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
             True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
-        state = _with_tile(state, z, z == z, start, order, True, WANT, LANES, BLOCK_V // LANES)
+        state = _with_tile(state, z, z == z, start, order, True, WANT, LANES, UNROLL * VECTOR)
     # only the last segment goes beyond them
     for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
         z = load_lanes(

@@ -48,7 +48,7 @@ def small_segments(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Segments of 64 columns (PyTorch), of two tiles of 128 (Triton) for ops that read logits."""
+    """Segments of 64 columns (PyTorch), of 256 in tiles of 64 or 128 (Triton) for ops that read logits."""
     from sharpen_kernels import _token_logprob_best as best
     from sharpen_kernels import _token_logprob_grad as gradient
     from sharpen_kernels import _token_logprob_pairs as pairs
@@ -58,9 +58,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "SEGMENT", 64)
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
-    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 700)  # two rows of 300 at a time
+    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 200)  # two rows for k = 3
     for launch in (fused.FORWARD, pairs.RANK):
         monkeypatch.setitem(launch, "LANES", 8)
+        monkeypatch.setitem(launch, "UNROLL", 2)
         monkeypatch.setitem(launch, "SEGMENT", 256)
-    for launch in (fused.FORWARD, pairs.RANK, gradient.BACKWARD, best.MAXIMA):
+    for launch in (gradient.BACKWARD, best.MAXIMA):
         monkeypatch.setitem(launch, "BLOCK_V", 128)

@@ -24,10 +24,10 @@ def assert_as_a_sort_finds_them(logits, k, **options):
 
 
 # one run of columns, an edge of runs, of tiles and of segments; k above and below V
-@pytest.mark.parametrize(("V", "k"), [(1, 32), (31, 32), (33, 1), (33, 32), (129, 20), (300, 32)])
+@pytest.mark.parametrize(("V", "k"), [(1, 32), (31, 32), (33, 1), (33, 32), (129, 20), (300, 3)])
 @pytest.mark.usefixtures("small_tiles")
 def test_any_size(V, k, device):
-    assert_as_a_sort_finds_them(torch.randn(3, V, device=device), k)
+    assert_as_a_sort_finds_them(torch.randn(5, V, device=device), k)
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 9])
