@@ -58,7 +58,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "SEGMENT", 64)
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
-    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 2048)
+    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 700)  # two rows of 300 at a time
     for launch in (fused.FORWARD, pairs.RANK):
         monkeypatch.setitem(launch, "LANES", 8)
         monkeypatch.setitem(launch, "SEGMENT", 256)

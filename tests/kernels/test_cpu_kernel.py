@@ -61,6 +61,15 @@ def test_more_rows_than_one_task_of_backward_adds_up(dtype):
 
 
 @needs_library
+def test_ignored_row_of_nan_leaves_gradients_clean(dtype):
+    problem = head_problem(70, 130, 24, dtype=dtype, bias=True)
+    problem["target"][::3] = -100
+    want = values_and_gradients(linear_logprob, problem)
+    problem["hidden"][::3] = float("nan")
+    assert same(values_and_gradients(linear_logprob, problem), want)
+
+
+@needs_library
 @pytest.mark.parametrize(
     "options",
     [

@@ -39,6 +39,14 @@ def test_of_a_tie_the_lowest_columns_come_first(distinct, device):
     assert_as_a_sort_finds_them(logits, 32)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_a_tie_is_not_won_by_a_larger_neighbour(device):
+    logits = torch.zeros(1, 300, device=device)
+    logits[0, [290, 200, 130]] = torch.tensor([3.0, 2.0, 1.0], device=device)
+    got = assert_as_a_sort_finds_them(logits, 6)
+    assert got["topk_id"].tolist() == [[290, 200, 130, 0, 1, 2]]
+
+
 @pytest.mark.parametrize("at", [range(20), range(131, 151), range(0, 300, 15), range(280, 300)])
 @pytest.mark.usefixtures("small_tiles")
 def test_wherever_they_lie(at, device):

@@ -65,12 +65,11 @@ struct Amx {
     return rows / 16 * tiles(k) * GRADIENT_TERMS * TILE;
   }
 
-  static void pack_left(const T* x, int64_t stride, int64_t n, int64_t depth,
-                        const uint8_t* active, Word* out) {
+  static void pack_left(const T* x, int64_t stride, int64_t n, int64_t depth, Word* out) {
     for (int64_t r = 0; r < BLOCK; r += 16) {
       for (int64_t d = 0; d < depth; d += DEEP, out += TERMS * TILE) {
         for (int64_t i = 0; i < 16; ++i) {
-          const bool counts = r + i < n && (active == nullptr || active[r + i] != 0);
+          const bool counts = r + i < n;
           Terms terms(counts ? x + (r + i) * stride + d : x, counts ? depth - d : 0);
           for (int term = 0; term < TERMS; ++term) {
             _mm512_storeu_si512(out + term * TILE + i * DEEP, terms.next());

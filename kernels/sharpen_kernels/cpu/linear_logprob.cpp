@@ -77,7 +77,7 @@ void pack_hidden(const Cut& cut, int64_t begin, int64_t end) {
   share_out<typename M::Session>(cut.threads, blocks, [&](int64_t, int64_t i) {
     const int64_t row = begin + i * BLOCK;
     M::pack_left(x + row * in.hidden_stride, in.hidden_stride, std::min(BLOCK, end - row), in.depth,
-                 nullptr, out + M::left_size(i * BLOCK, in.depth));
+                 out + M::left_size(i * BLOCK, in.depth));
   });
 }
 

@@ -134,7 +134,7 @@ class BackwardPass {
     const auto* x = static_cast<const T*>(in.hidden) + (begin_ + row) * in.hidden_stride;
     const uint8_t* active = p_.of_row.active + begin_ + row;
     const int64_t n = std::min(BLOCK, n_rows_ - row);
-    M::pack_left(x, in.hidden_stride, n, depth_, active,
+    M::pack_left(x, in.hidden_stride, n, depth_,
                  space_.hidden_by_depth + M::left_size(row, depth_));
     if (p_.dweight != nullptr) {
       M::pack_rows(x, in.hidden_stride, n, depth_, active, space_.hidden_by_row, row,

@@ -33,13 +33,11 @@ struct OneDnn {
   static int64_t right_size(int64_t depth, int64_t n) { return padded(depth) * round_up(n, PANEL); }
   static int64_t gradient_size(int64_t rows, int64_t k) { return rows * k * PER_WORD; }
 
-  // A block of rows as a left factor; those from n on, and not `active` (null: all are), are zeros.
-  static void pack_left(const T* x, int64_t stride, int64_t n, int64_t depth,
-                        const uint8_t* active, T* out) {
+  // A block of rows as a left factor; those from n on are zeros.
+  static void pack_left(const T* x, int64_t stride, int64_t n, int64_t depth, T* out) {
     const int64_t wide = left_stride(depth);
     std::memset(static_cast<void*>(out), 0, BLOCK * wide * sizeof(T));
     for (int64_t r = 0; r < n; ++r) {
-      if (active != nullptr && active[r] == 0) continue;
       std::memcpy(static_cast<void*>(out + r * wide), x + r * stride, depth * sizeof(T));
     }
   }
@@ -159,7 +157,7 @@ inline bool onednn_multiplies() {
     std::vector<at::BFloat16> left(M::left_size(BLOCK, DEPTH));
     std::vector<at::BFloat16> right(M::right_size(DEPTH, PANEL));
     std::vector<float> z(BLOCK * PANEL);
-    M::pack_left(x.data(), DEPTH, BLOCK, DEPTH, nullptr, left.data());
+    M::pack_left(x.data(), DEPTH, BLOCK, DEPTH, left.data());
     M::pack_columns(x.data(), DEPTH, PANEL, DEPTH, right.data());
     M::logits(left.data(), right.data(), DEPTH, PANEL, z.data(), PANEL);
     for (int64_t i = 0; i < BLOCK * PANEL; ++i) {
