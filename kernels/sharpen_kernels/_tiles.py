@@ -76,7 +76,7 @@ HALF = {
     ),
 }
 SINGLE = Tile(PIECES=2)
-INTERPRETER = Tile(BLOCK_R=64, BLOCK_V=512, BLOCK_D=16, PIECES=2, PASS_PIECES=2, tma=True)
+INTERPRETER = Tile(BLOCK_R=128, BLOCK_V=512, BLOCK_D=16, PIECES=2, PASS_PIECES=2, tma=True)
 
 
 def d_class(D: int) -> str:
@@ -109,7 +109,8 @@ def tile(op: str, arch: str, dtype: torch.dtype, D: int, V: int) -> Tile:
         return measured
     if dtype == torch.float32:
         return SINGLE
-    # an architecture without a tile of its own takes that of the one it can run code of
-    if arch.startswith("sm") and int(arch[2:]) >= 100:
+    # an architecture without a tile of its own takes that of a kin: sm120 has the matrix
+    # instructions and the shared memory of sm80's, not of sm100's
+    if arch in ("sm100", "sm101", "sm103", "sm110"):
         return HALF["sm100"]
     return HALF["sm90"] if arch == "sm90" else HALF["sm80"]

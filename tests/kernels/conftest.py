@@ -42,7 +42,7 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(native, "MAX_WAVE", 64)
     monkeypatch.setattr(native, "MAX_PASS", 64)
     tile = _tiles.tile
-    cut = {"SEGMENT": 128, "BLOCK_V": 64}
+    cut = {"SEGMENT": 128, "BLOCK_V": 128}
     monkeypatch.setattr(_tiles, "tile", lambda *a: dataclasses.replace(tile(*a), **cut))
 
 
