@@ -48,7 +48,7 @@ def small_segments(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Segments of 64 columns (PyTorch), of 256 in tiles of 64 or 128 (Triton) for ops that read logits."""
+    """Segments of 64 columns (PyTorch), of 256 in tiles of 64 or 128 (Triton), of logits read."""
     from sharpen_kernels import _token_logprob_best as best
     from sharpen_kernels import _token_logprob_grad as gradient
     from sharpen_kernels import _token_logprob_pairs as pairs
