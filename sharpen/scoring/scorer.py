@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from .head import Head
 from .pairs import Pair, encode_text, pair_up
 from .probe import find_head
 from .scores import Scores
-from .token_stats import token_stats
+from .token_stats import check_stats, on_cpu, token_stats
 
 if TYPE_CHECKING:
     import transformers
@@ -153,12 +153,12 @@ class Scorer:
         """
         lengths = [[len(completion) for completion in group] for group in completions]
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
-        names = _check_stats(stats)
+        names = check_stats(stats)
         # an empty layout first: a bad `valid` must not cost a forward
         Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
             tokens = self._token_stats(pairs, names)
-        columns = {name: _on_cpu(getattr(tokens, name)) for name in names}
+        columns = {name: on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
         broken = scores.nan_completions()
         if broken:
@@ -236,17 +236,5 @@ class Scorer:
         )
 
 
-def _on_cpu(x: Tensor) -> Tensor:
-    return x.to("cpu", torch.float32) if x.is_floating_point() else x.cpu()
-
-
 def _rebuild(arguments: dict[str, Any]) -> Scorer:
     return Scorer(**arguments)
-
-
-def _check_stats(stats: Sequence[str]) -> tuple[Statistic, ...]:
-    known = get_args(Statistic)
-    unknown = [name for name in stats if name not in known]
-    if unknown:
-        raise InputError(f"`stats` must be of {', '.join(known)}, got {unknown[0]!r}.")
-    return tuple(dict.fromkeys(cast(Sequence[Statistic], ["logprob", *stats])))

@@ -7,15 +7,16 @@ S scored tokens, V vocabulary.  Two routes, one contract:
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from sharpen.errors import InputError
 from sharpen.limits import ModelLimits
 from sharpen_kernels import TokenStats, token_logprob
-from sharpen_kernels.linear_logprob import Statistic
+from sharpen_kernels.stats import NAMES, Statistic
 
 from .batching import inverse_of, make_batches
 from .forward import hidden_rows, input_device, logit_rows, rope_boundary
@@ -60,6 +61,23 @@ def token_stats(
             target_S = batch.target.to(logits_SV.device)
             parts.append(token_logprob(logits_SV, target_S, stats=stats))
     return _join(parts, inverse_of(places), stats, input_device(model))
+
+
+def check_stats(stats: Sequence[str]) -> tuple[Statistic, ...]:
+    """The statistics to compute: the log-prob and `stats`, each once.
+
+    Raises:
+        InputError: If one is unknown.
+    """
+    unknown = [name for name in stats if name not in NAMES]
+    if unknown:
+        raise InputError(f"`stats` must be of {', '.join(NAMES)}, got {unknown[0]!r}.")
+    return tuple(dict.fromkeys(cast(Sequence[Statistic], ["logprob", *stats])))
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    """`x` on the CPU, floats in fp32."""
+    return x.to("cpu", torch.float32) if x.is_floating_point() else x.cpu()
 
 
 def _join(
