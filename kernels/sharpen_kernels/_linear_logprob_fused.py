@@ -303,7 +303,7 @@ def backward(
             dweight[start:stop] = dweight_v
         if dbias is not None and dbias_v is not None:
             dbias[start:stop] = dbias_v
-    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
+    return dhidden, dweight, dbias
 
 
 def _coefficients(of_row: RowGrads) -> Tensor:
