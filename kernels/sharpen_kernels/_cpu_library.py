@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,6 +31,7 @@ COMPILE = [
 ]  # fmt: skip
 # torch's own OpenMP runtime serves: linking another would start a second pool of threads
 LINK = ["-shared", "-ltorch_cpu", "-lc10"]
+TYPES = (torch.bfloat16, torch.float32, torch.float16)  # `Type` of `cpu/linear_logprob.cpp`
 TIMEOUT = 600  # seconds a compiler may take
 
 logger = logging.getLogger(__name__)
@@ -44,32 +44,30 @@ class Library:
         self.path = path
         self._library = ctypes.CDLL(str(path))
         self._library.linear_logprob_error.restype = ctypes.c_char_p
-        self._library.linear_logprob_backward_bytes.restype = ctypes.c_int64
+        for name in ("scratch", "row", "backward"):
+            getattr(self._library, f"linear_logprob_{name}_bytes").restype = ctypes.c_int64
+        products = self._library.linear_logprob_products()
+        self.could_run = products > 0  # whether this CPU has the instructions of any product
+        self.amx = products == 2  # whether those of its matrix units are taken
 
-    def could_run(self) -> bool:
-        """Whether oneDNN's micro-kernels run on this CPU."""
-        return bool(self._library.linear_logprob_could_run())
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether it takes inputs of this dtype; fp16 on the matrix units alone."""
+        return dtype in (torch.bfloat16, torch.float32) or (dtype == torch.float16 and self.amx)
 
-    def forward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
-        """Run the forward pass."""
-        self._run(self._library.linear_logprob_forward, problem, dtype)
-
-    def ranks(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
-        """Count the columns ahead of the targets."""
-        self._run(self._library.linear_logprob_ranks, problem, dtype)
-
-    def backward_bytes(self, problem: ctypes.Structure, dtype: torch.dtype) -> int:
-        """Workspace that `backward` wants."""
-        is_bf16 = dtype == torch.bfloat16
-        return self._library.linear_logprob_backward_bytes(ctypes.byref(problem), is_bf16)
-
-    def backward(self, problem: ctypes.Structure, dtype: torch.dtype) -> None:
-        """Run the backward pass."""
-        self._run(self._library.linear_logprob_backward, problem, dtype)
-
-    def _run(self, function: Any, problem: ctypes.Structure, dtype: torch.dtype) -> None:
-        if function(ctypes.byref(problem), dtype == torch.bfloat16):
+    def run(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> None:
+        """Run the pass `name`: forward, ranks or backward."""
+        if self._call(name, problem, dtype):
             raise RuntimeError(self._library.linear_logprob_error().decode())
+
+    def n_bytes(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> int:
+        """Memory that a thread wants for `scratch`, a hidden `row`, or the pass `backward`."""
+        return self._call(f"{name}_bytes", problem, dtype)
+
+    def _call(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> int:
+        function = getattr(self._library, f"linear_logprob_{name}")
+        return function(
+            ctypes.byref(problem), ctypes.c_int32(TYPES.index(dtype)), ctypes.c_bool(self.amx)
+        )
 
 
 @functools.cache
@@ -87,7 +85,7 @@ def load() -> Library | None:
             "slowly. %s %s", error, output[-2000:],
         )  # fmt: skip
         return None
-    if library.could_run():
+    if library.could_run:
         return library
     logger.info("Tensors on the CPU are scored by PyTorch: oneDNN's micro-kernels do not run here.")
     return None

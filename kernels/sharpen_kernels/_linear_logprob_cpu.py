@@ -1,7 +1,9 @@
 """`linear_logprob` on a CPU with AVX-512: calls of the C++ in `cpu/`, forward and backward.
 
 The contract, the statistics and their merge law are those of `_linear_logprob_chunk.py`; logits
-live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is.
+live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is. Where the CPU has
+matrix units (AMX) they multiply fp32 as well, as exactly; elsewhere oneDNN's micro-kernels multiply
+bf16 and fp32, and fp16 is left to PyTorch: they would need AMX's fp16, which few CPUs have.
 
 R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 """
@@ -20,17 +22,19 @@ from ._rows import Partial
 from .stats import Wanted
 
 PANEL = BLOCK = 64  # columns and rows of one product, as in `cpu/tile.h`
-# bytes of a packed segment of the weight: it shares the core's second cache with a tile and a block
+# bytes of a packed segment of the weight: it shares the core's second cache with a tile and rows
 SEGMENT_BYTES = 2**19
-MIN_COLUMNS, MAX_COLUMNS = {2: 128, 4: 64}, 512  # the least by size of an element
-PARTIALS_BYTES = 16 * 2**20  # rows are taken in passes, so that their partials fit
-SCRATCH_BYTES = 44 * 2**20  # of all threads: where a core needs megabytes, some cores stay idle
+MIN_COLUMNS, MAX_COLUMNS = {2: 128, 4: 64}, 512  # the least by size of an input's element
+# forward: rows are taken in passes, so that they and their partials fit
+PARTIALS_BYTES = 16 * 2**20
+HIDDEN_BYTES = 20 * 2**20
+SCRATCH_BYTES = 24 * 2**20  # of all threads: where a core needs megabytes, some cores stay idle
 TASKS, MIN_CHUNK = 4, 256  # tasks a thread where rows can be cut so, and rows of the smallest
-# backward: columns of a wave and rows of a pass, and elements of the weight or of hidden in one
-MAX_WAVE, MAX_PASS = 512, 1024
-SIDE_ELEMENTS = 2**21
-TILE_BYTES = BLOCK * 256 * 4  # of fp32, as in `cpu/linear_logprob_bwd.h`
-BACKWARD_SCRATCH_BYTES = 24 * 2**20
+# backward: columns of a wave and rows of a pass, and bytes of the weight or of hidden in one
+MAX_WAVE, MAX_PASS = 512, 2048
+WAVE_BYTES, PASS_BYTES = 3 * 2**20, 12 * 2**20
+TILE_BYTES = BLOCK * 256 * 4  # of fp32, the most of any kind of product
+BACKWARD_SCRATCH_BYTES = 8 * 2**20
 BEST = ("best", "best_column")  # fields of k values a row
 COLUMNS = ("column", "best_column")  # int32 in C++
 
@@ -58,9 +62,10 @@ class _Cut(ctypes.Structure):
 
     _fields_ = [
         ("inputs", _Inputs),
-        *((name, ctypes.c_int64) for name in ("segment_columns", "chunk_rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("segment_columns", "pass_rows", "chunk_rows")),
+        ("threads", ctypes.c_int64),
+        ("hidden", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
     ]
 
 
@@ -69,7 +74,6 @@ class _Forward(ctypes.Structure):
 
     _fields_ = [
         ("cut", _Cut),
-        ("pass_rows", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("renyi_order", ctypes.c_float),
         ("merged", _Partials),
@@ -104,13 +108,14 @@ def takes(hidden: Tensor, head: Head) -> bool:
     return (
         hidden.device.type == "cpu"
         and hidden.dtype == head.weight.dtype
-        and hidden.dtype in (torch.float32, torch.bfloat16)
+        and hidden.dtype in _cpu_library.TYPES
         and hidden.shape[1] > 0
         and mkldnn.enabled
         and all(x.shape[1] == 1 or x.stride(1) == 1 for x in (hidden, head.weight))
         # memory that holds something else than the values
         and not any(x.is_neg() for x in (hidden, head.weight))
-        and _cpu_library.load() is not None
+        and (library := _cpu_library.load()) is not None
+        and library.multiplies(hidden.dtype)
     )
 
 
@@ -147,64 +152,83 @@ def _whole(n: int, unit: int = BLOCK) -> int:
     return -(-n // unit) * unit
 
 
-def _cut(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[_Cut, list[Tensor]]:
-    """Segments, threads and their memory, and the tensors that must outlive the call."""
-    R, D = hidden.shape
-    size = hidden.element_size()
+def _library() -> _cpu_library.Library:
+    library = _cpu_library.load()
+    assert library is not None, "`takes` says whether there is one"
+    return library
+
+
+def _word_bytes(library: _cpu_library.Library, dtype: torch.dtype) -> int:
+    """Bytes of one element as a factor: the matrix units take fp32 as three bf16, fp16 as two."""
+    return {torch.float32: 6, torch.float16: 4}.get(dtype, 2) if library.amx else dtype.itemsize
+
+
+def _cut(
+    library: _cpu_library.Library, hidden: Tensor, head: Head, pairs: Pairs
+) -> tuple[_Cut, list[Tensor]]:
+    """Segments, threads and their memory; and the tensors that must outlive the call."""
+    D = hidden.shape[1]
     # set by D and the dtype, never by the number of rows or threads
-    fitting = SEGMENT_BYTES // (D * size) // PANEL * PANEL
-    columns = max(MIN_COLUMNS[size], min(MAX_COLUMNS, fitting))
-    deep = _whole(D, 2)
-    of_thread = (columns * deep * size, BLOCK * columns * 4, BLOCK * deep * size, columns * 4)
-    scratch_bytes = sum(_whole(n, 64) for n in of_thread)
-    threads = min(torch.get_num_threads(), max(1, SCRATCH_BYTES // scratch_bytes))
-    # few segments for many threads: each is packed by several, for some of the rows
-    chunks = -(-TASKS * threads // -(-head.vocab_size // columns)) if threads > 1 else 1
-    scratch = torch.empty(threads * scratch_bytes // 4, dtype=torch.float32)
+    # the matrix units outrun the third cache, which hidden rows come from: twice as many columns
+    budget = SEGMENT_BYTES * (2 if library.amx else 1)
+    fitting = budget // (D * _word_bytes(library, hidden.dtype)) // PANEL * PANEL
+    columns = max(MIN_COLUMNS[hidden.element_size()], min(MAX_COLUMNS, fitting))
     inputs, kept = _inputs(hidden, head, pairs)
-    cut = _Cut(
-        inputs=inputs,
-        segment_columns=columns,
-        chunk_rows=max(MIN_CHUNK, _whole(-(-R // chunks))),
-        threads=threads,
-        scratch=scratch.data_ptr(),
-        scratch_bytes=scratch_bytes,
-    )
+    cut = _Cut(inputs=inputs, segment_columns=columns)
+    of_thread = library.n_bytes("scratch", cut, hidden.dtype)
+    cut.threads = min(torch.get_num_threads(), max(1, SCRATCH_BYTES // of_thread))
+    scratch = torch.empty(cut.threads * of_thread // 4, dtype=torch.float32)
+    cut.scratch = scratch.data_ptr()
     return cut, [scratch, *kept]
+
+
+def _cut_rows(
+    library: _cpu_library.Library, hidden: Tensor, cut: _Cut, partial_bytes: int
+) -> Tensor:
+    """Passes and chunks of rows, each with so many bytes of partials; memory of packed rows."""
+    R = hidden.shape[0]
+    row_bytes = library.n_bytes("row", cut, hidden.dtype)
+    fitting = min(PARTIALS_BYTES // max(1, partial_bytes), HIDDEN_BYTES // row_bytes)
+    cut.pass_rows = min(max(1, fitting // BLOCK) * BLOCK, _whole(R))
+    # few segments for many threads: each is packed by several, for some of the rows
+    n_segments = -(-cut.inputs.columns // cut.segment_columns)
+    chunks = -(-TASKS * cut.threads // n_segments) if cut.threads > 1 else 1
+    cut.chunk_rows = max(MIN_CHUNK, _whole(-(-cut.pass_rows // chunks)))
+    packed = torch.empty(cut.pass_rows * row_bytes // 4, dtype=torch.float32)
+    cut.hidden = packed.data_ptr()
+    return packed
 
 
 def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:
     """The partial of every row, and the logit of every pair's target (NaN outside the vocabulary).
 
-    Wants R > 0 and what `takes` says. Workspace: partials of a pass over rows, and for each thread
-    a packed segment, a tile of logits, a block of rows and the best columns of the pass.
+    Wants R > 0 and what `takes` says. Workspace: rows of a pass and their partials, and for each
+    thread a packed segment, a tile of logits and the best columns of the pass.
     """
-    library = _cpu_library.load()
-    assert library is not None
+    library = _library()
     R = hidden.shape[0]
-    cut, _kept = _cut(hidden, head, pairs)
+    cut, _kept = _cut(library, hidden, head, pairs)
     n_segments = -(-head.vocab_size // cut.segment_columns)
     names = [name for name in Partial._fields if name in {"top", "mass", *wanted.fields}]
     # the best columns are kept by each thread, everything else by each segment
     sizes = [cut.threads * wanted.k if name in BEST else n_segments for name in names]
-    pass_rows = min(max(1, PARTIALS_BYTES // (4 * sum(sizes) * BLOCK)) * BLOCK, _whole(R))
+    _packed = _cut_rows(library, hidden, cut, 4 * sum(sizes))
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
     merged = {name: _empty(name, R * wanted.k if name in BEST else R) for name in names}
-    partials = {name: _empty(name, n * pass_rows) for name, n in zip(names, sizes, strict=True)}
+    partials = {name: _empty(name, n * cut.pass_rows) for name, n in zip(names, sizes, strict=True)}
     problem = _Forward(
         cut=cut,
-        pass_rows=pass_rows,
         k=wanted.k,
         renyi_order=wanted.renyi_order,
         merged=_Partials(**{name: x.data_ptr() for name, x in merged.items()}),
         chosen=chosen.data_ptr(),
         partials=_Partials(**{name: x.data_ptr() for name, x in partials.items()}),
     )
-    library.forward(problem, hidden.dtype)
-    shaped = {name: x.view(R, wanted.k) if name in BEST else x for name, x in merged.items()}
-    return Partial(
-        **{name: x.long() if name in COLUMNS else x for name, x in shaped.items()}
-    ), chosen
+    library.run("forward", problem, hidden.dtype)
+    for name, x in merged.items():
+        found = x.long() if name in COLUMNS else x
+        merged[name] = found.view(R, wanted.k) if name in BEST else found
+    return Partial(**merged), chosen
 
 
 def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
@@ -212,13 +236,13 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
 
     `chosen` [S] are the targets' logits, from the `forward` above: these are the same bits.
     """
-    library = _cpu_library.load()
-    assert library is not None
-    cut, _kept = _cut(hidden, head, pairs)
+    library = _library()
+    cut, _kept = _cut(library, hidden, head, pairs)
+    _packed = _cut_rows(library, hidden, cut, 0)
     ahead = torch.zeros_like(pairs.target, memory_format=torch.contiguous_format)
     chosen = chosen.contiguous()
     problem = _Ranks(cut=cut, chosen=chosen.data_ptr(), ahead=ahead.data_ptr())
-    library.ranks(problem, hidden.dtype)
+    library.run("ranks", problem, hidden.dtype)
     return ahead
 
 
@@ -235,8 +259,7 @@ def backward(
     `state` must come from `forward` above: the logits here are the same bits as there. Arguments
     and workspace as in `_linear_logprob_chunk.backward`.
     """
-    library = _cpu_library.load()
-    assert library is not None
+    library = _library()
     R, D = hidden.shape
     need_hidden, need_weight, need_bias = needs
     padded = _whole(R)
@@ -249,33 +272,29 @@ def backward(
         dbias = state.new_zeros(head.bias.shape)
     of_row = RowGrads(grads, state, pairs.row, padded)
     of_chosen = grads["logprob"].contiguous() if "logprob" in grads else None
-    of_thread = TILE_BYTES + BLOCK * _whole(D, 2) * hidden.element_size()
+    bytes_of_row = D * _word_bytes(library, hidden.dtype)
+    wave, rows = (n // bytes_of_row // BLOCK * BLOCK for n in (WAVE_BYTES, PASS_BYTES))
     inputs, _kept = _inputs(hidden, head, pairs)
     problem = _Backward(
         inputs=inputs,
         of_chosen=_pointer(of_chosen),
-        wave_columns=min(_fitting(D, MAX_WAVE), _whole(head.vocab_size)),
-        pass_rows=min(_fitting(D, MAX_PASS), padded),
-        threads=min(torch.get_num_threads(), max(1, BACKWARD_SCRATCH_BYTES // of_thread)),
+        wave_columns=max(BLOCK, min(MAX_WAVE, wave, _whole(head.vocab_size))),
+        pass_rows=max(BLOCK, min(MAX_PASS, rows, padded)),
+        threads=min(torch.get_num_threads(), BACKWARD_SCRATCH_BYTES // TILE_BYTES),
         dhidden=_pointer(dhidden),
         dweight=_pointer(dweight),
         dbias=_pointer(dbias),
         **{name: _pointer(getattr(of_row, name)) for name in OF_ROW},
     )
-    n_bytes = library.backward_bytes(problem, hidden.dtype)
+    n_bytes = library.n_bytes("backward", problem, hidden.dtype)
     memory = torch.empty(n_bytes // 4, dtype=torch.float32)
     problem.memory = memory.data_ptr()
-    library.backward(problem, hidden.dtype)
+    library.run("backward", problem, hidden.dtype)
     if dhidden is not None:
         dhidden = dhidden[:R]
     if dbias is not None and head.bias is not None:
         dbias = dbias.to(head.bias.dtype)
     return dhidden, dweight, dbias
-
-
-def _fitting(D: int, most: int) -> int:
-    """Rows of D elements that fit SIDE_ELEMENTS, in whole blocks."""
-    return max(BLOCK, min(most, SIDE_ELEMENTS // D // BLOCK * BLOCK))
 
 
 def _empty(name: str, n: int) -> Tensor:

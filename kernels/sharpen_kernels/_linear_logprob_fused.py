@@ -1,284 +1,323 @@
-"""Forward of `linear_logprob` in Triton: one program a block of rows and vocabulary segment.
+"""The fused Triton route of `linear_logprob`: logits live as tiles in fp32 on the chip.
 
-A program walks its segment in tiles of logits held in fp32 on the chip, and keeps a few running
-sums a row; a second kernel merges the segments from the first column to the last. A target's
-logit is read out of the very tile that enters the sum, so no log-probability exceeds 0.
+Forward is one persistent kernel and a merge: a unit of work is a block of rows and a fixed
+segment of the vocabulary. `ranks`, the best columns and `backward` compute tiles again, of the
+same bits. Which shape a tile has is in `_tiles`, never by R; there are no atomics: a row scores
+the same bits in any batch and with any subset of statistics.
 
-R hidden rows, S (row, target) pairs, V vocabulary, D hidden.  Segment and tile are fixed by the
-dtype, never by R, and there are no atomics: a row scores the same bits in any batch.
+No call waits for the device, with `rows` or without, so all of this captures in a CUDA graph.
+Workspace: at most 256 MiB, whatever R and V, beside a copy of the bias in fp32 and, backward, the
+gradient of hidden in fp32.
+
+R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from . import _tiles
+from ._fused_backward import COEFFICIENTS, grad_kernel
+from ._fused_forward import segment_kernel
+from ._fused_passes import logits_kernel, rank_kernel
+from ._fused_state import FIELDS, merge_kernel, wanted_bits
 from ._launch import INTERPRETED
-from ._linear_logprob_chunk import Head
+from ._linear_logprob_chunk import Head, RowGrads
 from ._pairs import Pairs
-from ._rows import Rows
+from ._rows import Partial, largest, merge
+from .stats import Wanted
 
-# chosen, not measured. SEGMENT: columns a program, enough programs for few rows and few partials
-# to merge. GROUP_R: blocks of rows that run side by side and read one segment of weight from L2
-# fp fusion is spelled out: Triton 3.10 changes its default, and with it the last bits of a score
-TENSOR_CORES: dict[str, Any] = {
-    "SEGMENT": 4096, "GROUP_R": 16, "BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64,
-    "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True,
-}  # fmt: skip
-FP32: dict[str, Any] = {
-    "SEGMENT": 4096, "GROUP_R": 16, "BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_D": 32,
-    "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
-}  # fmt: skip
-MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": True}
+PARTIALS_BYTES = 64 * 2**20  # states of the segments of one pass of rows
+PASS_BYTES = 64 * 2**20  # counts, or copies of hidden rows, of one pass
+BEST_BYTES = 32 * 2**20  # logits of one pass: sorting them takes six times as much
+GRADIENT_BYTES = 96 * 2**20  # gradients of logits; as much again for a wave of the weight's own
+MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": False}
 
 
-@triton.jit
-def _tanh(y):
-    # 1 - exp(-2y) cancels near 0: a Taylor series there, off by 1e-8 of the value at the seam
-    y2 = y * y
-    series = y * (1 + y2 * (-1 / 3 + y2 * (2 / 15 + y2 * (-17 / 315 + y2 * (62 / 2835)))))
-    e = tl.exp(-2 * tl.abs(y))
-    far = (1 - e) / (1 + e)
-    return tl.where(tl.abs(y) < 0.25, series, tl.where(y < 0, -far, far))
+def _tile(hidden: Tensor, head: Head) -> _tiles.Tile:
+    """The table's entry for these tensors, for fp32 where they multiply in fp32."""
+    weight = head.weight
+    dtype = weight.dtype if hidden.dtype == weight.dtype else torch.float32
+    arch = _tiles.architecture(hidden.device)
+    return _tiles.tile("linear_logprob", arch, dtype, hidden.shape[1], head.vocab_size)
 
 
-@triton.jit
-def _segment_kernel(
-    hidden_ptr,  # in  [R, D] fp16 | bf16 | fp32
-    weight_ptr,  # in  [V, D] fp16 | bf16 | fp32
-    bias_ptr,  # in  [V], read if HAS_BIAS
-    target_ptr,  # in  [S] int64, sorted by row
-    first_ptr,  # in  [R + 1] int64: the pairs of row r are first[r] ... first[r + 1]
-    chosen_ptr,  # out [S] fp32, sorted by row
-    part_ptr,  # out [5, n_segments, R] fp32: top, mass, spread, mean, n_valid
-    greedy_ptr,  # out [n_segments, R] int64
-    R,
-    V,
-    D,
-    n_segments,
-    stride_hr,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    stride_b,
-    temperature,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_CERTAINTY: tl.constexpr,
-    WANT_GREEDY: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in fp32: dtypes differ, or the interpreter, blind to bf16
-    SEGMENT: tl.constexpr,
-    GROUP_R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n_blocks = tl.cdiv(R, BLOCK_R)
-    pid = tl.program_id(0)
-    in_group = pid % (GROUP_R * n_segments)
-    first_block = pid // (GROUP_R * n_segments) * GROUP_R
-    group = tl.minimum(n_blocks - first_block, GROUP_R)
-    block = first_block + in_group % group
-    segment = in_group // group
-
-    # offsets pass 2**31: 16k rows x 152k columns, a head of 256k x 8192
-    offs_r = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    in_tile = tl.arange(0, BLOCK_V)[None, :]
-    first = tl.load(first_ptr + offs_r, mask=mask_r, other=0)
-    n_pairs = (tl.load(first_ptr + offs_r + 1, mask=mask_r, other=0) - first).to(tl.int32)
-    max_pairs = tl.max(n_pairs, axis=0)
-
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_R], tl.float32)
-    spread = tl.zeros([BLOCK_R], tl.float32)
-    mean = tl.zeros([BLOCK_R], tl.float32)
-    n_valid = tl.zeros([BLOCK_R], tl.float32)
-    greedy = tl.zeros([BLOCK_R], tl.int32)
-    stop = tl.minimum((segment + 1) * SEGMENT, V)
-    for start in range(segment * SEGMENT, stop, BLOCK_V):
-        offs_v = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        mask_v = offs_v < stop
-        z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            mask_d = d + offs_d < D
-            x = tl.load(
-                hidden_ptr + offs_r[:, None] * stride_hr + (d + offs_d)[None, :] * stride_hd,
-                mask=mask_r[:, None] & mask_d[None, :],
-                other=0.0,
-            )  # [BLOCK_R, BLOCK_D]
-            w = tl.load(
-                weight_ptr + offs_v[None, :] * stride_wv + (d + offs_d)[:, None] * stride_wd,
-                mask=mask_v[None, :] & mask_d[:, None],
-                other=0.0,
-            )  # [BLOCK_D, BLOCK_V]
-            if WIDEN:
-                x = x.to(tl.float32)
-                w = w.to(tl.float32)
-            z = tl.dot(x, w, z, input_precision="ieee")
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + offs_v * stride_b, mask=mask_v, other=0.0).to(tl.float32)
-        if HAS_SOFTCAP:
-            z = softcap * _tanh(tl.div_rn(z, softcap))
-        if HAS_TEMPERATURE:
-            z = tl.div_rn(z, temperature)
-        z = tl.where(mask_v[None, :], z, float("-inf"))
-
-        for k in range(max_pairs):  # pyright: ignore[reportArgumentType]  Triton's takes tensors
-            target = tl.load(target_ptr + first + k, mask=k < n_pairs, other=-1)
-            here = (target >= start) & (target < start + BLOCK_V) & (target < stop)
-            column = tl.where(here, target - start, -1).to(tl.int32)
-            logit = tl.sum(tl.where(in_tile == column[:, None], z, 0.0), axis=1)
-            tl.store(chosen_ptr + first + k, logit, mask=here)
-
-        new_top = tl.maximum(top, tl.max(z, axis=1))
-        # all columns so far may be masked: shift by 0 there, or -inf - -inf is nan
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        gap = tl.where(top == float("-inf"), 0.0, top - shift)
-        scale = tl.where(top == float("-inf"), 0.0, tl.exp(gap))
-        valid = z != float("-inf")
-        e = tl.exp(z - shift[:, None])
-        if WANT_ENTROPY:
-            centred = tl.where(valid, z - shift[:, None], 0.0)
-            spread = scale * (spread + mass * gap) + tl.sum(e * centred, axis=1)
-        if WANT_CERTAINTY:
-            tile_valid = tl.sum(valid.to(tl.float32), axis=1)
-            tile_mean = tl.sum(tl.where(valid, z, 0.0), axis=1) / tl.maximum(tile_valid, 1.0)
-            n_valid += tile_valid
-            mean += (tile_mean - mean) * (tile_valid / tl.maximum(n_valid, 1.0))
-        if WANT_GREEDY:
-            at_top = tl.where(z == new_top[:, None], start + in_tile, V)
-            greedy = tl.where(new_top > top, tl.min(at_top, axis=1), greedy)
-        mass = mass * scale + tl.sum(e, axis=1)
-        top = new_top
-
-    step = tl.full((), R, tl.int64) * n_segments
-    out = segment.to(tl.int64) * R + offs_r
-    tl.store(part_ptr + out, top, mask=mask_r)
-    tl.store(part_ptr + step + out, mass, mask=mask_r)
-    if WANT_ENTROPY:
-        tl.store(part_ptr + 2 * step + out, spread, mask=mask_r)
-    if WANT_CERTAINTY:
-        tl.store(part_ptr + 3 * step + out, mean, mask=mask_r)
-        tl.store(part_ptr + 4 * step + out, n_valid, mask=mask_r)
-    if WANT_GREEDY:
-        tl.store(greedy_ptr + out, greedy, mask=mask_r)
+def takes(hidden: Tensor, head: Head) -> bool:
+    """Whether the table gives this route what the kernels can compute."""
+    return _tile(hidden, head).route == "fused"
 
 
-@triton.jit
-def _merge_kernel(
-    part_ptr,  # in  [5, n_segments, R] fp32
-    greedy_part_ptr,  # in  [n_segments, R] int64
-    out_ptr,  # out [5, R] fp32: top, log_mass, entropy, self_certainty, n_valid
-    greedy_ptr,  # out [R] int64
-    R,
-    n_segments,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_CERTAINTY: tl.constexpr,
-    WANT_GREEDY: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    step = tl.full((), R, tl.int64) * n_segments
-    part_ptr += offs_r
-    greedy_part_ptr += offs_r
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_R], tl.float32)
-    spread = tl.zeros([BLOCK_R], tl.float32)
-    mean = tl.zeros([BLOCK_R], tl.float32)
-    n_valid = tl.zeros([BLOCK_R], tl.float32)
-    greedy = tl.zeros([BLOCK_R], tl.int64)
-    for _ in range(n_segments):
-        seg_top = tl.load(part_ptr, mask=mask_r, other=float("-inf"))
-        seg_mass = tl.load(part_ptr + step, mask=mask_r, other=0.0)
-        new_top = tl.maximum(top, seg_top)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        gap = tl.where(top == float("-inf"), 0.0, top - shift)
-        seg_gap = tl.where(seg_top == float("-inf"), 0.0, seg_top - shift)
-        scale = tl.where(top == float("-inf"), 0.0, tl.exp(gap))
-        # 1 for a segment that is all masked: its sums are 0, or nan
-        seg_scale = tl.exp(seg_gap)
-        if WANT_ENTROPY:
-            seg_spread = tl.load(part_ptr + 2 * step, mask=mask_r, other=0.0)
-            spread = scale * (spread + mass * gap) + seg_scale * (seg_spread + seg_mass * seg_gap)
-        if WANT_CERTAINTY:
-            seg_mean = tl.load(part_ptr + 3 * step, mask=mask_r, other=0.0)
-            seg_valid = tl.load(part_ptr + 4 * step, mask=mask_r, other=0.0)
-            n_valid += seg_valid
-            mean += (seg_mean - mean) * (seg_valid / tl.maximum(n_valid, 1.0))
-        if WANT_GREEDY:
-            seg_greedy = tl.load(greedy_part_ptr, mask=mask_r, other=0)
-            greedy = tl.where(seg_top > top, seg_greedy, greedy)
-        mass = mass * scale + seg_mass * seg_scale
-        top = new_top
-        part_ptr += R
-        greedy_part_ptr += R
+class _Call:
+    """What the launches of one call share: the tile, the head, and how tiles are loaded."""
 
-    log_mass = tl.log(mass)
-    tl.store(out_ptr + offs_r, top, mask=mask_r)
-    tl.store(out_ptr + R + offs_r, log_mass, mask=mask_r)
-    if WANT_ENTROPY:
-        tl.store(out_ptr + 2 * R + offs_r, log_mass - spread / mass, mask=mask_r)
-    if WANT_CERTAINTY:
-        certainty = (top - mean) - tl.log(n_valid) + log_mass
-        tl.store(out_ptr + 3 * R + offs_r, certainty, mask=mask_r)
-        tl.store(out_ptr + 4 * R + offs_r, n_valid, mask=mask_r)
-    if WANT_GREEDY:
-        tl.store(greedy_ptr + offs_r, greedy, mask=mask_r)
+    def __init__(self, hidden: Tensor, head: Head):
+        self.head, self.V, self.D = head, head.vocab_size, hidden.shape[1]
+        weight = head.weight
+        half = hidden.dtype == weight.dtype != torch.float32
+        self.dtype = weight.dtype if half else torch.float32
+        self.tile = _tile(hidden, head)
+        self.n_segments = -(-self.V // self.tile.SEGMENT)
+        self.bias = self._bias()
+        self.flags: dict[str, Any] = {
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SOFTCAP": head.softcap is not None,
+            "HAS_TEMPERATURE": head.temperature != 1.0,
+            "WIDEN": INTERPRETED or not half,
+        }
+
+    def _bias(self) -> Tensor | None:
+        """The bias in fp32, -inf in masked columns; None where there is neither."""
+        bias, mask, V = self.head.bias, self.head.vocab_mask, self.V
+        if bias is not None:
+            bias = bias[:V].float().contiguous()
+            if self.head.softcap is not None:
+                # a bias of -inf is capped, not masked
+                bias = bias.clamp(min=torch.finfo(torch.float32).min)
+        if mask is None:
+            return bias
+        wide = mask.new_zeros(V, dtype=torch.float32) if bias is None else bias
+        return torch.where(mask[:V], wide, float("-inf"))
+
+    def arguments(
+        self, hidden: Tensor, *, sums: bool = False
+    ) -> tuple[list[Any], list[Any], dict[str, Any]]:
+        """Hidden rows, weight and bias; sizes, strides and options; flags and tile."""
+        tile, weight = self.tile, self.head.weight[: self.V]
+        tma = tile.tma and self.D > 0 and _by_tma(hidden) and _by_tma(weight)
+        operands: list[Any] = [hidden, weight]
+        if tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            blocks = ([tile.BLOCK_R, tile.BLOCK_D], [tile.BLOCK_V, tile.BLOCK_D])
+            operands = [
+                TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+                for x, block in zip(operands, blocks, strict=True)
+            ]
+        operands.append(weight if self.bias is None else self.bias)
+        sizes = [hidden.shape[0], self.V, self.D, *hidden.stride(), *weight.stride()]
+        options = [self.head.temperature, self.head.softcap or 0.0]
+        return operands, [*sizes, *options], {**self.flags, "TMA": tma, **tile.launch(sums=sums)}
+
+    def blocks(self, R: int) -> int:
+        """How many blocks R rows are."""
+        return _parts(R, self.tile.BLOCK_R)
+
+    @property
+    def group(self) -> int:
+        """Rows that run side by side: the fewest worth a pass."""
+        return self.tile.BLOCK_R * self.tile.GROUP_R
+
+    def rows_in(self, budget: int, bytes_a_row: int) -> int:
+        """Rows of a pass that may take `budget` bytes: whole groups, one at least."""
+        return max(budget // max(bytes_a_row, 1) // self.group, 1) * self.group
 
 
-def forward(hidden: Tensor, head: Head, pairs: Pairs, stats: list[str]) -> tuple[Rows, Tensor]:
-    """Statistics of every row, and the logit of every pair's target (NaN outside the vocabulary).
+def _by_tma(x: Tensor) -> bool:
+    """Whether the copy engine can read `x`: 16-byte addresses, neighbouring columns."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    # an expanded row has stride 0, which the engine takes for a tensor of one row
+    return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
-    Wants R > 0.  Workspace: at most seven values a row and segment.
+
+def _parts(n: int, size: int) -> int:
+    """How many pieces of `size` cover n."""
+    return -(-n // size)
+
+
+def _launch(x: Tensor, kernel: Any, programs: int, *arguments: Any, **flags: Any) -> None:
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not the tensor's
+        kernel[(programs,)](*arguments, **flags)
+
+
+def _passes(R: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, R)) for start in range(0, R, step)]
+
+
+def _programs(call: _Call, units: int, device: torch.device) -> int:
+    """Programs of a persistent kernel; the result does not depend on their number."""
+    if device.type != "cuda":
+        return min(units, 4)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(units, processors * call.tile.per_sm)
+
+
+def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[Partial, Tensor]:
+    """The partial of every row, and the logit of every pair's target (NaN outside the vocabulary).
+
+    Wants R > 0.
     """
-    (R, D), V, weight, bias = hidden.shape, head.vocab_size, head.weight, head.bias
-    half = hidden.dtype == weight.dtype != torch.float32
-    tile = TENSOR_CORES if half else FP32
-    n_segments = -(-V // tile["SEGMENT"])
-    want: dict[str, Any] = {
-        "WANT_ENTROPY": "entropy" in stats,
-        "WANT_CERTAINTY": "self_certainty" in stats,
-        "WANT_GREEDY": "is_greedy" in stats,
-    }
-    head_flags: dict[str, Any] = {
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": head.softcap is not None,
-        "HAS_TEMPERATURE": head.temperature != 1.0,
-        "WIDEN": INTERPRETED or not half,
-    }
+    R = hidden.shape[0]
+    call = _Call(hidden, head)
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
-    part = hidden.new_empty((5, n_segments, R), dtype=torch.float32)
-    greedy_part = torch.empty((n_segments, R), dtype=torch.int64, device=hidden.device)
-    out = hidden.new_empty((5, R), dtype=torch.float32)
-    greedy = torch.empty_like(greedy_part[0])
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device, not the tensor's
-        _segment_kernel[(triton.cdiv(R, tile["BLOCK_R"]) * n_segments,)](
-            hidden, weight, weight if bias is None else bias,
-            pairs.target, pairs.first, chosen, part, greedy_part,
-            R, V, D, n_segments,
-            hidden.stride(0), hidden.stride(1), weight.stride(0), weight.stride(1),
-            0 if bias is None else bias.stride(0),
-            head.temperature, head.softcap or 0.0,
-            **head_flags, **want, **tile,
+    out = hidden.new_empty((len(FIELDS), R), dtype=torch.float32)
+    want = wanted_bits(wanted.fields)
+    for rows in _passes(R, call.rows_in(PARTIALS_BYTES, 4 * len(FIELDS) * call.n_segments)):
+        x = hidden[rows]
+        n = x.shape[0]
+        part = hidden.new_empty((len(FIELDS), call.n_segments, n), dtype=torch.float32)
+        operands, options, flags = call.arguments(x, sums=True)
+        one = pairs.order is None
+        of_pass = rows if one else slice(None)
+        units = call.blocks(n) * call.n_segments
+        _launch(
+            hidden, segment_kernel, _programs(call, units, hidden.device),
+            *operands, pairs.target[of_pass], pairs.first[rows.start :], chosen[of_pass],
+            part, *options, wanted.renyi_order,
+            WANT=want, ONE_PAIR=one, SEGMENT=call.tile.SEGMENT, **flags,
         )  # fmt: skip
-        _merge_kernel[(triton.cdiv(R, MERGE["BLOCK_R"]),)](
-            part, greedy_part, out, greedy, R, n_segments, **want, **MERGE
-        )
-    top, log_mass, entropy, self_certainty, n_valid = out
-    certain = want["WANT_CERTAINTY"]
-    return Rows(
-        top,
-        log_mass,
-        entropy if want["WANT_ENTROPY"] else None,
-        self_certainty if certain else None,
-        n_valid if certain else None,
-        greedy if want["WANT_GREEDY"] else None,
-    ), chosen
+        merges = _parts(n, MERGE["BLOCK_R"])
+        _launch(
+            hidden, merge_kernel, merges,
+            part, out[:, rows], n, call.n_segments, R, wanted.renyi_order, WANT=want, **MERGE
+        )  # fmt: skip
+    found = {name: x for name, x in zip(FIELDS, out, strict=True) if name in wanted.fields}
+    if "column" in found:
+        found["column"] = found["column"].view(torch.int32).long()
+    part = Partial(out[0], out[1], **found)
+    if "best" in wanted.fields:
+        best, column = _best(call, hidden, wanted.k)
+        part = part._replace(best=best, best_column=column)
+    return part, chosen
+
+
+def _best(call: _Call, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their columns, from logits written wave by wave."""
+    wave = call.tile.SEGMENT
+    found = []
+    for rows in _passes(hidden.shape[0], call.rows_in(BEST_BYTES, 4 * wave)):
+        x = hidden[rows]
+        operands, options, flags = call.arguments(x)
+        part: Partial | None = None
+        for start in range(0, call.V, wave):
+            stop = min(start + wave, call.V)
+            z = x.new_empty((x.shape[0], stop - start), dtype=torch.float32)
+            tiles = _parts(stop - start, call.tile.BLOCK_V)
+            _launch(
+                x, logits_kernel, call.blocks(x.shape[0]) * tiles,
+                *operands, z, start, stop, *options, **flags,
+            )  # fmt: skip
+            best, at = largest(z, k)
+            unused = best[:, 0]
+            right = Partial(unused, unused, best=best, best_column=at + start)
+            part = right if part is None else merge(part, right)
+        assert part is not None
+        found.append((part.best, part.best_column))
+    best, column = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(column)
+
+
+def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
+    """Unmasked columns ahead of each pair's target [S] int64; any number for a pair outside.
+
+    `chosen` [S] are the targets' logits, from the `forward` above: these are the same bits.
+    """
+    call = _Call(hidden, head)
+    tiles = _parts(call.V, call.tile.BLOCK_V)
+    S = chosen.shape[0]
+    ahead = torch.empty_like(pairs.target)
+    bytes_a_row = max(4 * tiles, hidden.element_size() * call.D)
+    for span in _passes(S, call.rows_in(PASS_BYTES, bytes_a_row)):
+        # a row for each pair: one logit to rank against
+        one = pairs.order is None
+        x = hidden[span] if one else hidden[pairs.row[span].clamp(0, hidden.shape[0] - 1)]
+        n = x.shape[0]
+        counts = torch.empty((tiles, n), dtype=torch.int32, device=x.device)
+        operands, options, flags = call.arguments(x)
+        _launch(
+            hidden, rank_kernel, call.blocks(n) * tiles,
+            *operands, pairs.target[span], chosen[span], counts, *options, **flags,
+        )  # fmt: skip
+        ahead[span] = counts.sum(dim=0)
+    return ahead
+
+
+def backward(
+    grads: dict[str, Tensor],
+    state: Tensor,
+    hidden: Tensor,
+    head: Head,
+    pairs: Pairs,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, those that `needs` names; logits are recomputed.
+
+    `grads` [S] and `pairs` are in the order of the pairs, and 0 where a pair does not count;
+    `state` [4, R] is (top, log_mass, entropy, n_valid). A wave of columns at a time, gradients of
+    logits are written for a pass of rows and multiplied by the vendor's GEMM: in bf16 for bf16
+    inputs, in fp32 for all others. dX and dW add up in fp32, in one order, and are rounded once;
+    what is rounded to bf16 before that makes their rms error 1.4 times, and their largest at most
+    twice, that of an fp32 gradient rounded to bf16 (emulated on a CPU: 512 rows, V = 8192).
+    """
+    call = _Call(hidden, head)
+    R, D = hidden.shape
+    need_hidden, need_weight, need_bias = needs
+    # bf16 alone: gradients below 6e-8 would be 0 in fp16
+    narrow = torch.bfloat16 if call.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
+    dhidden = hidden.new_zeros((R, D), dtype=torch.float32) if need_hidden else None
+    dweight = torch.zeros_like(head.weight) if need_weight else None
+    dbias = torch.zeros_like(head.bias) if need_bias and head.bias is not None else None
+    of_row = RowGrads(grads, state, pairs.row, R)
+    coef = _coefficients(of_row)
+    own = grads.get("logprob")
+    one = pairs.order is None
+    # its row of dW and, where that is widened, of W; or a group of rows of dz
+    column_bytes = max(4 * D * (1 if narrow == torch.bfloat16 else 2), narrow.itemsize * call.group)
+    unit = call.tile.BLOCK_V
+    wave = max(GRADIENT_BYTES // column_bytes // unit, 1) * unit
+    wave = min(wave, _parts(call.V, unit) * unit)
+    step = call.rows_in(GRADIENT_BYTES, narrow.itemsize * wave)
+    step = min(step, call.rows_in(PASS_BYTES, narrow.itemsize * max(D, 1)))
+    for start in range(0, call.V, wave):
+        stop = min(start + wave, call.V)
+        weight = head.weight[start:stop].to(narrow)
+        dweight_v = weight.new_zeros(weight.shape, dtype=torch.float32) if need_weight else None
+        dbias_v = None if dbias is None else torch.zeros_like(coef[0, :1]).expand(stop - start)
+        for rows in _passes(R, step):
+            x = hidden[rows]
+            n = x.shape[0]
+            dz = x.new_empty((n, stop - start), dtype=narrow)
+            sums = coef.new_empty((call.blocks(n) if dbias is not None else 0, stop - start))
+            operands, options, flags = call.arguments(x)
+            of_pass = rows if one else slice(None)
+            grad = coef if own is None else own[of_pass]
+            tiles = _parts(stop - start, call.tile.BLOCK_V)
+            _launch(
+                hidden, grad_kernel, call.blocks(n) * tiles,
+                *operands, pairs.target[of_pass], pairs.first[rows.start :], grad,
+                coef[:, rows], dz, sums, R, start, stop, *options,
+                OF_TARGET=own is not None, OF_ENTROPY=of_row.of_entropy is not None,
+                OF_UNIFORM=of_row.uniform is not None, WANT_BIAS=dbias is not None,
+                ONE_PAIR=one, **flags,
+            )  # fmt: skip
+            if dhidden is not None:
+                _add_product(dhidden[rows], dz, weight)
+            if dweight_v is not None:
+                # 0 times what a row without gradient holds is 0 only if that is finite
+                used = torch.where(of_row.active[rows], x, 0.0).to(narrow)
+                _add_product(dweight_v, dz.T, used)
+            if dbias_v is not None:
+                dbias_v = dbias_v + sums.sum(dim=0)
+        if dweight is not None and dweight_v is not None:
+            dweight[start:stop] = dweight_v
+        if dbias is not None and dbias_v is not None:
+            dbias[start:stop] = dbias_v
+    return dhidden, dweight, dbias
+
+
+def _coefficients(of_row: RowGrads) -> Tensor:
+    """The rows of COEFFICIENTS and of 1 / mass [8, R]; 0 where a call has none."""
+    zero = torch.zeros_like(of_row.top)
+    named = [getattr(of_row, name) for name in COEFFICIENTS]
+    rows = [zero if x is None else x.to(zero.dtype) for x in named]
+    rows.append(of_row.log_mass.double().neg().exp().to(zero.dtype))
+    return torch.cat(rows, dim=1).T.contiguous()
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out += a b`, in fp32 whatever the dtype of the factors."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

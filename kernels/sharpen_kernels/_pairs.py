@@ -27,7 +27,8 @@ class Pairs(NamedTuple):
         """Pairs of `target` with `rows`, or with every row in turn where `rows` is None."""
         bounds = torch.arange(R + 1, device=target.device)
         if rows is None:
-            return cls(bounds[:R], target, bounds, None)
+            # kernels walk the targets by their addresses
+            return cls(bounds[:R], target.contiguous(), bounds, None)
         row, order = rows.sort(stable=True)
         return cls(row, target[order], torch.searchsorted(row, bounds), order)
 

@@ -46,8 +46,9 @@ def _route(hidden: Tensor, head: chunked.Head) -> Any:
     """The module that computes these tensors: one for forward, ranks and backward, never by R."""
     if runs_triton(hidden, _wide(hidden, head.weight)):
         from . import _linear_logprob_fused as fused
+        from . import _linear_logprob_vendor as vendor
 
-        return fused
+        return fused if fused.takes(hidden, head) else vendor
     return native if native.takes(hidden, head) else chunked
 
 

@@ -1,5 +1,6 @@
 """For kernels alone: poisoned memory, silent IEEE specials, many small segments."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -33,25 +34,34 @@ def small_segments(monkeypatch):
     """Segments of 64 columns (PyTorch, C++) and 128 (Triton): many to merge, at little cost."""
     from sharpen_kernels import _linear_logprob_chunk as chunked
     from sharpen_kernels import _linear_logprob_cpu as native
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _tiles
 
     monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(native, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(native, "PARTIALS_BYTES", 1)  # passes of one block of rows
     monkeypatch.setattr(native, "MAX_WAVE", 64)
     monkeypatch.setattr(native, "MAX_PASS", 64)
-    monkeypatch.setitem(fused.FP32, "SEGMENT", 128)
-    monkeypatch.setitem(fused.TENSOR_CORES, "SEGMENT", 128)
+    tile = _tiles.tile
+    cut = {"SEGMENT": 128, "BLOCK_V": 128}
+    monkeypatch.setattr(_tiles, "tile", lambda *a: dataclasses.replace(tile(*a), **cut))
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Segments of 64 columns (PyTorch) and tiles of 128 (Triton) for ops that read logits."""
+    """Segments of 64 columns (PyTorch), of 256 in tiles of 64 or 128 (Triton), of logits read."""
+    from sharpen_kernels import _token_logprob_best as best
+    from sharpen_kernels import _token_logprob_grad as gradient
+    from sharpen_kernels import _token_logprob_pairs as pairs
     from sharpen_kernels import _token_logprob_torch as blocked
     from sharpen_kernels import _token_logprob_triton as fused
 
     monkeypatch.setattr(blocked, "SEGMENT", 64)
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
-    for launch in (fused.FORWARD, fused.RANK, fused.BACKWARD):
+    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 200)  # two rows for k = 3
+    for launch in (fused.FORWARD, pairs.RANK):
+        monkeypatch.setitem(launch, "LANES", 8)
+        monkeypatch.setitem(launch, "UNROLL", 2)
+        monkeypatch.setitem(launch, "SEGMENT", 256)
+    for launch in (gradient.BACKWARD, best.MAXIMA):
         monkeypatch.setitem(launch, "BLOCK_V", 128)

@@ -63,7 +63,13 @@ def test_another_cpu_or_a_no_compiles_nothing(capability, wanted, monkeypatch):
 @pytest.mark.usefixtures("fresh")
 def test_a_cpu_without_the_micro_kernels_is_told_and_scored_by_pytorch(monkeypatch, caplog):
     caplog.set_level("INFO", logger="sharpen_kernels")
-    monkeypatch.setattr(_cpu_library.Library, "could_run", lambda self: False)
+    opened = _cpu_library.Library.__init__
+
+    def elsewhere(library, path):
+        opened(library, path)
+        library.could_run = False
+
+    monkeypatch.setattr(_cpu_library.Library, "__init__", elsewhere)
     problem = head_problem(3, 70, 8)
     assert_matches_fp64(problem)
     values(problem)

@@ -9,13 +9,31 @@ from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.linear_logprob import linear_logprob_reference
-from sharpen_kernels.stats import NAMES
+from sharpen_kernels.stats import DIFFERENTIABLE, NAMES
 
 needs_library = pytest.mark.skipif(
     INTERPRETED or _cpu_library.load() is None,
     reason="the C++ kernel is not used here: no compiler, no AVX-512, or Triton's interpreter",
 )
-DTYPES = [torch.float32, torch.bfloat16]
+PRODUCTS = [
+    ("AMX", torch.float32),
+    ("AMX", torch.bfloat16),
+    ("AMX", torch.float16),
+    ("oneDNN", torch.float32),
+    ("oneDNN", torch.bfloat16),
+]
+
+
+@pytest.fixture(params=PRODUCTS, ids=lambda p: f"{p[0]}-{p[1]}")
+def dtype(request, monkeypatch):
+    """Each dtype, multiplied by each kind of product that takes it."""
+    kind, dtype = request.param
+    library = _cpu_library.load()
+    assert library is not None
+    if kind == "AMX" and not library.amx:
+        pytest.skip("no matrix units in this CPU")
+    monkeypatch.setattr(library, "amx", kind == "AMX")
+    return dtype
 
 
 def same(got, want):
@@ -23,13 +41,11 @@ def same(got, want):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_accurate_as_torch_on_a_large_vocabulary(dtype):
     assert_matches_fp64(head_problem(70, 20_000, 48, dtype=dtype, bias=True))
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # several chunks of the depth, ragged ones, several blocks of the depth
 @pytest.mark.parametrize("D", [600, 257, 1057])
 def test_waves_passes_and_chunks(dtype, D, small_segments):
@@ -37,7 +53,23 @@ def test_waves_passes_and_chunks(dtype, D, small_segments):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_than_one_task_of_backward_adds_up(dtype):
+    problem = head_problem(1100, 130, 24, dtype=dtype, bias=True)
+    problem["target"][100:300] = -100  # whole blocks of rows that no gradient reaches
+    got = assert_matches_fp64(problem, DIFFERENTIABLE)
+    assert (got["dhidden"][100:300] == 0).all()
+
+
+@needs_library
+def test_ignored_row_of_nan_leaves_gradients_clean(dtype):
+    problem = head_problem(70, 130, 24, dtype=dtype, bias=True)
+    problem["target"][::3] = -100
+    want = values_and_gradients(linear_logprob, problem)
+    problem["hidden"][::3] = float("nan")
+    assert same(values_and_gradients(linear_logprob, problem), want)
+
+
+@needs_library
 @pytest.mark.parametrize(
     "options",
     [
@@ -62,7 +94,6 @@ def test_options_and_a_mask_over_pairs_of_few_rows(dtype, options):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [5, 300, 1500])
 def test_ties_of_whole_numbers(dtype, V):
     # exact in any precision, and hundreds of columns share a value; a row with many pairs
@@ -82,7 +113,6 @@ def test_ties_of_whole_numbers(dtype, V):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("small_segments")
 def test_segments_far_apart(dtype):
     problem = head_problem(9, 400, 16, dtype=dtype, bias=True)
@@ -92,7 +122,6 @@ def test_segments_far_apart(dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [15, 300, 1100])
 def test_same_bits_with_any_number_of_threads(dtype, D):
     problem = head_problem(150, 1500, D, dtype=dtype, bias=True)
@@ -106,7 +135,6 @@ def test_same_bits_with_any_number_of_threads(dtype, D):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_near_certain_row_has_a_clean_gradient(dtype):
     # p of the target is all but 1: the gradient is 1 - p, which only the same logits can give
     problem = head_problem(64, 300, 32, dtype=dtype)
@@ -132,7 +160,6 @@ def test_bf16_gradient_that_cancels(large):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_from_strided_rows(dtype):
     problem = head_problem(70, 300, 40, dtype=dtype)
     want = values(problem)
@@ -143,8 +170,7 @@ def test_same_bits_from_strided_rows(dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["PARTIALS_BYTES", "MIN_CHUNK"])
+@pytest.mark.parametrize("name", ["PARTIALS_BYTES", "HIDDEN_BYTES", "MIN_CHUNK"])
 def test_same_bits_in_any_passes_and_chunks_of_rows(dtype, name, monkeypatch):
     problem = head_problem(300, 700, 40, dtype=dtype)
     want = values(problem)
@@ -170,7 +196,7 @@ def test_takes_what_it_multiplies_as_it_is(monkeypatch):
     assert takes(x, w)
     assert takes(x.bfloat16(), w.bfloat16())
     assert takes(x[:, :4], w[::2, :4])
-    assert not takes(x.half(), w.half())
+    assert takes(x.half(), w.half()) == _cpu_library.load().amx
     assert not takes(x.double(), w.double())
     assert not takes(x.bfloat16(), w)
     assert not takes(x, torch.zeros(8, 9).T)

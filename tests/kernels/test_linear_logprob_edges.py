@@ -61,6 +61,18 @@ def test_fully_masked_row_has_no_distribution(by, device):
         assert all(has_nothing(got[name])), name
 
 
+def test_a_softcap_caps_a_bias_of_minus_infinity_and_a_mask_masks(device):
+    problem = head_problem(2, 50, 8, device=device, bias=True)
+    problem["bias"][7] = -INF
+    finite = problem | {"bias": problem["bias"].clamp(min=-1e30)}
+    mask = torch.arange(50, device=device) != 9
+    for options in ({}, {"vocab_mask": mask}):
+        got = values(problem, softcap=3.0, **options)
+        want = values(finite, softcap=3.0, **options)
+        assert torch.equal(got["self_certainty"], want["self_certainty"])
+        assert got["entropy"].isfinite().all()
+
+
 def test_padded_vocabulary_is_never_read(device):
     problem = head_problem(5, 200, 16, device=device, bias=True)
     problem["weight"][150:] = NAN
@@ -203,6 +215,18 @@ def test_strides(name, layout, device):
     got = values_and_gradients(linear_logprob, problem)
     for key, value in got.items():
         torch.testing.assert_close(value, want[key], msg=key)
+
+
+@pytest.mark.parametrize("S", [None, 9])
+def test_strided_targets_and_rows(S, device):
+    problem = head_problem(6, 90, 10, S=S, device=device)
+    want = values_and_gradients(linear_logprob, problem)
+    for name in ("target", "rows"):
+        if problem[name] is not None:
+            problem[name] = problem[name].repeat_interleave(2)[::2]
+    got = values_and_gradients(linear_logprob, problem)
+    for name, x in got.items():
+        assert torch.equal(x, want[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

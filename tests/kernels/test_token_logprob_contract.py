@@ -8,6 +8,9 @@ from logit_oracle import DIFFERENTIABLE, logit_problem, values
 from sharpen_kernels import _token_logprob_torch as blocked
 from sharpen_kernels import token_logprob
 from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._logits import Read
+from sharpen_kernels._pairs import Pairs
+from sharpen_kernels._rows import finish
 from sharpen_kernels.stats import NAMES, Wanted
 
 OP = torch.ops.sharpen.token_logprob
@@ -33,16 +36,17 @@ def test_gradcheck(stat, options):
 
 
 @pytest.mark.parametrize("S", [None, 6])
-@pytest.mark.parametrize("stats", ["logprob,entropy,is_greedy", "lse,top1", "top1"])
+@pytest.mark.parametrize("stats", ["logprob,entropy,is_greedy", "lse,top1,topk_id", "topk,rank"])
 def test_opcheck(S, stats, device):
     problem = logit_problem(4, 50, S=S, device=device)
     logits, target, rows = problem["logits"], problem["target"], problem["rows"]
     mask = torch.arange(50, device=device) != 9
-    options = (0.7, 9.0, 48, -100, stats)
+    options = (0.7, 9.0, 48, -100)
     leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(OP, (leaf, target, rows, mask, *options))
-    found, _, state = OP(logits, target, rows, mask, *options)
-    bwd = (torch.ones_like(found), state, logits, target, rows, mask, *options)
+    torch.library.opcheck(OP, (leaf, target, rows, mask, *options, stats, 3.0, 2))
+    found, *_, state = OP(logits, target, rows, mask, *options, stats, 3.0, 2)
+    numbers = ",".join(Wanted(tuple(stats.split(","))).numbers)
+    bwd = (torch.ones_like(found), state, logits, target, rows, mask, *options, numbers)
     torch.library.opcheck(torch.ops.sharpen.token_logprob_bwd, bwd)
 
 
@@ -86,13 +90,13 @@ def test_each_device_takes_its_own_route(device, monkeypatch):
 def test_cpu_workspace_is_bounded(dtype):
     R, V = 300, 40_000  # 46 MiB in fp32
     logits = torch.zeros(R, V, dtype=dtype)
-    pairs = blocked.Pairs.of(torch.zeros(R, dtype=torch.int64), None, R)
-    read = blocked.Read(1.0, None, V, None)
+    pairs = Pairs.of(torch.zeros(R, dtype=torch.int64), None, R)
+    read = Read(1.0, None, V, None)
 
     def forward():
         return blocked.forward(logits, read, pairs, Wanted(NAMES))
 
-    state = forward()[0].state()
+    state = finish(forward()[0]).state()
     grads = torch.ones(4, R)
 
     def backward():
@@ -120,7 +124,9 @@ BAD = [
     ({"vocab_size": 5}, ValueError, r"`vocab_size` must be in 1\.\.4, the columns .* got 5"),
     ({"vocab_size": 0}, ValueError, r"`vocab_size` must be in 1\.\.4, .* got 0"),
     ({"stats": "logprob"}, ValueError, r"`stats` must be a tuple of names .* got 'logprob'"),
-    ({"stats": ("perplexity",)}, ValueError, r"`stats` must .* 'sum_p2', 'top1', 'margin', 'rank'"),
+    ({"stats": ("perplexity",)}, ValueError, r"`stats` must .* 'top1', 'margin', 'rank', 'topk'"),
+    ({"renyi_order": 0.0}, ValueError, r"`renyi_order` must be finite and above 0, got 0.0"),
+    ({"k": 33}, ValueError, r"`k` must be in 1..32, got 33; for more, sort"),
     ({"stats": ()}, ValueError, r"`stats` must be a tuple of names"),
 ]
 

@@ -46,7 +46,9 @@ struct BestColumns {
 
   // Those of another list that belong here.
   void take(const BestColumns& other) const {
-    for (int64_t i = 0; i < k && other.value[i] > -INF; ++i) insert(other.value[i], other.column[i]);
+    for (int64_t i = 0; i < k && other.value[i] > -INF; ++i) {
+      insert(other.value[i], other.column[i]);
+    }
   }
 
  private:

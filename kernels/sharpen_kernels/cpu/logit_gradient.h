@@ -65,36 +65,4 @@ inline void row_gradient(float* z, int64_t start, int64_t width, const Inputs& i
   for (const auto& [column, grad] : chosen) z[column] += grad;
 }
 
-// Gradient of the tile's logits as the left factor of products: T itself or the sum of two.
-template <typename T>
-struct Factor {
-  T* high;
-  T* low;  // null for fp32
-
-  void store(int64_t at, __m512 x) const {
-    if constexpr (sizeof(T) == 4) {
-      _mm512_storeu_ps(high + at, x);
-    } else {
-      const __m512i top = bf16_bits(x);
-      const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
-      store_bits(high + at, top);
-      store_bits(low + at, bf16_bits(rest));
-    }
-  }
-
- private:
-  // Rounded to nearest even; NaN stays NaN.
-  static __m512i bf16_bits(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
-  }
-  static void store_bits(T* out, __m512i bits) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
-  }
-};
-
 }  // namespace sharpen

@@ -28,7 +28,9 @@ struct Wide {
     return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)};
   }
   // 0 where b is 0
-  friend Wide operator/(const Wide& a, const Wide& b) { return {over(a.low, b.low), over(a.high, b.high)}; }
+  friend Wide operator/(const Wide& a, const Wide& b) {
+    return {over(a.low, b.low), over(a.high, b.high)};
+  }
   Wide at_least_zero() const {
     // max returns its second operand where the first is NaN
     return {_mm512_max_pd(_mm512_setzero_pd(), low), _mm512_max_pd(_mm512_setzero_pd(), high)};

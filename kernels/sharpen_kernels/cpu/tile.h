@@ -1,9 +1,10 @@
-// A tile of logits: the weight packed for oneDNN's micro-kernel, the product, and what follows it.
+// What both passes and both kinds of product share: inputs, threads, and what follows a product.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <immintrin.h>
 
 #include <algorithm>
@@ -15,14 +16,10 @@
 namespace sharpen {
 
 constexpr int LANES = 16;  // of fp32 in a register
-// Columns of one product: the micro-kernel reads a panel of the packed weight as one stream.
+// Columns of a packed weight are a whole number of panels.
 constexpr int64_t PANEL = 64;
 // Rows of one product, always: a row meets the same instructions in any batch.
 constexpr int64_t BLOCK = 64;
-// Depth of one product, a multiple of 2: its factors stay in the core's cache. In fp32 the blocks'
-// sums are added up apart, which halves the error of one long chain.
-template <typename T>
-constexpr int64_t DEPTH_BLOCK = sizeof(T) == 2 ? 1024 : 256;
 
 // What both passes read; strides in elements, columns beside each other.
 struct Inputs {
@@ -52,22 +49,17 @@ inline char* take(char** memory, int64_t bytes) {
   return start;
 }
 
-// `run(thread, task)` for every task, each once, in any order, as threads come free.
-template <typename T, typename Run>
+// `run(thread, task)` for every task, each once, in any order, as threads come free; a `Session`
+// lasts as long as a thread has tasks.
+template <typename Session, typename Run>
 void share_out(int64_t threads, int64_t tasks, const Run& run) {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> thread{0};
   at::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
+    const Session session;
     const int64_t mine = thread++;
     for (int64_t i = next++; i < tasks; i = next++) run(mine, i);
-    at::native::cpublas::brgemm_release(sizeof(T) == 2);
   });
-}
-
-// Depth of packed rows: the dot-product units take bf16 in pairs.
-template <typename T>
-int64_t padded_depth(int64_t depth) {
-  return sizeof(T) == 2 ? (depth + 1) / 2 * 2 : depth;
 }
 
 // Transpose 16 x 16 words of 32 bits.
@@ -107,64 +99,6 @@ inline __m512i load_words(const at::BFloat16* row, int64_t d, int64_t depth) {
   const auto n = static_cast<uint32_t>(std::min<int64_t>(depth - d, 32));
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), row + d);
 }
-
-// Rows [width, depth] of the weight as panels [depth, PANEL], bf16 in pairs [depth / 2, PANEL, 2];
-// zeros behind the last column.
-template <typename T>
-void pack(const T* weight, int64_t stride, int64_t width, int64_t depth, T* out) {
-  constexpr int64_t WORD = 4 / sizeof(T);  // elements
-  const int64_t words = padded_depth<T>(depth) / WORD;
-  for (int64_t v = 0; v < width; v += 16) {
-    auto* panel = reinterpret_cast<int32_t*>(out) + v / PANEL * PANEL * words + v % PANEL;
-    for (int64_t k = 0; k < words; k += 16) {
-      __m512i x[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        x[i] = v + i < width ? load_words(weight + (v + i) * stride, k * WORD, depth)
-                             : _mm512_setzero_si512();
-      }
-      transpose(x);
-      const int64_t n = std::min<int64_t>(16, words - k);
-      for (int64_t i = 0; i < n; ++i) _mm512_storeu_si512(panel + (k + i) * PANEL, x[i]);
-    }
-  }
-  for (int64_t v = (width + 15) / 16 * 16; v % PANEL != 0; v += 16) {
-    auto* panel = reinterpret_cast<int32_t*>(out) + v / PANEL * PANEL * words + v % PANEL;
-    for (int64_t k = 0; k < words; ++k) _mm512_storeu_si512(panel + k * PANEL, _mm512_setzero_si512());
-  }
-}
-
-// `width` columns of the weight times one block of rows: logits in the tile, rows `stride` apart.
-// Rows from `n_rows` on, and those not `active` (null: all are), are taken as zeros.
-template <typename T>
-struct Product {
-  const Inputs& in;
-  T* block;  // memory for a block of rows
-
-  void run(const T* packed, int64_t row, int64_t n_rows, const uint8_t* active, int64_t width,
-           float* tile, int64_t tile_stride) const {
-    const int64_t depth = padded_depth<T>(in.depth);
-    const T* x = static_cast<const T*>(in.hidden) + row * in.hidden_stride;
-    int64_t stride = in.hidden_stride;
-    const bool all = active == nullptr || std::memchr(active, 0, n_rows) == nullptr;
-    if (n_rows < BLOCK || depth != in.depth || !all) {
-      std::memset(static_cast<void*>(block), 0, BLOCK * depth * sizeof(T));
-      for (int64_t r = 0; r < n_rows; ++r) {
-        if (active != nullptr && active[r] == 0) continue;
-        std::memcpy(static_cast<void*>(block + r * depth), x + r * stride, in.depth * sizeof(T));
-      }
-      x = block;
-      stride = depth;
-    }
-    for (int64_t d = 0; d < depth; d += DEPTH_BLOCK<T>) {
-      const int64_t deep = std::min(DEPTH_BLOCK<T>, depth - d);
-      for (int64_t v = 0; v < width; v += PANEL) {
-        const int64_t wide = std::min(PANEL, round_up(width - v, LANES));
-        at::native::cpublas::brgemm(BLOCK, wide, deep, stride, PANEL, tile_stride, d > 0, x + d,
-                                    packed + v * depth + d * PANEL, tile + v, sizeof(T) == 2);
-      }
-    }
-  }
-};
 
 // softcap(u + bias) / temperature with softcap(u) = c tanh(u / c), then -inf where the mask is 0.
 struct LogitMap {
