@@ -19,7 +19,6 @@ from torch import Tensor
 from ._tree_attention_plan import Rule
 from ._tree_attention_tiles import LAUNCH, padded
 from ._tree_attention_triton import (
-    LOG2_E,
     _finite,
     _logits,
     _seen,
@@ -37,7 +36,7 @@ def _delta_kernel(
     dout_ptr,  # in  [H, T, KV]
     out_ptr,  # in  [H, T, KV]
     lse_ptr,  # in  [H, T] fp32, nats
-    state_ptr,  # out [2, H, T] fp32: lse to base 2, delta
+    state_ptr,  # out [2, H, T] fp32: lse, delta
     stride_dh,
     stride_dt,
     stride_oh,
@@ -58,7 +57,7 @@ def _delta_kernel(
     at = rows.to(tl.int64)
     lse = tl.load(lse_ptr + head * stride_lh + at * stride_lt, mask=mask, other=0.0)
     state_ptr += head * T
-    tl.store(state_ptr + at, lse * LOG2_E, mask=mask)
+    tl.store(state_ptr + at, lse, mask=mask)
     step = tl.num_programs(1).to(tl.int64) * T
     tl.store(state_ptr + step + at, delta, mask=mask)
 
@@ -132,7 +131,7 @@ def _dq_kernel(
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-        p = tl.exp2(z * LOG2_E - lse[:, None])
+        p = tl.exp(z - lse[:, None])
         dz = p * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dz *= _slope(z, softcap, HAS_SOFTCAP)
         acc = tl.dot(dz.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -144,7 +143,7 @@ def _dq_kernel(
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-        p = tl.exp2(z * LOG2_E - lse[:, None])
+        p = tl.exp(z - lse[:, None])
         dz = p * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dz *= _slope(z, softcap, HAS_SOFTCAP)
         dz = tl.where(_seen(rows, cols, end_ptr, position_ptr, T, window, HAS_WINDOW), dz, 0.0)
@@ -224,7 +223,7 @@ def _dkv_kernel(
             lse = tl.load(head_state + rows)
             delta = tl.load(head_state + step + rows)
             z = _logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_K, BLOCK_Q]
-            p = tl.exp2(z * LOG2_E - lse[None, :])
+            p = tl.exp(z - lse[None, :])
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
             dz = p * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - delta[None, :])
             dz *= _slope(z, softcap, HAS_SOFTCAP)
@@ -239,7 +238,7 @@ def _dkv_kernel(
             seen = _seen(rows, cols, end_ptr, position_ptr, T, window, HAS_WINDOW)
             seen = tl.trans(seen.to(tl.int32)) != 0
             z = _logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
-            p = tl.exp2(z * LOG2_E - lse[None, :])
+            p = tl.exp(z - lse[None, :])
             # a query that is not finite makes nan of the keys it sees, and 0 x nan of no other
             clean = _finite(q) & _finite(dy)
             p = tl.where(clean[None, :], p, float("nan"))

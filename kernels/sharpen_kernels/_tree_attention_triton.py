@@ -3,8 +3,7 @@
     z = scale * q . k (capped),    out = sum_j exp(z_j - lse) v_j
 
 Forward walks a tile's list (`_tree_attention_tiles`), first the tiles that need no mask, then the
-others; a sink is the softmax's first logit.  Exponentials and `lse` inside are to base 2, `lse` in
-memory is in nats.
+others; a sink is the softmax's first logit.
 
 H query heads, Hkv key heads, T tokens, K and KV head sizes.  Accumulates in fp32.  No atomics and
 no split sums: the bits of a tree whose first token is at a multiple of 128 depend on nothing else
@@ -21,9 +20,6 @@ from torch import Tensor
 from ._linear_logprob_fused import _tanh
 from ._tree_attention_plan import Rule
 from ._tree_attention_tiles import lists_of, padded, tiling_of
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -111,7 +107,7 @@ def _fwd_kernel(
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = _tile(q_ptr + head * stride_qh, rows, stride_qt, T, K, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
         top = tl.zeros([BLOCK_Q], tl.float32) + sink
         mass = tl.full([BLOCK_Q], 1.0, tl.float32)
     else:
@@ -124,10 +120,10 @@ def _fwd_kernel(
     for i in range(0, n_free):
         cols = tl.load(others_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
-        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION) * LOG2_E
+        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         new_top = tl.maximum(top, tl.max(z, axis=1))
-        p = tl.exp2(z - new_top[:, None])
-        fade = tl.exp2(top - new_top)
+        p = tl.exp(z - new_top[:, None])
+        fade = tl.exp(top - new_top)
         mass = mass * fade + tl.sum(p, axis=1)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
@@ -141,22 +137,22 @@ def _fwd_kernel(
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         clean = _finite(v)
         v = tl.where(clean[:, None], v, 0.0).to(v.dtype)
-        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION) * LOG2_E
+        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         z = tl.where(clean[None, :], z, float("nan"))
         seen = _seen(rows, cols, end_ptr, position_ptr, T, window, HAS_WINDOW)
         z = tl.where(seen, z, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, axis=1))
         # a query may have met no key yet: shift by 0 there, or -inf - -inf is nan
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(z - shift[:, None])
-        fade = tl.exp2(top - shift)
+        p = tl.exp(z - shift[:, None])
+        fade = tl.exp(top - shift)
         mass = mass * fade + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
 
     mask = rows < T
     lse_at = lse_ptr + head * stride_lh + rows.to(tl.int64) * stride_lt
-    tl.store(lse_at, (top + tl.log2(mass)) * LN_2, mask=mask)
+    tl.store(lse_at, top + tl.log(mass), mask=mask)
     offs = tl.arange(0, BLOCK_DV)
     out_at = out_ptr + head * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + offs[None, :]
     out = (acc / mass[:, None]).to(out_ptr.dtype.element_ty)
