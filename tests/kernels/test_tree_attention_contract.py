@@ -1,6 +1,7 @@
 """What `tree_attention` promises beyond its values: bits, leaks, layouts, errors, routes."""
 
 import importlib
+import mmap
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_unrelated_trees_change_nothing(options, device):
     out = tree_attention(**wider, **options)[:, place]
     grads = torch.autograd.grad(out, leaves, weight)
     # the trees before have 128 tokens: what a kernel needs to promise the same bits
-    exact = EXACT if op._route(problem["q"], "auto") == "triton" else {}
+    exact = EXACT if INTERPRETED or device == "cuda" else {}
     torch.testing.assert_close(out.detach(), want["out"], **exact)
     for name, grad in zip("qkv", grads, strict=True):
         torch.testing.assert_close(grad[:, place], want[f"d{name}"], **exact)
@@ -134,8 +135,7 @@ def test_custom_op_contract(sinks, device):
     problem = attention_problem(tree, device=device, sinks=sinks)
     leaves = [problem[name].requires_grad_() for name in "qkv"]
     sink = problem["sinks"].requires_grad_() if sinks else None
-    route = op._route(problem["q"], "auto")
-    args = (*leaves, sink, tree.end, tree.position, tree.table, 0.25, None, 7, route)
+    args = (*leaves, sink, tree.end, tree.position, tree.table, 0.25, None, 7, "auto")
     torch.library.opcheck(torch.ops.sharpen.tree_attention, args)
 
 
@@ -159,18 +159,25 @@ def test_second_derivative_is_refused(device):
         dq.sum().backward()
 
 
-def test_route_is_chosen_by_device_and_argument(device, monkeypatch):
+def test_route_is_chosen_by_device_and_argument(device):
     q = torch.zeros(1, 1, 16, device=device)
-    kernel = INTERPRETED or device == "cuda"
-    assert op._route(q, "auto") == ("triton" if kernel else "cascade")
-    assert op._route(q, "cascade") == "cascade"
-    assert op._route(q.double(), "auto") == "cascade"
-    monkeypatch.setenv("SHARPEN_TREE_ATTENTION", "flex")
-    assert op._route(q, "auto") == ("flex" if device == "cuda" else op._route(q, "auto"))
-    with pytest.raises(ValueError, match=r'`implementation` "triton" wants .* got torch.float64'):
-        op._route(q.double(), "triton")
+
+    def module(name, x=q):
+        return op._module(name, x).__name__.rpartition("_")[2]
+
+    assert module("auto") == ("triton" if INTERPRETED or device == "cuda" else "cpu")
+    assert module("cascade") == module("auto", q.double()) == "cpu"
+    with pytest.raises(ValueError, match=r'"triton" wants .* got torch.float64 on'):
+        module("triton", q.double())
     with pytest.raises(ValueError, match=r"`implementation` must be one of .*, got 'fast'"):
-        op._route(q, "fast")
+        tree_attention(q, q, q, Tree.chain([1]).to(device), implementation="fast")
+
+
+def test_environment_names_the_route_of_gpu_tensors(device, monkeypatch):
+    q = torch.zeros(1, 1, 16, device=device)
+    monkeypatch.setenv(op.ENVIRONMENT, "flex")
+    assert op._name(q, "auto") == ("flex" if device == "cuda" else "auto")
+    assert op._name(q, "cascade") == "cascade"
 
 
 @pytest.mark.parametrize(
@@ -197,3 +204,32 @@ def test_errors_name_the_argument_and_the_fix(change, error, message):
     problem = attention_problem(Tree.chain([5])) | change
     with pytest.raises(error, match=message):
         tree_attention(**problem)
+
+
+@pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="offsets are of the Triton kernels"
+)
+def test_offsets_pass_32_bits(device):
+    """Heads 2**31 elements apart, in memory of which only the two ends are ever touched."""
+    problem = attention_problem(
+        tree_of((5, 3, 4)), heads=(2, 2), dtype=torch.float16, device=device
+    )
+    want = values_and_gradients(tree_attention, problem)
+    (H, T, K), far = problem["q"].shape, {}
+    if device == "cuda":
+        room = torch.zeros(2**31 + 3 * T * K, dtype=torch.float16, device=device)
+    else:
+        # MAP_NORESERVE: pages that nothing touches cost no memory, also where none may be promised
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        memory = mmap.mmap(-1, 2 * (2**31 + 3 * T * K), flags=flags)
+        room = torch.frombuffer(memory, dtype=torch.float16)
+    for i, name in enumerate("qkv"):
+        far[name] = room.as_strided((H, T, K), (2**31, K, 1), i * T * K)
+        far[name].copy_(problem[name])
+    leaves = [x.requires_grad_() for x in far.values()]
+    out = tree_attention(*leaves, problem["tree"])
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    assert torch.equal(out, want["out"])
+    grads = torch.autograd.grad(out, leaves, weight)
+    for name, grad in zip("qkv", grads, strict=True):
+        assert torch.equal(grad, want[f"d{name}"])
