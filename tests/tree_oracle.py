@@ -104,6 +104,6 @@ def assert_matches_fp64(problem, fn=tree_attention, *, ulps=1, **options):
         # an ulp of the problem, for sinks of fp32 get theirs from an output in half precision
         ulp = torch.finfo(problem["q"].dtype).eps * max(1.0, truth[name].abs().max().item())
         # backward builds the softmax again out of `lse`, whose rounding eager's softmax never sees
-        floor = ulps * ulp if name == "out" else 4 * ulps * ulp
+        floor = ulps * ulp if name == "out" else 8 * ulps * ulp
         assert_as_accurate(name, x, low[name], truth[name], floor=floor)
     return got

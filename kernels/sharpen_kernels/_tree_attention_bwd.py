@@ -9,14 +9,24 @@ the queries that see them, which lie in [k, end[k]), head by head: every sum has
 H query heads, Hkv key heads, T tokens, K and KV head sizes.  Accumulates in fp32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._tree_attention_plan import Rule
-from ._tree_attention_tiles import lists_of, tiling_of
-from ._tree_attention_triton import LOG2_E, _finite, _logits, _seen, _tile, numbers_of, options_of
+from ._tree_attention_tiles import LAUNCH, padded
+from ._tree_attention_triton import (
+    _finite,
+    _logits,
+    _seen,
+    _tile,
+    grid_of,
+    named,
+    strides,
+)
 
 ROWS = 64  # queries of a program of the first kernel; chosen
 
@@ -26,7 +36,7 @@ def _delta_kernel(
     dout_ptr,  # in  [H, T, KV]
     out_ptr,  # in  [H, T, KV]
     lse_ptr,  # in  [H, T] fp32, nats
-    state_ptr,  # out [2, H, T] fp32: lse to base 2, delta
+    state_ptr,  # out [2, H, T] fp32: lse, delta
     stride_dh,
     stride_dt,
     stride_oh,
@@ -47,7 +57,7 @@ def _delta_kernel(
     at = rows.to(tl.int64)
     lse = tl.load(lse_ptr + head * stride_lh + at * stride_lt, mask=mask, other=0.0)
     state_ptr += head * T
-    tl.store(state_ptr + at, lse * LOG2_E, mask=mask)
+    tl.store(state_ptr + at, lse, mask=mask)
     step = tl.num_programs(1).to(tl.int64) * T
     tl.store(state_ptr + step + at, delta, mask=mask)
 
@@ -72,8 +82,8 @@ def _dq_kernel(
     state_ptr,  # in  [2, H, T] fp32
     end_ptr,  # in  [T] int64
     position_ptr,  # in  [T] int64, read if HAS_WINDOW
-    index_ptr,  # in  [2, tiles of queries, n_k_tiles] int32
-    count_ptr,  # in  [2, tiles of queries] int32
+    others_ptr,  # in  [2, tiles of queries, n_others] int32
+    lengths_ptr,  # in  [2, tiles of queries] int32
     stride_qh,
     stride_qt,
     stride_kh,
@@ -85,7 +95,7 @@ def _dq_kernel(
     stride_xh,  # of dq
     stride_xt,
     T,
-    n_k_tiles,
+    n_others,
     n_groups,
     scale,
     softcap,
@@ -114,26 +124,26 @@ def _dq_kernel(
     delta = tl.load(state_ptr + step + rows, mask=rows < T, other=0.0)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
-    index_ptr += tile.to(tl.int64) * n_k_tiles
-    n_free = tl.load(count_ptr + tile)
+    others_ptr += tile.to(tl.int64) * n_others
+    n_free = tl.load(lengths_ptr + tile)
     for i in range(0, n_free):
-        cols = tl.load(index_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        cols = tl.load(others_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-        p = tl.exp2(z * LOG2_E - lse[:, None])
+        p = tl.exp(z - lse[:, None])
         dz = p * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dz *= _slope(z, softcap, HAS_SOFTCAP)
         acc = tl.dot(dz.to(k.dtype), k, acc, input_precision=PRECISION)
 
-    index_ptr += tl.num_programs(0).to(tl.int64) * n_k_tiles
-    n_masked = tl.load(count_ptr + tl.num_programs(0) + tile)
+    others_ptr += tl.num_programs(0).to(tl.int64) * n_others
+    n_masked = tl.load(lengths_ptr + tl.num_programs(0) + tile)
     for i in range(0, n_masked):
-        cols = tl.load(index_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        cols = tl.load(others_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-        p = tl.exp2(z * LOG2_E - lse[:, None])
+        p = tl.exp(z - lse[:, None])
         dz = p * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dz *= _slope(z, softcap, HAS_SOFTCAP)
         dz = tl.where(_seen(rows, cols, end_ptr, position_ptr, T, window, HAS_WINDOW), dz, 0.0)
@@ -158,8 +168,8 @@ def _dkv_kernel(
     state_ptr,  # in  [2, H, T] fp32
     end_ptr,  # in  [T] int64
     position_ptr,  # in  [T] int64, read if HAS_WINDOW
-    index_ptr,  # in  [2, tiles of keys, n_q_tiles] int32
-    count_ptr,  # in  [2, tiles of keys] int32
+    others_ptr,  # in  [2, tiles of keys, n_others] int32
+    lengths_ptr,  # in  [2, tiles of keys] int32
     stride_qh,
     stride_qt,
     stride_kh,
@@ -173,7 +183,7 @@ def _dkv_kernel(
     stride_yh,  # of dv
     stride_yt,
     T,
-    n_q_tiles,
+    n_others,
     n_groups,
     scale,
     softcap,
@@ -195,10 +205,10 @@ def _dkv_kernel(
     v = _tile(v_ptr + group * stride_vh, cols, stride_vt, T, KV, BLOCK_DV)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
-    free_ptr = index_ptr + tile.to(tl.int64) * n_q_tiles
-    masked_ptr = free_ptr + tl.num_programs(0).to(tl.int64) * n_q_tiles
-    n_free = tl.load(count_ptr + tile)
-    n_masked = tl.load(count_ptr + tl.num_programs(0) + tile)
+    free_ptr = others_ptr + tile.to(tl.int64) * n_others
+    masked_ptr = free_ptr + tl.num_programs(0).to(tl.int64) * n_others
+    n_free = tl.load(lengths_ptr + tile)
+    n_masked = tl.load(lengths_ptr + tl.num_programs(0) + tile)
     step = tl.num_programs(1).to(tl.int64) * n_groups * T
 
     for member in range(0, n_groups):
@@ -213,7 +223,7 @@ def _dkv_kernel(
             lse = tl.load(head_state + rows)
             delta = tl.load(head_state + step + rows)
             z = _logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_K, BLOCK_Q]
-            p = tl.exp2(z * LOG2_E - lse[None, :])
+            p = tl.exp(z - lse[None, :])
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
             dz = p * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - delta[None, :])
             dz *= _slope(z, softcap, HAS_SOFTCAP)
@@ -228,7 +238,7 @@ def _dkv_kernel(
             seen = _seen(rows, cols, end_ptr, position_ptr, T, window, HAS_WINDOW)
             seen = tl.trans(seen.to(tl.int32)) != 0
             z = _logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION)
-            p = tl.exp2(z * LOG2_E - lse[None, :])
+            p = tl.exp(z - lse[None, :])
             # a query that is not finite makes nan of the keys it sees, and 0 x nan of no other
             clean = _finite(q) & _finite(dy)
             p = tl.where(clean[None, :], p, float("nan"))
@@ -256,36 +266,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sinks; `saved` are q, k, v, output and log-sum-exp; T above 0."""
     q, k, v, out, lse = saved
-    H, T, _ = q.shape
-    n_groups = H // k.shape[0]
+    (H, T, _), Hkv = q.shape, k.shape[0]
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dq, dk, dv = (x.new_empty((T, x.shape[0], x.shape[2])).transpose(0, 1) for x in (q, k, v))
     state = q.new_empty((2, H, T), dtype=torch.float32)
-    named = options_of(q, v, rule)
-    widths = {name: named[name] for name in ("KV", "BLOCK_DV", "enable_fp_fusion")}
-    numbers = n_groups, *numbers_of(rule)
-    with torch.cuda.device_of(q):
-        _delta_kernel[(triton.cdiv(T, ROWS), H)](
-            dout, out, lse, state, *_strides(dout, out, lse), T, ROWS=ROWS, **widths,
-        )  # fmt: skip
-        for kernel, name, grads, n_heads in (
-            (_dq_kernel, "dq", (dq,), H),
-            (_dkv_kernel, "dkv", (dk, dv), k.shape[0]),
-        ):
-            tiling = tiling_of(name, q, v)
-            lists = lists_of(rule.end, rule.position, rule.window, tiling, name == "dq")
-            kernel[(lists.count.shape[1], n_heads)](
-                q, k, v, dout, *grads, state, rule.end, rule.position, *lists,
-                *_strides(q, k, v, dout, *grads), T, lists.index.shape[2], *numbers,
-                **named, **tiling._asdict(),
-            )  # fmt: skip
+    tensors: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout}
+    tensors |= {"state_ptr": state} | strides(q=q, k=k, v=v, d=dout)
+    widths: dict[str, Any] = {"KV": v.shape[2], "BLOCK_DV": padded(v.shape[2]), "ROWS": ROWS}
+    with torch.cuda.device_of(q):  # Triton launches on the current device, not the tensor's
+        _delta_kernel[(-(-T // ROWS), H)](
+            dout, out, lse, state, T=T, **strides(d=dout, o=out, l=lse), **widths, **LAUNCH
+        )
+        options: dict[str, Any] = tensors | named(q, v, rule, "dq", H // Hkv) | strides(x=dq)
+        _dq_kernel[grid_of(options, H)](dq_ptr=dq, **options)
+        options = tensors | named(q, v, rule, "dkv", H // Hkv) | strides(x=dk, y=dv)
+        _dkv_kernel[grid_of(options, Hkv)](dk_ptr=dk, dv_ptr=dv, **options)
     dsinks = None
     if sinks is not None:
         mass = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
         dsinks = -(mass * state[1]).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Over heads and over tokens, of each."""
-    return [stride for x in tensors for stride in x.stride()[:2]]

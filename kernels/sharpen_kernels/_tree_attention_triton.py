@@ -3,8 +3,7 @@
     z = scale * q . k (capped),    out = sum_j exp(z_j - lse) v_j
 
 Forward walks a tile's list (`_tree_attention_tiles`), first the tiles that need no mask, then the
-others; a sink is the softmax's first logit.  Exponentials and `lse` inside are to base 2, `lse` in
-memory is in nats.
+others; a sink is the softmax's first logit.
 
 H query heads, Hkv key heads, T tokens, K and KV head sizes.  Accumulates in fp32.  No atomics and
 no split sums: the bits of a tree whose first token is at a multiple of 128 depend on nothing else
@@ -21,9 +20,6 @@ from torch import Tensor
 from ._linear_logprob_fused import _tanh
 from ._tree_attention_plan import Rule
 from ._tree_attention_tiles import lists_of, padded, tiling_of
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -74,8 +70,8 @@ def _fwd_kernel(
     lse_ptr,  # out [H, T] fp32, nats
     end_ptr,  # in  [T] int64
     position_ptr,  # in  [T] int64, read if HAS_WINDOW
-    index_ptr,  # in  [2, tiles of queries, n_k_tiles] int32
-    count_ptr,  # in  [2, tiles of queries] int32
+    others_ptr,  # in  [2, tiles of queries, n_others] int32
+    lengths_ptr,  # in  [2, tiles of queries] int32
     stride_qh,
     stride_qt,
     stride_kh,
@@ -87,7 +83,7 @@ def _fwd_kernel(
     stride_lh,
     stride_lt,
     T,
-    n_k_tiles,
+    n_others,
     n_groups,  # query heads a key head
     scale,
     softcap,
@@ -111,7 +107,7 @@ def _fwd_kernel(
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = _tile(q_ptr + head * stride_qh, rows, stride_qt, T, K, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
         top = tl.zeros([BLOCK_Q], tl.float32) + sink
         mass = tl.full([BLOCK_Q], 1.0, tl.float32)
     else:
@@ -119,68 +115,89 @@ def _fwd_kernel(
         mass = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
 
-    index_ptr += tile.to(tl.int64) * n_k_tiles
-    n_free = tl.load(count_ptr + tile)
+    others_ptr += tile.to(tl.int64) * n_others
+    n_free = tl.load(lengths_ptr + tile)
     for i in range(0, n_free):
-        cols = tl.load(index_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        cols = tl.load(others_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
-        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION) * LOG2_E
+        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         new_top = tl.maximum(top, tl.max(z, axis=1))
-        p = tl.exp2(z - new_top[:, None])
-        fade = tl.exp2(top - new_top)
+        p = tl.exp(z - new_top[:, None])
+        fade = tl.exp(top - new_top)
         mass = mass * fade + tl.sum(p, axis=1)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
 
-    index_ptr += tl.num_programs(0).to(tl.int64) * n_k_tiles
-    n_masked = tl.load(count_ptr + tl.num_programs(0) + tile)
+    others_ptr += tl.num_programs(0).to(tl.int64) * n_others
+    n_masked = tl.load(lengths_ptr + tl.num_programs(0) + tile)
     for i in range(0, n_masked):
-        cols = tl.load(index_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        cols = tl.load(others_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         k = _tile(k_ptr, cols, stride_kt, T, K, BLOCK_D)
         v = _tile(v_ptr, cols, stride_vt, T, KV, BLOCK_DV)
         clean = _finite(v)
         v = tl.where(clean[:, None], v, 0.0).to(v.dtype)
-        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION) * LOG2_E
+        z = _logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         z = tl.where(clean[None, :], z, float("nan"))
         seen = _seen(rows, cols, end_ptr, position_ptr, T, window, HAS_WINDOW)
         z = tl.where(seen, z, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, axis=1))
         # a query may have met no key yet: shift by 0 there, or -inf - -inf is nan
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(z - shift[:, None])
-        fade = tl.exp2(top - shift)
+        p = tl.exp(z - shift[:, None])
+        fade = tl.exp(top - shift)
         mass = mass * fade + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
 
     mask = rows < T
     lse_at = lse_ptr + head * stride_lh + rows.to(tl.int64) * stride_lt
-    tl.store(lse_at, (top + tl.log2(mass)) * LN_2, mask=mask)
+    tl.store(lse_at, top + tl.log(mass), mask=mask)
     offs = tl.arange(0, BLOCK_DV)
     out_at = out_ptr + head * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + offs[None, :]
     out = (acc / mass[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_at, out, mask=mask[:, None] & (offs[None, :] < KV))
 
 
-def options_of(q: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
-    """What every kernel of the op takes by name, but its tiles."""
+def named(q: Tensor, v: Tensor, rule: Rule, kernel: str, n_groups: int) -> dict[str, Any]:
+    """What the kernels of the op take by name: options, numbers, tiles that meet, launch."""
+    tiling = tiling_of(kernel, q, v)
+    lists = lists_of(rule.end, rule.position, rule.window, tiling, of_queries=kernel != "dkv")
     return {
+        "end_ptr": rule.end,
+        "position_ptr": rule.position,
+        "others_ptr": lists.others,
+        "lengths_ptr": lists.lengths,
+        "T": q.shape[1],
+        "n_others": lists.others.shape[2],
+        "n_groups": n_groups,
+        "scale": rule.scale,
+        "softcap": rule.softcap or 0.0,
+        "window": rule.window or 0,
         "K": q.shape[2],
         "KV": v.shape[2],
         "BLOCK_D": padded(q.shape[2]),
         "BLOCK_DV": padded(v.shape[2]),
         "HAS_SOFTCAP": rule.softcap is not None,
         "HAS_WINDOW": rule.window is not None,
-        # products of fp32 in IEEE fp32, and half precision on tensor cores
-        "PRECISION": "ieee",
+        "PRECISION": "ieee",  # no TF32 for fp32; half precision is on tensor cores all the same
         "enable_fp_fusion": True,
+        **tiling._asdict(),
     }
 
 
-def numbers_of(rule: Rule) -> tuple[float, float, int]:
-    """Scale, softcap and window, with stand-ins for those that are not set."""
-    return rule.scale, rule.softcap or 0.0, rule.window or 0
+def strides(**tensors: Tensor) -> dict[str, Any]:
+    """Strides over heads and tokens of each, as the kernels name them."""
+    return {
+        f"stride_{name}{axis}": x.stride(dim)
+        for name, x in tensors.items()
+        for dim, axis in enumerate("ht")
+    }
+
+
+def grid_of(options: dict[str, Any], n_heads: int) -> tuple[int, int]:
+    """A program a tile and head."""
+    return options["lengths_ptr"].shape[1], n_heads
 
 
 def forward(
@@ -189,18 +206,15 @@ def forward(
     """Output [H, T, Kv] in the dtype of q, log-sum-exp [H, T] in fp32; T above 0."""
     del table
     H, T, _ = q.shape
-    tiling = tiling_of("fwd", q, v)
-    lists = lists_of(rule.end, rule.position, rule.window, tiling, of_queries=True)
     out = q.new_empty((T, H, v.shape[2])).transpose(0, 1)
     lse = q.new_empty((T, H), dtype=torch.float32).T
-    strides = (x.stride()[:2] for x in (q, k, v, out, lse))
-    with torch.cuda.device_of(q):  # Triton launches on the current device, not the tensor's
-        _fwd_kernel[(lists.count.shape[1], H)](
-            q, k, v, q if sinks is None else sinks, out, lse, rule.end, rule.position, *lists,
-            *(s for pair in strides for s in pair), T, lists.index.shape[2], H // k.shape[0],
-            *numbers_of(rule), HAS_SINKS=sinks is not None, **options_of(q, v, rule),
-            **tiling._asdict(),
-        )  # fmt: skip
+    options = named(q, v, rule, "fwd", H // k.shape[0])
+    options |= strides(q=q, k=k, v=v, o=out, l=lse)
+    options |= {"sinks_ptr": q if sinks is None else sinks, "HAS_SINKS": sinks is not None}
+    with torch.cuda.device_of(q):
+        _fwd_kernel[grid_of(options, H)](
+            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, **options
+        )
     return out, lse
 
 

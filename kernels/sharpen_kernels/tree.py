@@ -11,10 +11,9 @@ Prompts with their completions, tries of any depth, forests of several trees and
 T packed tokens.  Pure tensors: nothing of transformers, no kernel.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ class Run(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tree:
     """The shape of one packed row.
 
@@ -43,21 +42,22 @@ class Tree:
         end: Where the subtree that the token heads ends: k < end[k] <= T.
         position: Depth of the token in its own sequence, 0 at a root.
         runs: The nodes, in the order of the row; plain integers, on the host.
+        table: `runs` as a tensor [runs, 3] on the CPU, which custom ops can take.
     """
 
     end: Int64[Tensor, " tokens"]
     position: Int64[Tensor, " tokens"]
     runs: tuple[Run, ...]
+    table: Int64[Tensor, "runs 3"] = field(init=False, repr=False)
 
     @property
     def T(self) -> int:  # noqa: N802 a size, as everywhere
         """Packed tokens."""
         return self.end.shape[0]
 
-    @functools.cached_property
-    def table(self) -> Int64[Tensor, "runs 3"]:
-        """`runs` as a tensor on the CPU, which custom ops can take."""
-        return torch.tensor(self.runs, dtype=torch.int64, device="cpu").view(-1, 3)
+    def __post_init__(self):
+        table = torch.tensor(self.runs, dtype=torch.int64, device="cpu").view(-1, 3)
+        object.__setattr__(self, "table", table)
 
     @classmethod
     def of(cls, parent: Int64[Tensor, " tokens"]) -> "Tree":

@@ -26,15 +26,22 @@ from ._tree_attention_plan import Rule
 from .tree import Tree, tree_mask
 
 Implementation = Literal["auto", "cascade", "triton", "flex", "flash"]
+ENVIRONMENT = "SHARPEN_TREE_ATTENTION"
 
 
-def _module(route: str):
-    """The module of a route inside the op; each has the `forward` and `backward` of the cascade."""
-    if route == "triton":
+def _module(name: str, q: Tensor):
+    """The module that computes inside the op; each has the `forward` and `backward` of another."""
+    can_triton = runs_triton(q, q.dtype)
+    if name == "triton" and not can_triton:
+        raise ValueError(
+            '`implementation` "triton" wants Triton and fp16, bf16 or fp32 tensors on a GPU, got '
+            f'{q.dtype} on {q.device}; use "cascade".'
+        )
+    if name == "triton" or (name == "auto" and can_triton):
         from . import _tree_attention_triton as triton_route
 
         return triton_route
-    if route == "flash":
+    if name == "flash":
         from . import _tree_attention_flash as flash_route
 
         return flash_route
@@ -55,13 +62,13 @@ def _tree_attention(
     scale: float,
     softcap: float | None,
     window: int | None,
-    route: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [H, T, Kv] and log-sum-exp [H, T], a token's heads side by side in memory."""
     if q.shape[1] == 0:
         return _empty(q, q.shape[0], v.shape[2]), _empty_lse(q)
     rule = Rule(end, position, scale, softcap, window)
-    return _module(route).forward(q, k, v, sinks, table, rule)
+    return _module(implementation, q).forward(q, k, v, sinks, table, rule)
 
 
 def _empty(like: Tensor, n_heads: int, width: int) -> Tensor:
@@ -93,7 +100,7 @@ def _tree_attention_bwd(
     scale: float,
     softcap: float | None,
     window: int | None,
-    route: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks; the last is empty without sinks."""
     no_sinks = lse.new_empty(0)
@@ -102,7 +109,7 @@ def _tree_attention_bwd(
         return *_empty_grads(q, k, v), dsinks
     rule = Rule(end, position, scale, softcap, window)
     saved = q, k, v, out, lse
-    dq, dk, dv, dsinks = _module(route).backward(dout, saved, sinks, table, rule)
+    dq, dk, dv, dsinks = _module(implementation, q).backward(dout, saved, sinks, table, rule)
     return dq, dk, dv, no_sinks if dsinks is None else dsinks
 
 
@@ -187,35 +194,28 @@ def tree_attention(
     """
     _check_tensors(q, k, v, tree, sinks)
     scale = _check_numbers(q, window, softcap, scale)
-    route = _route(q, implementation)
-    if route == "flex":
+    name = _name(q, implementation)
+    if name == "flex":
         from ._tree_attention_flex import flex_tree_attention
 
         rule = Rule(tree.end, tree.position, scale, softcap, window)
         return flex_tree_attention(q, k, v, sinks, rule)
     out, _ = _tree_attention(
-        q, k, v, sinks, tree.end, tree.position, tree.table, scale, softcap, window, route
+        q, k, v, sinks, tree.end, tree.position, tree.table, scale, softcap, window, name
     )
     return out
 
 
-def _route(q: Tensor, implementation: Implementation) -> str:
-    """What computes, by name."""
+def _name(q: Tensor, implementation: Implementation) -> str:
+    """The implementation that is asked for, by argument or environment."""
     known = get_args(Implementation)
-    name: str = implementation
-    source = "`implementation`"
-    if name == "auto" and q.is_cuda:
-        name, source = os.environ.get("SHARPEN_TREE_ATTENTION", name), "SHARPEN_TREE_ATTENTION"
+    if implementation not in known:
+        raise ValueError(f"`implementation` must be one of {known}, got {implementation!r}.")
+    if implementation != "auto" or not q.is_cuda:
+        return implementation
+    name = os.environ.get(ENVIRONMENT, "auto")
     if name not in known:
-        raise ValueError(f"{source} must be one of {known}, got {name!r}.")
-    can_triton = runs_triton(q, q.dtype)
-    if name == "auto":
-        return "triton" if can_triton else "cascade"
-    if name == "triton" and not can_triton:
-        raise ValueError(
-            f'{source} "triton" wants Triton and fp16, bf16 or fp32 tensors on a GPU, got '
-            f'{q.dtype} on {q.device}; use "cascade".'
-        )
+        raise ValueError(f"The environment's {ENVIRONMENT} must be one of {known}, got {name!r}.")
     return name
 
 

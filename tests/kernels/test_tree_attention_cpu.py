@@ -56,6 +56,13 @@ def test_plan_meets_each_pair_once(tree, window, small):
     check_plan(tree, window, small)
 
 
+@pytest.mark.parametrize("small", [0, 8])
+@pytest.mark.parametrize("window", range(1, 17))
+def test_plan_at_every_edge_of_the_window(window, small):
+    """From a window of the token itself to one that hides nothing: 15 tokens are the deepest."""
+    check_plan(tree_of((5, 3, (4, 6, 2), 4, 4)), window, small)
+
+
 @pytest.mark.parametrize("window", [None, 3, 200])
 @pytest.mark.parametrize("tree", LONG, ids=["tree", "chain"])
 def test_plan_of_runs_longer_than_a_block(tree, window):
