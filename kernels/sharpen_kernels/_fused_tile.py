@@ -23,7 +23,7 @@ def exp(x):
 
 
 @triton.jit
-def _tanh(y):
+def tanh(y):
     # 1 - 2 / (e^2y + 1) cancels near 0: there, the polynomial of Cephes' tanhf
     y2 = y * y
     series = tl.fma(y2, -5.70498872745e-3, 2.06390887954e-2)
@@ -169,7 +169,7 @@ def logits(
         kept = bias != float("-inf")
         z += bias[None, :]
     if HAS_SOFTCAP:
-        z = softcap * _tanh(divide(z, softcap))
+        z = softcap * tanh(divide(z, softcap))
     if HAS_TEMPERATURE:
         z = divide(z, temperature)
     return tl.where(kept[None, :], z, float("-inf"))

@@ -183,10 +183,15 @@ def _gradients(
         return _as_row(dq), _as_row(dk), _as_row(dv)
     dq, dk, dv = (_new(x, x.shape[0], x.shape[2], lse.dtype) for x in (q, k, v))
     if not plan.own_is_square:
-        dk.zero_(), dv.zero_()
+        dk.zero_()
+        dv.zero_()
     for part in (*plan.own, *plan.cross):
         of_q, *of_keys = of(part)
-        _rows(dq, part).copy_(of_q) if part.is_own else _rows(dq, part).add_(of_q)
+        rows_of_q = _rows(dq, part)
+        if part.is_own:
+            rows_of_q.copy_(of_q)
+        else:
+            rows_of_q.add_(of_q)
         for total, of_part in zip((dk, dv), of_keys, strict=True):
             if part.is_own and plan.own_is_square:
                 _cols(total, part).copy_(of_part)

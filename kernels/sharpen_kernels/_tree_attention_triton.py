@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._linear_logprob_fused import _tanh
+from ._fused_tile import tanh
 from ._tree_attention_plan import Rule
 from ._tree_attention_tiles import lists_of, padded, tiling_of
 
@@ -45,7 +45,7 @@ def _logits(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.const
     """Logits [BLOCK_Q, BLOCK_K] of q [BLOCK_Q, D] and k [BLOCK_K, D], in nats."""
     z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
-        z = softcap * _tanh(tl.div_rn(z, softcap))
+        z = softcap * tanh(tl.div_rn(z, softcap))
     return z
 
 
