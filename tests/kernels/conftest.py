@@ -46,7 +46,7 @@ def small_segments(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """For ops that read logits, segments of 64 columns (PyTorch), of 256 in small tiles (Triton)."""
+    """Segments of 64 columns (PyTorch), of 256 in small tiles (Triton), to read logits by."""
     from sharpen_kernels import _token_logprob_best as best
     from sharpen_kernels import _token_logprob_grad as gradient
     from sharpen_kernels import _token_logprob_pairs as pairs
