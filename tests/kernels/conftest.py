@@ -46,7 +46,7 @@ def small_segments(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Segments of 64 columns (PyTorch), of 256 in small tiles (Triton), to read logits by."""
+    """Segments of 64 columns (PyTorch), of 256 in tiles of 64 or 128 (Triton), of logits read."""
     from sharpen_kernels import _token_logprob_best as best
     from sharpen_kernels import _token_logprob_grad as gradient
     from sharpen_kernels import _token_logprob_pairs as pairs
