@@ -57,9 +57,9 @@ def _chosen_kernel(
 
 @triton.jit
 def _count_ahead(z, offs_v, chosen, left):
-    """How many of `z` [n, LANES, VECTOR] are ahead of `chosen`, lane by lane."""
+    """How many of `z` [LANES, VECTOR] are ahead of `chosen`, lane by lane."""
     ahead = (z > chosen) | ((z == chosen) & (offs_v < left))
-    return tl.sum(tl.sum(ahead.to(tl.int32), axis=2), axis=0)
+    return tl.sum(ahead.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -106,24 +106,24 @@ def _rank_kernel(
     # nothing to read for a row outside
     V = tl.where((row >= 0) & (row < R), V, 0)
     whole = V // BLOCK_V * BLOCK_V
-    near = tl.arange(0, LANES)[None, :] * VECTOR
-    at = tl.arange(0, UNROLL)[:, None] * STEP + near
-    in_vector = tl.arange(0, VECTOR)[None, None, :]
+    near = tl.arange(0, LANES) * VECTOR  # 16 bytes a lane
+    offs_near = near[:, None] + tl.arange(0, VECTOR)[None, :]
     ahead = tl.zeros([LANES], tl.int32)
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
-        z = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + at, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-        )  # fmt: skip
-        ahead += _count_ahead(z, start + at[:, :, None] + in_vector, chosen, left)
+        for u in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]  Triton unrolls
+            z = load_lanes(
+                logits_ptr, bias_ptr, vocab_mask_ptr, start + u * STEP + near, V,
+                stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
+                True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
+            )  # fmt: skip
+            ahead += _count_ahead(z, start + u * STEP + offs_near, chosen, left)
     for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
         z = load_lanes(
             logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
             False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
-        ahead += _count_ahead(z, start + near[:, :, None] + in_vector, chosen, left)
+        ahead += _count_ahead(z, start + offs_near, chosen, left)
     tl.store(ahead_ptr + tl.program_id(0), tl.sum(ahead, axis=0))
 
 

@@ -32,6 +32,7 @@ from ._triton_logits import (
     fold_top_two,
     load_lanes,
     load_logits,
+    load_tile,
 )
 from .stats import Wanted
 
@@ -45,14 +46,9 @@ MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": Fal
 
 
 @triton.jit
-def _by_lane(x, LANES: tl.constexpr, N: tl.constexpr):
-    return tl.reshape(tl.permute(x, (1, 0, 2)), [LANES, N])
-
-
-@triton.jit
 def _with_tile(
     state,  # of [LANES] lanes
-    z,  # [N // VECTOR, LANES, VECTOR] logits to the right of those in `state`
+    z,  # [LANES, N] logits to the right of those in `state`
     inside,  # the same shape: which of them are columns, read unless IS_WHOLE
     start,
     order,
@@ -62,13 +58,11 @@ def _with_tile(
     N: tl.constexpr,
 ):
     """`state` and the columns of `z`; the total of a lane that has a masked column is -inf."""
-    tile_top = tl.max(tl.max(z, axis=2), axis=0)  # drops nan; the mass below does not
+    tile_top = tl.max(z, axis=1)  # drops nan; the mass below does not
     top = tl.maximum(state[0], tile_top)
     # all columns so far may be masked: shift by 0 there, or -inf - -inf is nan
     shift = tl.where(top == -INF, 0.0, top)
-    c = z - shift[None, :, None]
-    of_total = c if IS_WHOLE else tl.where(inside, c, 0.0)
-    c = _by_lane(c, LANES, N)
+    c = z - shift[:, None]
     e = law.exp(c)
     mass = fold(e, LANES, N)
     zero = tl.zeros([LANES], tl.float32)
@@ -88,17 +82,17 @@ def _with_tile(
     if law.POWERS & WANT:
         powers = fold(law.exp(order * c), LANES, N)
     if law.TOTAL & WANT:
-        total = fold(_by_lane(of_total, LANES, N), LANES, N)
         if IS_WHOLE:
+            total = fold(c, LANES, N)
             n_valid += N
         else:
-            n_valid = tl.sum(tl.sum(inside.to(tl.float32), axis=2), axis=0)
+            total = fold(tl.where(inside, c, 0.0), LANES, N)
+            n_valid = tl.sum(inside.to(tl.float32), axis=1)
     if law.COLUMN & WANT:
         # not the column but its tile: the segment's end looks there again
         column += start
     if law.SECOND & WANT:
-        flat = _by_lane(z, LANES, N)
-        _, second = fold_top_two(flat, tl.full([LANES, N], -INF, tl.float32), LANES, N)
+        _, second = fold_top_two(z, tl.full([LANES, N], -INF, tl.float32), LANES, N)
     tile = (tile_top, mass, spread, square, squares, powers, total, n_valid, second, column)
     return law._joined(law._moved(state, shift, order, WANT), tile, top, WANT)
 
@@ -140,20 +134,19 @@ def _row_kernel(
         # tells the compiler
         stride_r = stride_r // VECTOR * VECTOR
     logits_ptr += row * stride_r
-    # 16 bytes a lane, and UNROLL times that
-    near = tl.arange(0, LANES)[None, :] * VECTOR
-    at = tl.arange(0, UNROLL)[:, None] * STEP + near
-    in_vector = tl.arange(0, VECTOR)[None, None, :]
+    near = tl.arange(0, LANES) * VECTOR  # 16 bytes a lane
+    offs_near = near[:, None] + tl.arange(0, VECTOR)[None, :]
     first = segment * SEGMENT
     whole = V // BLOCK_V * BLOCK_V
     state = law.empty(LANES)
     # no mask over whole tiles: with one, V alone could forbid wide loads
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
-        z = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + at, V,
+        z = load_tile(
+            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
+            HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR, UNROLL,
         )  # fmt: skip
+        z = tl.reshape(z, [LANES, UNROLL * VECTOR])
         state = _with_tile(state, z, z == z, start, order, True, WANT, LANES, UNROLL * VECTOR)
     # only the last segment goes beyond them
     for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
@@ -162,7 +155,7 @@ def _row_kernel(
             stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
             False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
         )  # fmt: skip
-        inside = start + near[:, :, None] + in_vector < V
+        inside = start + offs_near < V
         state = _with_tile(state, z, inside, start, order, False, WANT, LANES, VECTOR)
 
     # the lanes, each centred on the segment's top
@@ -201,9 +194,8 @@ def _row_kernel(
                     stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
                     False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
                 )  # fmt: skip
-                valid = _by_lane(z != -INF, LANES, VECTOR)
-                c = tl.where(valid, _by_lane(z, LANES, VECTOR) - shift, 0.0)
-                total += fold(c, LANES, VECTOR)
+                valid = z != -INF
+                total += fold(tl.where(valid, z - shift, 0.0), LANES, VECTOR)
                 n_valid += tl.sum(valid.to(tl.float32), axis=1)
             row_total = fold_lanes(total, LANES)
             row_valid = tl.sum(n_valid, axis=0)
@@ -214,17 +206,17 @@ def _row_kernel(
         tl.store(part_ptr + 8 * step, tl.max(row_second, axis=0))
     if law.COLUMN & WANT:
         # the lanes that hold the maximum look for it in the tile where they met it first
-        column = tl.full([1, LANES, VECTOR], law.NONE, tl.int32)
+        column = tl.full([LANES, VECTOR], law.NONE, tl.int32)
         for start in range(0, BLOCK_V, STEP):
-            offs_v = tile[None, :, None] + start + near[:, :, None] + in_vector
-            inside = (offs_v < V) & (lane_top == top)[None, :, None]
+            offs_v = tile[:, None] + start + offs_near
+            inside = (offs_v < V) & (lane_top == top)[:, None]
             z = load_logits(
                 logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, inside,
                 stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
                 False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
             )  # fmt: skip
             column = tl.minimum(column, tl.where(inside & (z == top), offs_v, law.NONE))
-        lowest = tl.min(tl.min(tl.min(column, axis=2), axis=0), axis=0)
+        lowest = tl.min(tl.min(column, axis=1), axis=0)
         tl.store(part_ptr + 9 * step, lowest.to(tl.float32, bitcast=True))
 
 

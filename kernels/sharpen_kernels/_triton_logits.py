@@ -102,7 +102,7 @@ def load_lanes(
     logits_ptr,
     bias_ptr,
     vocab_mask_ptr,
-    offs_v,  # of the first of VECTOR neighbouring columns
+    offs_v,  # [LANES] of the first of VECTOR neighbouring columns
     V,
     stride_v,
     stride_b,
@@ -118,13 +118,13 @@ def load_lanes(
     VECTOR: tl.constexpr,
     STEP: tl.constexpr = tl.constexpr(1),  # noqa: B008  a constant
 ):
-    """Logits [..., VECTOR] of a row, -inf from V on and where the mask is; VECTOR a thread.
+    """Logits [LANES, VECTOR] of a row, -inf from V on and where the mask is; VECTOR a thread.
 
     Where the addresses are aligned in one load. Elsewhere in VECTOR loads, which Triton would
     give to neighbouring threads, to pass what they found on to their lane.
     """
     if IS_ALIGNED:
-        offs_v = tl.expand_dims(offs_v, -1) + tl.arange(0, VECTOR)
+        offs_v = offs_v[:, None] + tl.arange(0, VECTOR)[None, :]
     if IS_ALIGNED or STEP == VECTOR:
         return load_logits(
             logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, offs_v < V,
@@ -144,8 +144,53 @@ def load_lanes(
         )  # fmt: skip
         both = tl.join(even, odd)
         if STEP == 1:
-            both = tl.reshape(both, [offs_v.shape[0], offs_v.shape[1], VECTOR])
+            both = tl.reshape(both, [offs_v.shape[0], VECTOR])
         return both
+
+
+@triton.jit
+def load_tile(
+    logits_ptr,
+    bias_ptr,
+    vocab_mask_ptr,
+    offs_v,  # [LANES]
+    V,
+    stride_v,
+    stride_b,
+    softcap,
+    inverse_softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Logits [LANES, VECTOR, 2, ...] of UNROLL times LANES vectors, all of them columns.
+
+    Loads of their own, joined: in a load of them all Triton may give a lane's to several warps.
+    """
+    if UNROLL == 1:
+        return load_lanes(
+            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, V,
+            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
+            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
+        )  # fmt: skip
+    else:
+        HALF: tl.constexpr = UNROLL // 2
+        left = load_tile(
+            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, V,
+            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
+            HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR, HALF,
+        )  # fmt: skip
+        right = load_tile(
+            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v + HALF * VECTOR * offs_v.shape[0], V,
+            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
+            HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR, HALF,
+        )  # fmt: skip
+        return tl.join(left, right)
 
 
 @triton.jit

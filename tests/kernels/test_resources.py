@@ -41,6 +41,13 @@ def test_instructions(case):
         assert binary(case, target).count(pattern) == 0, f"{target}: {pattern}"
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith(("row ", "rank "))])
+def test_no_thread_waits_for_another_while_a_row_is_read(case):
+    for target in TARGETS:
+        over_whole_tiles = binary(case, target).loops()[0]
+        assert not over_whole_tiles.keys() & {"BAR", "SHFL", "STS", "STSM", "LDS"}, target
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_makes_an_amd_binary(case):
     assert build(CASES[case], AMD).asm["hsaco"]
