@@ -2,7 +2,7 @@
 
     python -m bench.speed                                   # every task, as `make bench` does
     python -m bench.speed --op linear_logprob --what forward --shape 2048 896 151936 \
-        --dtype bfloat16 --threads 2 --out bench/results/linear_logprob_cpu.jsonl
+        --dtype bfloat16 --threads 2 --out bench/results/speed_cpu.jsonl
     python -m bench.speed --check                           # tiny, asserts agreement, no timing
 
 Compute bound from hidden rows: 2 R V D operations forward, 6 R V D with both gradients; the floor
