@@ -41,7 +41,7 @@ def hidden_states(
     backbone = backbone_of(model)
     if backbone is None:
         return None
-    out = backbone(**_accepted(backbone, input_ids=ids, attention_mask=mask, use_cache=False))
+    out = backbone(**accepted(backbone, input_ids=ids, attention_mask=mask, use_cache=False))
     return getattr(out, "last_hidden_state", None)
 
 
@@ -66,7 +66,7 @@ def logit_rows(model: "transformers.PreTrainedModel", batch: Batch) -> Float[Ten
     first, last = int(column_S.min()), int(column_S.max())
     keep_K = torch.arange(first, last + 1, device=batch.ids.device)
     base = getattr(model, "get_base_model", lambda: model)()
-    asked = _accepted(base, use_cache=False, logits_to_keep=keep_K)
+    asked = accepted(base, use_cache=False, logits_to_keep=keep_K)
     out = model(input_ids=batch.ids, attention_mask=batch.mask, **asked)
     logits: Tensor = out.logits
     if logits.shape[1] not in (L, len(keep_K)):
@@ -116,7 +116,7 @@ def input_device(model: "transformers.PreTrainedModel") -> torch.device:
 
 
 # values go to forward() as they are, whatever they are
-def _accepted(module: nn.Module, **options: Any) -> dict[str, Any]:
+def accepted(module: nn.Module, **options: Any) -> dict[str, Any]:
     """Those of `options` that `module.forward` names."""
     names = inspect.signature(module.forward).parameters
     return {name: value for name, value in options.items() if name in names}

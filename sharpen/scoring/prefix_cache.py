@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from .batching import plan_batches
-from .forward import _accepted, input_device
+from .forward import accepted, input_device
 from .pairs import Pair
 from .tree_hooks import SharingError
 
@@ -72,7 +72,7 @@ def cached_parts(
     for group in groups:
         prompt = pairs[group[0]][0]
         P = len(prompt)
-        out = module(**_accepted(module, input_ids=_ids([prompt], device), use_cache=True))
+        out = module(**accepted(module, input_ids=_ids([prompt], device), use_cache=True))
         cache, last_D = cache_of(out), _rows_of(out)[0, -1]
         lengths = [P + len(pairs[i][1]) for i in group]
         for batch in plan_batches(lengths, max_tokens):
@@ -106,7 +106,7 @@ def _part(
         seen_BP = mask_BL.new_ones(B, P)
         positions_BL = torch.arange(P, P + L, device=device).expand(B, L)
         out = module(
-            **_accepted(
+            **accepted(
                 module,
                 input_ids=ids_BL,
                 attention_mask=torch.cat([seen_BP, mask_BL], dim=1),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharpen.errors import SharpenError
 
-from .forward import _accepted, backbone_of
+from .forward import accepted, backbone_of
 from .packing import PackedRow
 from .tree_hooks import attending
 
@@ -52,7 +52,7 @@ def logit_source(model: "transformers.PreTrainedModel", row: PackedRow) -> Float
 def _run(module: nn.Module, row: PackedRow, **options: Tensor):
     # a mask of ones: without it transformers reads sequences off the positions
     mask_T = torch.ones_like(row.ids)
-    asked = _accepted(
+    asked = accepted(
         module,
         input_ids=row.ids[None],
         attention_mask=mask_T[None],
