@@ -10,13 +10,14 @@ from torch import Tensor
 from sharpen_kernels import _tiles
 from sharpen_kernels._tiles import Tile
 from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
-from sharpen_kernels.stats import Statistic
+from sharpen_kernels.stats import NAMES, Statistic
 
 Problem = tuple[Tensor, Tensor, Tensor]  # hidden, weight, target
 STATS: tuple[tuple[Statistic, ...], ...] = (
     ("logprob",),
     ("logprob", "entropy", "self_certainty", "is_greedy"),
 )
+EVERY: dict[str, Any] = {"stats": NAMES, "renyi_order": 2.0, "k": 8}
 ERROR_ROWS = 64  # compared with fp64
 MAX_ERROR = 1e-4  # nats, from fp64: a hundred times what an exact product shows
 HALF = [
@@ -73,9 +74,10 @@ def fault(tile: Tile, problem: Problem) -> str | None:
     recorder = Recorder(fused.segment_kernel)
     context = mock.patch.object(fused, "segment_kernel", recorder) if x.is_cuda else with_tile(tile)
     with with_tile(tile), context:
-        for stats in STATS:
-            batch = linear_logprob(x, w, t, stats=stats).logprob
-            alone = linear_logprob(*part, stats=stats).logprob
+        asked: list[dict[str, Any]] = [{"stats": stats} for stats in STATS]
+        for wanted in (*asked, EVERY):
+            batch = linear_logprob(x, w, t, **wanted).logprob
+            alone = linear_logprob(*part, **wanted).logprob
             assert batch is not None
             assert alone is not None
             if not torch.equal(batch[:ERROR_ROWS], alone):

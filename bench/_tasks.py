@@ -60,7 +60,8 @@ class Task:
 
     def peers(self) -> tuple[dict[str, tuple[Kind, Call]], Missing]:
         """Who takes part: exactness and call by name; and who does not, with the reason."""
-        found, missing = available(PEERS[self.op], self.device)
+        timed = [peer for peer in PEERS[self.op] if peer.timed]
+        found, missing = available(timed, self.device)
         taking: dict[str, tuple[Kind, Call]] = {}
         for peer in found:
             named = list(_named(peer, RETURNS.get(self.what, self.what), self.dtype))

@@ -36,7 +36,7 @@ def contenders(op: str, device: str) -> list[tuple[str, Peer, str]]:
         if device in peer.devices:
             listed.append((peer.name, peer, device))
         if device == "cpu" and "interpreter" in peer.devices and find_spec("triton"):
-            title = "ours, Triton" if peer.ours else peer.name
+            title = peer.name.replace("ours", "ours, Triton", 1)
             listed.append((title, peer, "interpreter"))
     return listed
 

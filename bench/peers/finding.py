@@ -34,6 +34,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")  # "interpreter": CUDA kernels, on CPU tensors
     rounds: bool = False  # keeps logits or results in the inputs' dtype: inexact below fp32
     takes_bias: bool = False
+    timed: bool = True  # False: another way to call what is timed already
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)
 
     @property

@@ -3,10 +3,13 @@
 import importlib
 from unittest import mock
 
+from torch.nn.functional import pad
+
 from bench.peers.finding import Peer
 from sharpen_kernels import linear_logprob, token_logprob
 
 FOUR = ("logprob", "entropy", "self_certainty", "is_greedy")
+PADDING, LARGE = 40, 50.0  # columns, their logits or weights
 TEN = (*FOUR, "lse", "varentropy", "sum_p2", "top1", "margin", "rank")
 
 
@@ -49,9 +52,45 @@ def _our_pytorch_route():
     return {name: refused(call) for name, call in _our_hidden().items()}
 
 
+def _our_logits_by_options():
+    """Logits padded with large ones, masked columns by `vocab_mask`."""
+
+    def asked(stats):
+        def run(z, t):
+            kept = (z != float("-inf")).any(0) | (len(z) == 0)
+            wide = pad(z.masked_fill(~kept, LARGE), (0, PADDING), value=LARGE)
+            mask = pad(kept, (0, PADDING), value=True)
+            found = token_logprob(wide, t, stats=stats, vocab_size=z.shape[1], vocab_mask=mask)
+            return picked(found, stats)
+
+        return run
+
+    return {"logprob": lambda *args: asked(FOUR[:1])(*args)[0], "entropy": asked(FOUR[:2])}
+
+
+def _our_hidden_by_options():
+    """A head padded with large rows, masked columns by `vocab_mask`."""
+
+    def asked(stats):
+        def run(x, w, t, b=None):
+            wide = pad(w, (0, 0, 0, PADDING), value=LARGE)
+            mask = None if b is None else pad(b == 0, (0, PADDING), value=True)
+            found = linear_logprob(x, wide, t, stats=stats, vocab_size=len(w), vocab_mask=mask)
+            return picked(found, stats)
+
+        return run
+
+    return {"logprob": lambda *args: asked(FOUR[:1])(*args)[0], "entropy": asked(FOUR[:2])}
+
+
 ANYWHERE = ("cpu", "cuda", "interpreter")
-LOGITS = (Peer("ours", _our_logits, ANYWHERE),)
+BY_OPTIONS = "ours, vocab_size and vocab_mask"
+LOGITS = (
+    Peer("ours", _our_logits, ANYWHERE),
+    Peer(BY_OPTIONS, _our_logits_by_options, ANYWHERE, timed=False),
+)
 HIDDEN = (
     Peer("ours", _our_hidden, ANYWHERE, takes_bias=True),
+    Peer(BY_OPTIONS, _our_hidden_by_options, ANYWHERE, takes_bias=True, timed=False),
     Peer("ours, PyTorch route", _our_pytorch_route, ("cpu",), takes_bias=True),
 )
