@@ -1,29 +1,29 @@
-"""Tree attention in transformers models, through its two public hooks and no change of a model.
+"""Attention of our own in transformers models, through two public hooks and no change of a model.
 
-A mask hook returns the tree of the forward that is under way instead of a mask, and the model
-carries it through its layers to the attention hook. The tree is looked up where masks are built,
-once a forward and outside checkpointed layers: a lookup inside a layer would find nothing when
-gradient checkpointing runs it again in backward, on a thread of autograd's.
+While a plan is under way a mask hook returns what the plan makes of each mask, a `LayerMask`, and
+the model carries it through its layers to the attention hook, which calls it. The plan is looked
+up where masks are built, once a forward and outside checkpointed layers: a lookup inside a layer
+would find nothing when gradient checkpointing runs it again in backward, on a thread of autograd's.
 
-Both hooks are installed once and stay. Without a tree they call what the model used before, so
+Both hooks are installed once and stay. Without a plan they call what the model used before, so
 that `generate`, training steps and a recomputed layer find the implementation they began with.
 
-T packed tokens of one row, H heads, K size of a head.
+B rows, H heads, L queries, K size of a head.
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sharpen.errors import SharpenError
-from sharpen_kernels.tree import Tree
-from sharpen_kernels.tree_attention import tree_attention
 
 if TYPE_CHECKING:
     import transformers
@@ -31,38 +31,106 @@ if TYPE_CHECKING:
 # by what they fall back to; no "sdpa" or "flash" inside: transformers looks for these in names
 NAMES = {"eager": "shared_prefix_plain", "sdpa": "shared_prefix_fused"}
 
-_tree: ContextVar[Tree | None] = ContextVar("tree", default=None)
-
 
 class SharingError(SharpenError):
     """The model cannot share prompts in this way, or not in the mode that it is in."""
 
 
-@dataclass(frozen=True, eq=False)
-class TreeMask:
-    """What takes the place of a layer's mask."""
+@dataclass(frozen=True)
+class Scores:
+    """How a layer turns products of queries and keys into logits of attention.
 
-    tree: Tree
-    window: int | None  # tokens that a query sees, itself among them; None for all
+    Attributes:
+        scale: Of the products; None for K ** -0.5.
+        softcap: The cap c of c tanh(z / c); None for no cap.
+        sinks: One more logit a head, which takes mass and has no value; None for none.
+    """
+
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class LayerMask(ABC):
+    """What takes the place of a layer's mask: the attention itself."""
+
+    @abstractmethod
+    def attend(
+        self,
+        module: nn.Module,
+        q: Float[Tensor, "B H L K"],
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+    ) -> Float[Tensor, "B L H Kv"]:
+        """The layer's output, a token's heads side by side.
+
+        Raises:
+            SharingError: If the layer hands over something else than was planned for.
+        """
+
+
+class Watched(NamedTuple):
+    """The mask that a model has anyway, and who sees the keys and values of each layer."""
+
+    mask: Any
+    watch: Callable[[nn.Module, Tensor, Tensor], None]
+
+
+class Layers(NamedTuple):
+    """What is known where masks are built, of the layers that share one.
+
+    Attributes:
+        allows: Whether (batch, head, query, key) attends.
+        n_query: Tokens of this forward.
+        n_key: Tokens that they may attend to.
+        own_mask: Builds the mask that the model has without a plan.
+    """
+
+    allows: Callable[..., Tensor]
+    n_query: int
+    n_key: int
+    own_mask: Callable[[], Any]
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """What is computed in a forward, beside the token ids."""
+
+    def mask(self, layers: Layers) -> LayerMask | Watched:
+        """What these layers are handed as their mask.
+
+        Raises:
+            SharingError: If the plan cannot keep to this mask.
+        """
+        ...
+
+
+_plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
 
 @contextmanager
-def attending(tree: Tree) -> Iterator[None]:
-    """Forwards inside see one row of packed tokens as `tree` says."""
-    token = _tree.set(tree)
+def under(plan: Plan) -> Iterator[None]:
+    """Forwards inside go by `plan`."""
+    token = _plan.set(plan)
     try:
         yield
     finally:
-        _tree.reset(token)
+        _plan.reset(token)
+
+
+def is_installed(model: "transformers.PreTrainedModel") -> bool:
+    """Whether both hooks are in `model`."""
+    return model.config.get_text_config()._attn_implementation in NAMES.values()
 
 
 def install(model: "transformers.PreTrainedModel") -> str | None:
     """Install both hooks in `model`; why not, if they cannot be."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    base = model.config.get_text_config()._attn_implementation
-    if base in NAMES.values():
+    if is_installed(model):
         return None
+    base = model.config.get_text_config()._attn_implementation
     if base not in NAMES:
         return f"attention implementation {base!r} has no tree form; load with 'sdpa' or 'eager'"
     if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
@@ -71,8 +139,7 @@ def install(model: "transformers.PreTrainedModel") -> str | None:
     AttentionInterface.register(name, _attention_hook(base))
     AttentionMaskInterface.register(name, _mask_hook(base))
     model.set_attn_implementation(name)
-    taken = model.config.get_text_config()._attn_implementation
-    return None if taken == name else "transformers refused the attention hook"
+    return None if is_installed(model) else "transformers refused the attention hook"
 
 
 def uninstall(model: "transformers.PreTrainedModel") -> None:
@@ -84,38 +151,21 @@ def uninstall(model: "transformers.PreTrainedModel") -> None:
 
 
 def _mask_hook(base: str) -> Callable[..., Any]:
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        tree = None if torch.compiler.is_compiling() else _tree.get()
-        if tree is not None:
-            if kwargs.get("use_vmap"):
-                raise SharingError("its mask is a pattern of its own")
-            size = (kwargs["q_length"], kwargs["kv_length"], tree.end.shape[0])
-            return TreeMask(tree, window_of(kwargs["mask_function"], *size))
+    def own(*args: Any, **kwargs: Any) -> Any:
         from transformers import AttentionMaskInterface
 
         return AttentionMaskInterface()[base](*args, **kwargs)
 
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        plan = None if torch.compiler.is_compiling() else _plan.get()
+        if plan is not None:
+            if kwargs.get("use_vmap"):
+                raise SharingError("its mask is a pattern of its own")
+            sizes = kwargs["q_length"], kwargs["kv_length"]
+            return plan.mask(Layers(kwargs["mask_function"], *sizes, lambda: own(*args, **kwargs)))
+        return own(*args, **kwargs)
+
     return mask
-
-
-def window_of(allows: Callable[..., Tensor], n_query: int, n_key: int, T: int) -> int | None:
-    """The sliding window of the mask that `allows(batch, head, query, key)`, None for all tokens.
-
-    Read off the mask's own answers, wherever the model keeps the number. Two neighbouring rows
-    tell a window from chunks, whose rows differ in how many tokens they see.
-
-    Raises:
-        SharingError: If the mask is neither causal nor a causal sliding window.
-    """
-    if (n_query, n_key) != (T, T):
-        raise SharingError(f"it attends from {n_query} to {n_key} of {T} tokens")
-    zero, key_T = torch.tensor(0), torch.arange(T)
-    rows = {q: allows(zero, zero, torch.tensor(q), key_T).cpu() for q in {T - 1, max(T - 2, 0)}}
-    window = int(rows[T - 1].sum())
-    for query, seen_T in rows.items():
-        if not torch.equal(seen_T, (key_T > query - window) & (key_T <= query)):
-            raise SharingError("its mask is neither causal nor a sliding window")
-    return None if window == T else window
 
 
 def _attention_hook(base: str) -> Callable[..., Any]:
@@ -127,28 +177,19 @@ def _attention_hook(base: str) -> Callable[..., Any]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(attention_mask, TreeMask):
+        if isinstance(attention_mask, Watched):
+            attention_mask.watch(module, key, value)
+            attention_mask = attention_mask.mask
+        if not isinstance(attention_mask, LayerMask):
             return _base_attention(base, module)(
                 module, query, key, value, attention_mask, **kwargs
             )
-        T = attention_mask.tree.end.shape[0]
-        if query.shape[0] != 1 or query.shape[2] != T or key.shape[2] != T:
-            raise SharingError(f"queries {tuple(query.shape)}, keys {tuple(key.shape)}")
         if kwargs.get("dropout"):
             raise SharingError("attention dropout is on; put the model in eval mode")
         if kwargs.get("position_bias") is not None:
             raise SharingError("it adds a position bias")
-        out_HTK = tree_attention(
-            query[0],
-            key[0],
-            value[0],
-            attention_mask.tree,
-            window=attention_mask.window,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-            scale=kwargs.get("scaling"),
-        )
-        return out_HTK.transpose(0, 1)[None], None
+        scores = Scores(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+        return attention_mask.attend(module, query, key, value, scores), None
 
     return attention
 

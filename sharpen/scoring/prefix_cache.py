@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .batching import plan_batches
 from .forward import accepted, input_device
+from .hooks import SharingError
 from .pairs import Pair
-from .tree_hooks import SharingError
 
 if TYPE_CHECKING:
     import transformers

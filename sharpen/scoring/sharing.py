@@ -1,13 +1,12 @@
 """Once per model: which way of sharing a prompt gives the scores of each sequence alone?
 
-    tree    one packed row per batch, every shared token once    `tree_hooks`, `tree_forward`
+    tree    one packed row per batch, every shared token once    `hooks`, `tree_forward`
     cache   the prompt into a cache, completions in batches      `prefix_cache`
     none    every sequence whole, in padded batches              `forward`
 
 No list of model types can tell: a recurrent layer, a position that does not come from
 `position_ids` or a mask that a model makes itself all give wrong scores in silence. So each way is
-tried on a few random tokens and compared with the sequences alone. Right ones agree to 1e-5 nats,
-wrong ones are off by 0.2 and more.
+tried on a few random tokens and compared with the sequences alone (`agreement`).
 """
 
 import logging
@@ -21,15 +20,16 @@ from torch import Tensor
 
 from sharpen.limits import ModelLimits
 
+from .agreement import Truth
 from .batching import make_batches
 from .forward import backbone_of, evaluating, hidden_rows, input_device, logit_rows, rope_boundary
 from .head import Head
+from .hooks import SharingError as SharingError
+from .hooks import install, uninstall
 from .packing import plan
 from .pairs import Pair
 from .prefix_cache import cached_parts, groups_of
 from .tree_forward import hidden_source, logit_source
-from .tree_hooks import SharingError as SharingError
-from .tree_hooks import install, uninstall
 
 if TYPE_CHECKING:
     import transformers
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 Sharing = Literal["tree", "cache", "none"]
 WAYS: tuple[Sharing, ...] = get_args(Sharing)
-# in fp32: right ways measured up to 2e-5 (recurrences in chunks), wrong ones from 0.2
-TOLERANCE_NATS = 1e-4
-NOISE_FACTOR = 8  # of what padding a batch alone changes
 
 
 class Predicting(NamedTuple):
@@ -111,14 +108,15 @@ def find_sharing(
     """
     with torch.no_grad(), evaluating(model):
         pairs = _probe_pairs(model)
-        alone_S = torch.cat([_logprobs(model, [pair], head, "none") for pair in pairs])
-        noise = _error(_logprobs(model, pairs, head, "none"), alone_S)
-        limit = max(TOLERANCE_NATS, NOISE_FACTOR * noise)
+        truth = Truth(
+            model, lambda: torch.cat([_logprobs(model, [pair], head, "none") for pair in pairs])
+        )
+        truth.allow(_logprobs(model, pairs, head, "none"))
         refused = []
         for way in ways:
             if way == "none":
                 break
-            reason = _try(model, pairs, head, way, alone_S, limit)
+            reason = _try(model, pairs, head, way, truth)
             if reason is None:
                 return Choice(way, "; ".join(["it scores as each sequence alone", *refused]))
             refused.append(f"{way}: {reason}")
@@ -130,8 +128,7 @@ def _try(
     pairs: list[Pair],
     head: Head | None,
     way: Sharing,
-    alone: Float32[Tensor, " S"],
-    limit: float,
+    truth: Truth,
 ) -> str | None:
     """Why `way` does not do for this model, or None."""
     if way == "tree":
@@ -139,8 +136,7 @@ def _try(
         if why is not None:
             return why
     try:
-        error = _error(_logprobs(model, pairs, head, way), alone)
-        why = None if error <= limit else f"off by {error:.1e} nats, more than {limit:.1e}"
+        why = truth.fault(_logprobs(model, pairs, head, way))
     # a model may fail in any way at what it was not made for; the reason is logged
     except Exception as failure:
         why = (
@@ -177,10 +173,3 @@ def _logprobs(
     found = token_stats(model, pairs, head=head, max_tokens=2**14, stats=("logprob",), sharing=way)
     assert found.logprob is not None
     return found.logprob.float()
-
-
-def _error(got: Float32[Tensor, " S"], want: Float32[Tensor, " S"]) -> float:
-    """Largest difference in nats; NaN on one side only is the worst of errors."""
-    same = (got == want) | (got.isnan() & want.isnan())
-    difference_S = torch.where(same, 0.0, (got - want).abs())
-    return difference_S.nan_to_num(nan=float("inf")).max().item()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sharpen.errors import SharpenError
 
 from .forward import accepted, backbone_of
+from .hooks import under
 from .packing import PackedRow
-from .tree_hooks import attending
+from .tree_plan import TreePlan
 
 if TYPE_CHECKING:
     import transformers
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def hidden_source(model: "transformers.PreTrainedModel", row: PackedRow) -> Float[Tensor, "R D"]:
     """The hidden rows of `row.source`, as the backbone hands them to the head; differentiable.
 
-    The hooks of `tree_hooks` must be installed in `model`.
+    The hooks of `hooks.py` must be installed in `model`.
     """
     backbone = backbone_of(model)
     assert backbone is not None, "checked when the route was chosen"
@@ -60,5 +61,5 @@ def _run(module: nn.Module, row: PackedRow, **options: Tensor):
         use_cache=False,
         **options,
     )
-    with attending(row.tree):
+    with under(TreePlan(row.tree)):
         return module(**asked)

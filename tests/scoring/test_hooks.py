@@ -7,17 +7,10 @@ import torch
 
 from families import CONTEXT, V, family
 from sharpen import Scorer
+from sharpen.scoring.hooks import NAMES, SharingError, install, under, uninstall
 from sharpen.scoring.packing import plan
 from sharpen.scoring.tree_forward import hidden_source
-from sharpen.scoring.tree_hooks import (
-    NAMES,
-    SharingError,
-    TreeMask,
-    attending,
-    install,
-    uninstall,
-    window_of,
-)
+from sharpen.scoring.tree_plan import TreeMask, TreePlan, window_of
 from sharpen_kernels.tree import Tree
 
 PROMPT = torch.randint(V, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -86,7 +79,7 @@ def test_another_thread_sees_no_tree(model):
     install(model)
     tree = Tree.chain([20])
     found = []
-    with attending(tree), torch.no_grad():
+    with under(TreePlan(tree)), torch.no_grad():
         thread = threading.Thread(target=lambda: found.append(model(PROMPT).logits))
         thread.start()
         thread.join()

@@ -149,3 +149,8 @@ def test_a_model_that_shares_wrong_is_never_scored_so(caplog):
         _ = Scorer(family("bamba"), sharing="tree").route
     with pytest.raises(InputError, match=r"`sharing` must be 'auto', tree, cache, none, got 'x'"):
         Scorer(tiny(), sharing="x")
+
+
+@pytest.mark.parametrize("name", WAY)
+def test_half_precision_takes_the_way_of_fp32(name):
+    assert Scorer(family(name).to(torch.bfloat16)).route.sharing == WAY[name]
