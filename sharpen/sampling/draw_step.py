@@ -1,10 +1,10 @@
-"""One step of drawing inside `generate`: raw logits in, a single possible token out.
+"""One step of drawing for the open rows of a batch: raw logits in, one token a row out.
 
-B rows, V vocabulary.
+B rows, A of them that are open, P prompt tokens, T most new tokens, V vocabulary.
 """
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -14,11 +14,12 @@ from .protocol import FinishReason, SamplingConfig
 FORCED = 0.0
 
 
-class DrawStep(LogitsProcessor):
+class DrawStep:
     """Chooses every row's token and remembers its raw log-prob.
 
     Args:
         model: Asked again, for one row alone, where a draw is a near-tie.
+        prompts: Of each row, all of one length.
         keys: One a row; see `draw.row_key`.
         eos_ids: A row ends when it draws one of these.
         config: How to draw.
@@ -27,60 +28,85 @@ class DrawStep(LogitsProcessor):
     def __init__(
         self,
         model: PreTrainedModel,
+        prompts: Int64[Tensor, "B P"],
         keys: Int64[Tensor, " B"],
         eos_ids: tuple[int, ...],
         config: SamplingConfig,
     ):
-        self.model = model
-        self.keys = keys
+        self.model, self.prompts, self.keys, self.config = model, prompts, keys, config
         self.eos = torch.tensor(eos_ids, device=keys.device, dtype=torch.int64)
         # only ever seen behind the end of a row
         self.pad_id = eos_ids[0] if eos_ids else 0
-        self.config = config
+        self.step = 0
+        shape = len(keys), config.max_new_tokens
+        self.token_BT = torch.zeros(shape, dtype=torch.int64, device=keys.device)
+        self.logprob_BT = torch.zeros(shape, device=keys.device)
+        self.count_B = torch.zeros_like(keys)
         self.is_open = torch.ones_like(keys, dtype=torch.bool)
         self.is_nan = torch.zeros_like(self.is_open)
-        self.tokens: list[Tensor] = []
-        self.logprobs: list[Tensor] = []
-        self.counted: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores that leave one choice: the drawn token."""
-        logits = scores.float()
-        is_nan = logits.isnan().any(dim=1) & self.is_open
-        self.is_nan |= is_nan
-        self.is_open &= ~is_nan
-        token = self._draw(input_ids, logits)
-        logprob = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.counted.append(self.is_open.clone())
-        self.is_open &= ~torch.isin(token, self.eos)
+    def __call__(
+        self, rows: Int64[Tensor, " A"], scores: Float[Tensor, "A V"]
+    ) -> tuple[Int64[Tensor, " A"], Bool[Tensor, " A"]]:
+        """The token of each row, and whether the row goes on.
+
+        Args:
+            rows: Numbers of the rows that `scores` are of.
+            scores: Their raw logits.
+        """
+        logits_AV = scores.float()
+        is_nan_A = logits_AV.isnan().any(dim=1) & self.is_open[rows]
+        is_open_A = self.is_open[rows] & ~is_nan_A
+        token_A = self._draw(rows, is_open_A, logits_AV)
+        chosen_A = logits_AV.gather(1, token_A[:, None]).squeeze(1)
+        self.token_BT[rows, self.step] = token_A
+        self.logprob_BT[rows, self.step] = chosen_A - logits_AV.logsumexp(dim=1)
+        self.count_B[rows] += is_open_A
+        self.is_nan[rows] |= is_nan_A
+        is_open_A = is_open_A & ~torch.isin(token_A, self.eos)
+        self.is_open[rows] = is_open_A
+        self.step += 1
         # a row of NaN has no end of its own
-        token = torch.where(self.is_nan, self.pad_id, token)
-        forced = torch.full_like(scores, float("-inf"))
-        return forced.scatter_(1, token[:, None], FORCED)
+        token_A = torch.where(self.is_nan[rows], self.pad_id, token_A)
+        return token_A, is_open_A & (self.step < self.config.max_new_tokens)
 
-    def _draw(self, input_ids: Tensor, logits: Float32[Tensor, "B V"]) -> Int64[Tensor, " B"]:
+    def _draw(
+        self, rows: Int64[Tensor, " A"], is_open: Bool[Tensor, " A"], logits: Float32[Tensor, "A V"]
+    ) -> Int64[Tensor, " A"]:
         how = {"temperature": self.config.temperature, "top_p": self.config.top_p}
-        step = len(self.tokens)
-        drawn = draw(logits, self.keys, step, **how)
-        token = drawn.token
+        keys_A = self.keys[rows]
+        drawn = draw(logits, keys_A, self.step, **how)
+        token_A = drawn.token
         if self.model.dtype == torch.float32:
-            for row in (drawn.is_near_tie & self.is_open).nonzero().flatten().tolist():
-                alone = self.model(input_ids=input_ids[row : row + 1], use_cache=False)
-                last = alone.logits[:, -1].float()
-                token[row] = draw(last, self.keys[row : row + 1], step, **how).token[0]
-        return token
+            for i in (drawn.is_near_tie & is_open).nonzero().flatten().tolist():
+                row = int(rows[i])
+                ids = torch.cat([self.prompts[row], self.token_BT[row, : self.step]])
+                last = self.model(input_ids=ids[None], use_cache=False).logits[:, -1].float()
+                token_A[i] = draw(last, keys_A[i : i + 1], self.step, **how).token[0]
+        return token_A
 
     def results(self) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
         """Ids, log-probs and finish reason of every row."""
-        counts = torch.stack(self.counted).sum(dim=0).tolist()
-        tokens = torch.stack(self.tokens, dim=1).tolist()
-        logprobs = torch.stack(self.logprobs, dim=1).tolist()
+        counts = self.count_B.tolist()
         reasons: list[FinishReason] = [
             "nan" if is_nan else "length" if is_open else "stop"
             for is_nan, is_open in zip(self.is_nan.tolist(), self.is_open.tolist(), strict=True)
         ]
-        ids = [row[:count] for row, count in zip(tokens, counts, strict=True)]
-        kept = [row[:count] for row, count in zip(logprobs, counts, strict=True)]
-        return ids, kept, reasons
+        rows = zip(self.token_BT.tolist(), counts, strict=True)
+        ids = [row[:count] for row, count in rows]
+        scored = zip(self.logprob_BT.tolist(), counts, strict=True)
+        return ids, [row[:count] for row, count in scored], reasons
+
+
+class DrawnOnly(LogitsProcessor):
+    """A step inside `generate`: scores that leave one choice, the drawn token."""
+
+    def __init__(self, step: DrawStep):
+        self.step = step
+        self.rows = torch.arange(len(step.keys), device=step.keys.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """-inf but at the drawn tokens."""
+        token, _ = self.step(self.rows, scores)
+        forced = torch.full_like(scores, float("-inf"))
+        return forced.scatter_(1, token[:, None], FORCED)

@@ -1,15 +1,18 @@
-"""Sample from any transformers causal LM through its own `generate`.
+"""Sample from any transformers causal LM: prompts read once, completions decoded on top of them.
 
-`generate` runs the model and its cache; the token is chosen by `DrawStep`, a logits processor
-that sees the raw logits, keeps the log-prob of what it draws, and leaves `generate` no choice.
-Near-ties (see `draw.py`) are settled on logits computed for the row alone, which are the same
-bits in any batch.
+A model that decodes right on shared prompts (`decode.py`, tried once) reads each prompt once and
+holds its keys and values once. Any other runs its own `generate`, where the token is chosen by a
+logits processor that leaves no choice. Either way `DrawStep` sees the raw logits and keeps the
+log-prob of what it draws. Near-ties (see `draw.py`) are settled on logits computed for the row
+alone, which are the same bits in any batch.
 
-In fp32 a prompt's tokens therefore do not depend on the batch they ran in; their log-probs
-agree across batches to the model's own rounding, and are the same bits in a repeated run. In
-half precision batches differ by more than a near-tie, and only repeated runs are the same.
+In fp32 a prompt's tokens therefore do not depend on the batch they ran in, nor on the way; their
+log-probs agree across batches to the model's own rounding, and are the same bits in a repeated
+run. In half precision batches differ by more than a near-tie, and only repeated runs are the same.
 """
 
+import functools
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +29,15 @@ from sharpen.errors import InputError
 from sharpen.limits import ModelLimits
 from sharpen.scoring.forward import evaluating
 
+from .decode import Decoding, crosses_rope_boundary, decode, find_decoding
 from .draw import row_key
-from .draw_step import DrawStep
+from .draw_step import DrawnOnly, DrawStep
 from .plan import Share, plan_batches
 from .protocol import FinishReason, Prompt, Samples, SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+SHARING = ("auto", "shared", "none")
 
 
 class TransformersSampler:
@@ -38,7 +46,13 @@ class TransformersSampler:
     Args:
         model: A causal LM; used in eval mode, its own mode restored.
         tokenizer: To turn completions into text.
-        max_tokens: Budget of one batch: rows x (prompt + max_new_tokens).
+        max_tokens: Budget of one batch, of tokens whose keys and values are held: prompts and
+            rows x max_new_tokens, or rows x (prompt + max_new_tokens) where nothing is shared.
+        sharing: "auto" shares prompts where the model decodes right so; "shared" insists on it;
+            "none" never does.
+
+    Raises:
+        InputError: If an option is not as above.
     """
 
     def __init__(
@@ -47,14 +61,38 @@ class TransformersSampler:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int = 65536,
+        sharing: str = "auto",
     ):
+        if sharing not in SHARING:
+            raise InputError(f"`sharing` must be one of {SHARING}, got {sharing!r}.")
         if max_tokens < 1:
             raise InputError(f"`max_tokens` must be at least 1, got {max_tokens}.")
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.sharing = sharing
         self.limits = ModelLimits.of(model)
         self.eos_ids = _eos_ids(model, tokenizer)
+
+    @functools.cached_property
+    def route(self) -> Decoding:
+        """How this model decodes; found at first use by running it on a few random tokens.
+
+        Raises:
+            InputError: If sharing was asked for and the model does not decode right so.
+        """
+        name = type(self.model).__name__
+        if self.sharing == "none":
+            way, why = "generate", "it was asked for"
+        else:
+            way, why = find_decoding(self.model)
+        if self.sharing == "shared" and way != "shared":
+            raise InputError(
+                f"`sharing` must be a way in which {name} decodes right, got 'shared' ({why}); "
+                "leave it at 'auto'."
+            )
+        logger.info("%s decodes by %r: %s.", name, way, why)
+        return way
 
     def check(self, prompts: Sequence[Prompt], config: SamplingConfig) -> None:
         """Refuse prompts that the model cannot read or continue.
@@ -84,7 +122,10 @@ class TransformersSampler:
         self.check(prompts, config)
         lengths = [len(prompt.ids) for prompt in prompts]
         parts: list[_Rows] = []
-        for batch in plan_batches(lengths, config.n, config.max_new_tokens, self.max_tokens):
+        shared = self.route == "shared"
+        for batch in plan_batches(
+            lengths, config.n, config.max_new_tokens, self.max_tokens, shared=shared
+        ):
             if all(prompts[share.prompt].id in done for share in batch):
                 continue
             rows = self._run(prompts, batch, config)
@@ -101,23 +142,35 @@ class TransformersSampler:
     ) -> "_Rows":
         rows = [(share.prompt, i) for share in batch for i in range(share.start, share.stop)]
         device = self.model.device
-        ids = torch.tensor([prompts[p].ids for p, _ in rows], device=device)
+        prompts_GP = torch.tensor([prompts[share.prompt].ids for share in batch], device=device)
+        counts = [share.stop - share.start for share in batch]
+        ids_BP = prompts_GP.repeat_interleave(torch.tensor(counts, device=device), dim=0)
         keys = [row_key(config.seed, prompts[p].id, i) for p, i in rows]
-        step = DrawStep(self.model, torch.tensor(keys, device=device), self.eos_ids, config)
-        with torch.no_grad(), evaluating(self.model), _plain_generation(self.model):
+        keys_B = torch.tensor(keys, device=device)
+        step = DrawStep(self.model, ids_BP, keys_B, self.eos_ids, config)
+        P = prompts_GP.shape[1]
+        shared = self.route == "shared"
+        with torch.no_grad(), evaluating(self.model):
+            if shared and not crosses_rope_boundary(self.model, P, P + config.max_new_tokens):
+                decode(self.model, prompts_GP, counts, step)
+            else:
+                self._generate(ids_BP, step)
+        return _Rows([p for p, _ in rows], *step.results())
+
+    def _generate(self, ids: torch.Tensor, step: DrawStep) -> None:
+        with _plain_generation(self.model):
             # pyright cannot see through the decorators of `generate`
             self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=GenerationConfig(
                     do_sample=False,
-                    max_new_tokens=config.max_new_tokens,
+                    max_new_tokens=step.config.max_new_tokens,
                     eos_token_id=list(self.eos_ids) or None,
                     pad_token_id=step.pad_id,
                 ),
-                logits_processor=LogitsProcessorList([step]),
+                logits_processor=LogitsProcessorList([DrawnOnly(step)]),
             )
-        return _Rows([p for p, _ in rows], *step.results())
 
     def _collect(self, prompts: Sequence[Prompt], parts: "list[_Rows]", n: int) -> list[Samples]:
         owner = [p for rows in parts for p in rows.prompt]

@@ -1,0 +1,154 @@
+"""Decode N completions of each prompt on one copy of its keys and values; ended rows cost nothing.
+
+B rows, A rows that are open, G prompts of P tokens, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharpen.limits import ModelLimits
+from sharpen.scoring.agreement import Truth
+from sharpen.scoring.forward import accepted, evaluating, rope_boundary
+from sharpen.scoring.hooks import SharingError, install, is_installed, under, uninstall
+
+from .prompt_cache import PromptCache, PromptPlan, StepPlan
+
+logger = logging.getLogger(__name__)
+
+Decoding = Literal["shared", "generate"]
+HALF_TRIES = 3
+
+# open rows and their logits [A, V] to the next token of each [A] and whether it goes on [A]
+Take = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def decode(
+    model: PreTrainedModel, prompts: Int64[Tensor, "G P"], counts: Sequence[int], take: Take
+) -> None:
+    """Run `counts[g]` rows of each prompt until `take` goes on with none.
+
+    Args:
+        model: In eval mode, with the hooks installed.
+        prompts: Of one length.
+        counts: Rows of each prompt, at least one.
+        take: Called with the numbers of the open rows and their logits; chooses their tokens.
+    """
+    cache = PromptCache()
+    with under(PromptPlan(cache)):
+        out_GV = _run(model, prompts, cache)
+    cache.fork(counts, prompts.device)
+    owner_B = torch.repeat_interleave(torch.tensor(list(counts)))
+    rows_A = torch.arange(len(owner_B), device=prompts.device)
+    logits_AV = out_GV[owner_B.to(out_GV.device)]
+    while True:
+        token_A, goes_on_A = take(rows_A, logits_AV)
+        is_open = goes_on_A.tolist()
+        if not any(is_open):
+            return
+        if not all(is_open):
+            cache.keep(is_open)
+            rows_A, token_A = rows_A[goes_on_A], token_A[goes_on_A]
+        with under(StepPlan(cache)):
+            logits_AV = _run(model, token_A[:, None], cache)
+
+
+def _run(model: PreTrainedModel, ids: Tensor, cache: PromptCache) -> Float[Tensor, "A V"]:
+    """Logits of the last token of each row."""
+    seen, n = cache.get_seq_length(), ids.shape[1]
+    position_ids = torch.arange(seen, seen + n, device=ids.device).expand(ids.shape)
+    options = accepted(model, position_ids=position_ids, logits_to_keep=1)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+    return out.logits[:, -1]
+
+
+def crosses_rope_boundary(model: PreTrainedModel, P: int, longest: int) -> bool:
+    """Whether keys of a prompt of P tokens are turned otherwise in the longest sequence."""
+    boundary = rope_boundary(model)
+    return boundary is not None and P <= boundary < longest
+
+
+def find_decoding(model: PreTrainedModel) -> tuple[Decoding, str]:
+    """Whether decoding on shared prompts gives the logits of each row alone; and why, in words.
+
+    Tried on a few random tokens, in eval mode. Leaves the hooks in the model if it is right.
+    """
+    was_installed = is_installed(model)
+    why = install(model)
+    if why is None:
+        try:
+            with torch.no_grad(), evaluating(model):
+                # rounding may send a token to another expert: in half precision, not every time
+                for seed in range(1 if torch.finfo(model.dtype).bits >= 32 else HALF_TRIES):
+                    why = _fault(model, seed)
+                    if why is None:
+                        break
+        # a model may fail in any way at what it was not made for; the reason is logged
+        except Exception as failure:
+            kind = "" if isinstance(failure, SharingError) else f"{type(failure).__name__}: "
+            why = kind + (str(failure).splitlines() or [""])[0]
+    if why is None:
+        return "shared", "it decodes as each row alone"
+    if not was_installed:
+        uninstall(model)
+    return "generate", why
+
+
+def _fault(model: PreTrainedModel, seed: int) -> str | None:
+    limits = ModelLimits.of(model)
+    room = 32 if limits.max_length is None else min(32, limits.max_length)
+    P, n_steps, counts = room // 2, room - room // 2 - 1, (3, 1)
+    if P < 1 or n_steps < 2:
+        return f"its context of {room} tokens is too short to try"
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(*shape: int) -> Tensor:
+        found = torch.randint(limits.vocab_size, shape, generator=generator)
+        return found.to(model.device)
+
+    prompts_GP, tokens_BT = ids(len(counts), P), ids(sum(counts), n_steps)
+    # the second row ends halfway
+    last_B = [n_steps, n_steps // 2, n_steps, n_steps]
+    got: dict[tuple[int, int], Tensor] = {}
+    step = 0
+
+    def take(rows_A: Tensor, logits_AV: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal step
+        for row, logits_V in zip(rows_A.tolist(), logits_AV, strict=True):
+            got[row, step] = logits_V.float().log_softmax(0)
+        goes_on = torch.tensor([step + 1 < last_B[r] for r in rows_A.tolist()])
+        step += 1
+        return tokens_BT[rows_A, step - 1], goes_on.to(rows_A.device)
+
+    decode(model, prompts_GP, counts, take)
+    owner = [g for g, count in enumerate(counts) for _ in range(count)]
+    whole = [
+        torch.cat([prompts_GP[g], tokens_BT[row, : last_B[row] - 1]])[None]
+        for row, g in enumerate(owner)
+    ]
+
+    def alone() -> Tensor:
+        logits = [model(input_ids=ids, use_cache=False).logits[0, P - 1 :] for ids in whole]
+        return torch.cat(logits).float().log_softmax(1)
+
+    truth = Truth(model, alone)
+    truth.allow(torch.cat([_by_own_cache(model, ids, P) for ids in whole]))
+    return truth.fault(
+        torch.stack([got[row, t] for row in range(len(owner)) for t in range(last_B[row])])
+    )
+
+
+def _by_own_cache(model: PreTrainedModel, ids: Tensor, P: int) -> Tensor:
+    """The same log-probs by transformers' own cache, a token at a time."""
+    out = model(input_ids=ids[:, :P], use_cache=True)
+    found = [out.logits[0, -1]]
+    for t in range(P, ids.shape[1]):
+        past = out.past_key_values
+        out = model(input_ids=ids[:, t : t + 1], past_key_values=past, use_cache=True)
+        found.append(out.logits[0, -1])
+    return torch.stack(found).float().log_softmax(1)

@@ -1,0 +1,190 @@
+"""A cache that holds each prompt once, whatever the number of rows that continue it.
+
+While prompts are read, every attention layer's keys and values are kept as its attention sees them
+(whatever a model itself would cache: latents, shared layers). After `fork` a row is a completion,
+and the model's cache holds the row's own tokens alone; attention reads both (`prefix_attention`).
+
+All prompts of a cache have one length P and all rows one number L of tokens behind them, so a
+sliding window or a chunk is a slice: the last keys that the mask lets a query see.
+
+G prompts, B rows, Hkv key heads, K size of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from sharpen.scoring.hooks import LayerMask, Layers, Scores, SharingError, Watched
+from sharpen_kernels.prefix_attention import PrefixRows, prefix_attention
+
+ROOM = 16  # tokens a row has room for at first; doubled when it is full
+
+
+class OwnLayer(DynamicLayer):
+    """What one layer caches of each row alone; of the prompts only their length."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_forked = False
+        self.P = 0
+        self.L = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens; the keys and values of the prompts, or, after `fork`, of the rows alone."""
+        n = key_states.shape[2]
+        if not self.is_forked:
+            if self.P:
+                raise SharingError("it reads a prompt in parts")
+            self.P = n
+            self.is_initialized = True
+            return key_states, value_states
+        if self.keys is None or self.values is None:
+            keys, values = _room(key_states), _room(value_states)
+        elif self.L + n > self.keys.shape[2]:
+            keys, values = _wider(self.keys), _wider(self.values)
+        else:
+            keys, values = self.keys, self.values
+        start, self.L = self.L, self.L + n
+        keys[:, :, start : self.L] = key_states
+        values[:, :, start : self.L] = value_states
+        self.keys, self.values = keys, values
+        return keys[:, :, : self.L], values[:, :, : self.L]
+
+    def get_seq_length(self) -> int:
+        """P + L."""
+        return self.P + self.L
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next tokens see, and where the first of them stands."""
+        return self.P + self.L + query_length, 0
+
+    def keep(self, rows: Int64[Tensor, " B"]) -> None:
+        """Go on with these rows."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def _room(x: Float[Tensor, "B Hkv n K"]) -> Float[Tensor, "B Hkv room K"]:
+    B, H, n, K = x.shape
+    return x.new_empty(B, H, max(n, ROOM), K)
+
+
+def _wider(x: Float[Tensor, "B Hkv room K"]) -> Float[Tensor, "B Hkv wider K"]:
+    return torch.cat([x, torch.empty_like(x)], dim=2)
+
+
+class PromptCache(Cache):
+    """The `past_key_values` of prompts, and later of the rows that continue them.
+
+    Forwards over the prompts go under `PromptPlan`, those over the rows under `StepPlan`.
+    """
+
+    layers: list[OwnLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=OwnLayer)
+        # of the prompts, by the module that attends to them
+        self.prompts: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.counts: list[int] = []
+        self.rows: PrefixRows | None = None
+
+    def remember(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Keep what `module` attends to while the prompts are read."""
+        # contiguous: read at every step by one product for all heads
+        self.prompts[module] = k.contiguous(), v.contiguous()
+
+    def fork(self, counts: Sequence[int], device: torch.device) -> None:
+        """From now on `counts[g]` rows continue prompt g, side by side in a batch."""
+        if not self.prompts:
+            raise SharingError("it keeps no keys and values of its layers")
+        self.counts = list(counts)
+        self.rows = PrefixRows.of(self.counts, device)
+        for layer in self.layers:
+            layer.is_forked = True
+
+    def keep(self, is_open: Sequence[bool]) -> None:
+        """Forget the rows that are not open, and the prompts of which no row is."""
+        assert self.rows is not None
+        device = self.rows.place.device
+        left, start = [], 0
+        for count in self.counts:
+            left.append(sum(is_open[start : start + count]))
+            start += count
+        rows = torch.tensor([b for b, stays in enumerate(is_open) if stays], device=device)
+        for layer in self.layers:
+            layer.keep(rows)
+        if not all(left):
+            some = torch.tensor([g for g, count in enumerate(left) if count], device=device)
+            for module, (k, v) in self.prompts.items():
+                self.prompts[module] = k[some], v[some]
+        self.counts = [count for count in left if count]
+        self.rows = PrefixRows.of(self.counts, device)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPlan:
+    """Prompts are read as the model reads them, and their keys and values remembered."""
+
+    cache: PromptCache
+
+    def mask(self, layers: Layers) -> Watched:
+        """See `Plan`."""
+        return Watched(layers.own_mask(), self.cache.remember)
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """One more token of each row of a cache that is forked."""
+
+    cache: PromptCache
+
+    def mask(self, layers: Layers) -> LayerMask:
+        """See `Plan`."""
+        seen = self.cache.get_seq_length() + 1
+        if (layers.n_query, layers.n_key) != (1, seen):
+            raise SharingError(f"it attends from {layers.n_query} to {layers.n_key} of {seen}")
+        zero, key_T = torch.tensor(0), torch.arange(seen)
+        visible_T = layers.allows(zero, zero, torch.tensor(seen - 1), key_T).cpu().expand(seen)
+        visible = int(visible_T.sum())
+        if not visible_T[seen - visible :].all():
+            raise SharingError("its mask is not a stretch of tokens that ends at the query")
+        return StepMask(self.cache, seen, visible)
+
+
+@dataclass(frozen=True, eq=False)
+class StepMask(LayerMask):
+    """The last `visible` of the `seen` tokens of each row, its prompt's among them."""
+
+    cache: PromptCache
+    seen: int
+    visible: int
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """See `LayerMask`."""
+        prompt_k, prompt_v = self.cache.prompts.get(module, (None, None))
+        if prompt_k is None or prompt_v is None:
+            raise SharingError("a layer attends that did not attend to the prompt")
+        P, L = prompt_k.shape[2], k.shape[2]
+        if q.shape[2] != 1 or self.seen != P + L:
+            raise SharingError(f"{q.shape[2]} queries, {P} + {L} keys of {self.seen} tokens")
+        assert self.cache.rows is not None
+        own = min(L, self.visible)
+        first = max(P - (self.visible - own), 0)
+        out_BHK = prefix_attention(
+            q[:, :, 0],
+            prompt_k[:, :, first:],
+            prompt_v[:, :, first:],
+            k[:, :, L - own :],
+            v[:, :, L - own :],
+            self.cache.rows,
+            softcap=scores.softcap,
+            sinks=scores.sinks,
+            scale=scores.scale,
+        )
+        return out_BHK[:, None]
