@@ -65,6 +65,7 @@ def run(config: BonConfig) -> None:
         samples = sample_into(
             out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
         )
+        routes: dict[str, str] = {"sampling": sampler.route}
         greedy = None
         if source.task is not None:
             once = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
@@ -73,10 +74,11 @@ def run(config: BonConfig) -> None:
             scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
             stats = tuple(dict.fromkeys(["logprob", *stats_needed(config.reward)]))
             scores = score_samples(out / SCORES, scorer, samples, stats, timings)
+            routes["scoring"] = scorer.route.sharing
         else:
             valid = [is_finished(row) for row in samples]
             scores = Scores.from_logprobs([row["logprobs"] for row in samples], valid)
-        finish(config, source, prompts, samples, greedy, scores)
+        finish(config, source, prompts, samples, greedy, scores, routes)
 
 
 def check(config: BonConfig) -> None:
@@ -120,6 +122,7 @@ def finish(
     samples: list[Row],
     greedy: list[Row] | None,
     scores: Scores,
+    routes: dict[str, str],
 ) -> None:
     """Choose, grade, and write the three files that a run ends with."""
     out = Path(config.out)
@@ -156,6 +159,7 @@ def finish(
             "scores": config.scores,
             "split": config.split if config.task else None,
             **config.draw_settings(),
+            "routes": routes,
             "versions": versions(),
         },
         seconds=seconds,

@@ -81,6 +81,8 @@ def format_table(summary: Summary) -> str:
         f"n = {last}",
         f"seed {summary['seed']}",
     ]
+    routes = summary["settings"].get("routes", {})
+    facts += [f"{stage} route {route!r}" for stage, route in routes.items()]
     by_reward = summary["mean_logprob_by_reward"]
     rows = headline_rows(summary)
     columns = list(summary["mean_logprob_of_chosen"])
