@@ -16,11 +16,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sharpen.errors import SharpenError
+from sharpen.limits import ModelLimits
 
 from .batching import Batch
 
 if TYPE_CHECKING:
     import transformers
+
+LOGITS_BYTES = 2**28  # fp32 logits of one batch on the logits route; chosen
 
 
 def backbone_of(model: "transformers.PreTrainedModel") -> nn.Module | None:
@@ -79,6 +82,11 @@ def logit_rows(model: "transformers.PreTrainedModel", batch: Batch) -> Float[Ten
     K = logits.shape[1]
     row_S = batch.rows // L * K + column_S - first
     return logits.flatten(0, 1)[row_S.to(logits.device)]
+
+
+def logits_budget(model: "transformers.PreTrainedModel", max_tokens: int) -> int:
+    """`max_tokens`, or fewer whose fp32 logits fill `LOGITS_BYTES`."""
+    return min(max_tokens, LOGITS_BYTES // (4 * ModelLimits.of(model).vocab_size))
 
 
 def rope_boundary(model: "transformers.PreTrainedModel") -> int | None:

@@ -8,6 +8,7 @@ P prompt tokens, B completions of one batch, L their longest, R hidden rows that
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,19 +66,34 @@ def cached_parts(
         groups: Indices of pairs with one prompt each.
         max_tokens: Budget of one batch: prompt and padded completion of every row.
     """
-    starts = [0]
-    for _, completion in pairs:
-        starts.append(starts[-1] + len(completion))
-    device = input_device(model)
+    starts, device = starts_of(pairs), input_device(model)
     for group in groups:
-        prompt = pairs[group[0]][0]
-        P = len(prompt)
-        out = module(**accepted(module, input_ids=_ids([prompt], device), use_cache=True))
-        cache, last_D = cache_of(out), _rows_of(out)[0, -1]
-        lengths = [P + len(pairs[i][1]) for i in group]
-        for batch in plan_batches(lengths, max_tokens):
-            some = [group[b] for b in batch]
-            yield _part(module, cache, last_D, P, [pairs[i][1] for i in some], starts, some)
+        ids = prompt_ids(pairs[group[0]][0], device)
+        out = module(**accepted(module, input_ids=ids, use_cache=True))
+        cache, last_D = cache_of(out), rows_of(out)[0, -1]
+        yield from continuations(module, cache, last_D, pairs, group, starts, max_tokens)
+
+
+def starts_of(pairs: Sequence[Pair]) -> list[int]:
+    """Where the tokens of each completion start in input order, then their number."""
+    return [0, *accumulate(len(completion) for _, completion in pairs)]
+
+
+def continuations(
+    module: nn.Module,
+    cache: Any,
+    last: Float[Tensor, " D"],
+    pairs: Sequence[Pair],
+    group: Sequence[int],
+    starts: list[int],
+    max_tokens: int,
+) -> Iterator[Part]:
+    """`cached_parts` of one prompt, whose cache and last row are there."""
+    P = len(pairs[group[0]][0])
+    lengths = [P + len(pairs[i][1]) for i in group]
+    for batch in plan_batches(lengths, max_tokens):
+        some = [group[b] for b in batch]
+        yield _part(module, cache, last, P, [pairs[i][1] for i in some], starts, some)
 
 
 def _part(
@@ -115,7 +131,7 @@ def _part(
                 **dict.fromkeys(NAMES, fork(cache, B)),
             )
         )
-        source_RD = torch.cat([source_RD, _rows_of(out).flatten(0, 1)])
+        source_RD = torch.cat([source_RD, rows_of(out).flatten(0, 1)])
     return (
         source_RD,
         torch.tensor(rows, device=device),
@@ -153,9 +169,15 @@ def cache_of(out: Any) -> Any:
     return cache
 
 
-def _rows_of(out: Any) -> Tensor:
+def rows_of(out: Any) -> Tensor:
+    """The hidden rows, or the logits, that a forward returned."""
     found = getattr(out, "last_hidden_state", None)
     return out.logits if found is None else found
+
+
+def prompt_ids(prompt: Sequence[int], device: torch.device) -> Int64[Tensor, "1 P"]:
+    """One row of token ids."""
+    return _ids([list(prompt)], device)
 
 
 def _ids(rows: list[list[int]], device: torch.device) -> Int64[Tensor, "B L"]:

@@ -1,8 +1,8 @@
 """Scorer: exact statistics of given completions under a transformers causal LM."""
 
 import logging
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +15,20 @@ from sharpen.limits import ModelLimits
 from sharpen_kernels import TokenStats
 from sharpen_kernels.linear_logprob import Statistic
 
+from .bounded import accumulate, refuse_dropout
 from .forward import evaluating
 from .head import Head
+from .opening import opened, opened_tokenizer
 from .pairs import Pair, encode_text, pair_up
 from .route import Route, find_route
 from .scores import Scores
-from .sharing import WAYS, Sharing, SharingError
+from .sharing import WAYS, Sharing, SharingError, find_sharing
 from .token_stats import check_stats, on_cpu, token_stats
 
 if TYPE_CHECKING:
     import transformers
 
 logger = logging.getLogger(__name__)
-
-N_NAMED = 5  # completions that one warning names
 
 
 class Scorer:
@@ -49,8 +49,8 @@ class Scorer:
         allow_pickle: Read pickled weights where the path has no safetensors.
 
     Raises:
-        InputError: If there is no such model, `max_tokens` < 1, the model is an encoder-decoder, or
-            loading options come with a model that is loaded already.
+        InputError: If there is no such model, `max_tokens` < 1, an encoder-decoder, or loading
+            options come with a model that is loaded already.
 
     Example:
         >>> scorer = Scorer("game24")
@@ -82,29 +82,13 @@ class Scorer:
             "allow_pickle": allow_pickle,
         }
         # what a copy in another process is built from: a path stays a path
-        own = {"model": model, "tokenizer": tokenizer, "max_tokens": max_tokens}
-        self._arguments: dict[str, Any] = own | {"sharing": sharing} | loading
-        if isinstance(model, (str, Path)):
-            from sharpen.models import load_model
-
-            self.model = load_model(model, **loading)
-        else:
-            given = [name for name, value in loading.items() if value]
-            if given:
-                raise InputError(
-                    f"`{given[0]}` applies to a path, got a loaded {type(model).__name__}; "
-                    "move or cast the model itself first."
-                )
-            self.model = model
-        if self.model.config.is_encoder_decoder:
-            raise InputError(
-                f"`model` must be a causal LM, got the encoder-decoder "
-                f"{type(self.model).__name__}; only decoder-only models can be scored."
-            )
+        own = {"model": model, "tokenizer": tokenizer, "max_tokens": max_tokens, "sharing": sharing}
+        self._arguments: dict[str, Any] = own | loading
+        self.model = opened(model, loading)
         self.max_tokens = max_tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._arguments,)
+        return partial(Scorer, **self._arguments), ()
 
     @property
     def route(self) -> Route:
@@ -118,16 +102,8 @@ class Scorer:
         Raises:
             InputError: If none was given with a model that is not a path, or none can be loaded.
         """
-        tokenizer, model = self._arguments["tokenizer"], self._arguments["model"]
-        if tokenizer is not None:
-            return tokenizer
-        if not isinstance(model, (str, Path)):
-            raise InputError(
-                "text needs a tokenizer, got none; pass `tokenizer=` to Scorer, or a path as model."
-            )
-        from sharpen.models import load_tokenizer
-
-        return load_tokenizer(model, trust_remote_code=self._arguments["trust_remote_code"])
+        given = self._arguments
+        return opened_tokenizer(given["tokenizer"], given["model"], given["trust_remote_code"])
 
     def score(
         self,
@@ -163,15 +139,7 @@ class Scorer:
             tokens = self._token_stats(pairs, names, self.route.sharing)
         columns = {name: on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
-        broken = scores.nan_completions()
-        if broken:
-            more = f" and {len(broken) - N_NAMED} more" if len(broken) > N_NAMED else ""
-            logger.warning(
-                "log-prob is NaN in %s%s: never chosen; look for NaN in the weights, or overflow "
-                "in half precision.",
-                ", ".join(f"completions[{p}][{g}]" for p, g in broken[:N_NAMED]),
-                more,
-            )
+        scores.warn_of_nan()
         return scores
 
     def score_text(
@@ -228,6 +196,46 @@ class Scorer:
         assert tokens.logprob is not None
         return tokens.logprob
 
+    def backward(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        loss: Callable[[Tensor], Tensor] | Tensor,
+    ) -> Float[Tensor, " S"]:
+        """Add the gradient of a loss of the log-probs to `.grad`; memory does not grow with N.
+
+        What `loss(scorer.logprobs(prompts, completions)).backward()` gives, to rounding: a prompt
+        is computed once, its completions in batches of `max_tokens`, each batch forgotten before
+        the next. A loss that is a function costs one more forward, to find its slopes.
+
+        Args:
+            prompts: As in `score`.
+            completions: As in `score`.
+            loss: Of the log-probs [S], as `logprobs` returns them, to a scalar; or its slopes [S].
+
+        Returns:
+            The log-probs [S], detached.
+
+        Raises:
+            InputError: As `score`, if slopes have another shape, or with a function and dropout.
+        """
+        pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
+        if not isinstance(loss, Tensor):
+            refuse_dropout(self.model)
+            with torch.no_grad():
+                tokens = self._token_stats(pairs, ("logprob",), self.route.sharing)
+            assert tokens.logprob is not None
+            logprob_S = tokens.logprob.requires_grad_()
+            (loss,) = torch.autograd.grad(loss(logprob_S), logprob_S)
+        return accumulate(self.model, pairs, loss, sharing=self._bounded_way, **self._options)
+
+    @cached_property
+    def _bounded_way(self) -> Sharing:
+        """A prompt's graph can wait behind a cache, where the model scores right from one."""
+        if self.route.sharing != "tree":
+            return self.route.sharing
+        return find_sharing(self.model, self._route[1], ["cache"]).sharing
+
     @cached_property
     def _route(self) -> tuple[Route, Head | None]:
         return find_route(self.model, self._arguments["sharing"])
@@ -235,15 +243,8 @@ class Scorer:
     def _token_stats(
         self, pairs: list[Pair], stats: Sequence[Statistic], sharing: Sharing
     ) -> TokenStats:
-        return token_stats(
-            self.model,
-            pairs,
-            head=self._route[1],
-            max_tokens=self.max_tokens,
-            stats=stats,
-            sharing=sharing,
-        )
+        return token_stats(self.model, pairs, stats=stats, sharing=sharing, **self._options)
 
-
-def _rebuild(arguments: dict[str, Any]) -> Scorer:
-    return Scorer(**arguments)
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"head": self._route[1], "max_tokens": self.max_tokens}

@@ -3,6 +3,7 @@
 S scored tokens, N completions of all prompts together, P prompts.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,6 +17,10 @@ from sharpen.errors import InputError
 from sharpen_kernels import TokenStats
 
 from .rewards import compute
+
+logger = logging.getLogger(__name__)
+
+N_NAMED = 5  # completions that one warning names
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +126,18 @@ class Scores:
             for p, reward_G in enumerate(self.by_prompt("logprob"))
             for g in reward_G.isnan().nonzero().flatten().tolist()
         ]
+
+    def warn_of_nan(self) -> None:
+        """Name the completions whose log-prob is NaN, in one warning."""
+        broken = self.nan_completions()
+        if broken:
+            more = f" and {len(broken) - N_NAMED} more" if len(broken) > N_NAMED else ""
+            logger.warning(
+                "log-prob is NaN in %s%s: never chosen; look for NaN in the weights, or overflow "
+                "in half precision.",
+                ", ".join(f"completions[{p}][{g}]" for p, g in broken[:N_NAMED]),
+                more,
+            )
 
 
 def _shortened(counts: list[int]) -> str:

@@ -16,20 +16,17 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from sharpen.errors import InputError
-from sharpen.limits import ModelLimits
 from sharpen_kernels import TokenStats, token_logprob
 from sharpen_kernels.stats import NAMES, Statistic
 
 from .batching import inverse_of
-from .forward import input_device
+from .forward import input_device, logits_budget
 from .head import Head
 from .pairs import Pair
 from .sharing import Sharing, predicting
 
 if TYPE_CHECKING:
     import transformers
-
-LOGITS_BYTES = 2**28  # fp32 logits of one batch on the logits route; chosen
 
 
 def token_stats(
@@ -52,8 +49,7 @@ def token_stats(
         sharing: How completions of one prompt share it; `find_sharing` says what a model can.
     """
     if head is None:
-        V = ModelLimits.of(model).vocab_size
-        max_tokens = min(max_tokens, LOGITS_BYTES // (4 * V))
+        max_tokens = logits_budget(model, max_tokens)
     parts, places = [], []
     batches = predicting(model, pairs, head=head, max_tokens=max_tokens, sharing=sharing)
     for source, rows, target, place in batches:

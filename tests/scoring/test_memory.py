@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sharpen import Scorer
-from sharpen.scoring import token_stats
+from sharpen.scoring import forward
 from tiny import alone, opaque, tiny
 
 V = 20_000
@@ -44,9 +44,17 @@ def test_nor_does_its_backward():
     assert seen < LOGITS_BYTES / 10
 
 
+@pytest.mark.parametrize("slopes", [True, False])
+def test_nor_does_a_backward_in_bounded_memory(slopes):
+    scorer = Scorer(tiny(vocab_size=V))
+    loss = torch.ones(N * LENGTH) if slopes else lambda logprob: logprob.square().sum()
+    seen = largest_allocation(lambda: scorer.backward(PROMPTS, COMPLETIONS, loss))
+    assert seen < LOGITS_BYTES / 10
+
+
 def test_logits_route_holds_those_of_one_small_batch(monkeypatch):
     scorer = Scorer(opaque(vocab_size=V))
     assert scorer.route.head == "logits"
-    monkeypatch.setattr(token_stats, "LOGITS_BYTES", LOGITS_BYTES // 5)
+    monkeypatch.setattr(forward, "LOGITS_BYTES", LOGITS_BYTES // 5)
     seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS))
     assert seen <= LOGITS_BYTES / 5
