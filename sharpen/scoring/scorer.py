@@ -136,7 +136,7 @@ class Scorer:
         # an empty layout first: a bad `valid` must not cost a forward
         Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
-            tokens = self._token_stats(pairs, names, self.route.sharing)
+            tokens = self._token_stats(pairs, names)
         columns = {name: on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
         scores.warn_of_nan()
@@ -187,12 +187,7 @@ class Scorer:
             InputError: As `score`.
         """
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
-        try:
-            tokens = self._token_stats(pairs, ("logprob",), self.route.sharing)
-        except SharingError as error:
-            # what the probe ran in eval mode: dropout, checkpointing and the like can forbid it
-            logger.warning("whole sequences instead of shared prompts in this mode: %s", error)
-            tokens = self._token_stats(pairs, ("logprob",), "none")
+        tokens = self._token_stats(pairs, ("logprob",))
         assert tokens.logprob is not None
         return tokens.logprob
 
@@ -223,7 +218,7 @@ class Scorer:
         if not isinstance(loss, Tensor):
             refuse_dropout(self.model)
             with torch.no_grad():
-                tokens = self._token_stats(pairs, ("logprob",), self.route.sharing)
+                tokens = self._token_stats(pairs, ("logprob",))
             assert tokens.logprob is not None
             logprob_S = tokens.logprob.requires_grad_()
             (loss,) = torch.autograd.grad(loss(logprob_S), logprob_S)
@@ -240,10 +235,14 @@ class Scorer:
     def _route(self) -> tuple[Route, Head | None]:
         return find_route(self.model, self._arguments["sharing"])
 
-    def _token_stats(
-        self, pairs: list[Pair], stats: Sequence[Statistic], sharing: Sharing
-    ) -> TokenStats:
-        return token_stats(self.model, pairs, stats=stats, sharing=sharing, **self._options)
+    def _token_stats(self, pairs: list[Pair], stats: Sequence[Statistic]) -> TokenStats:
+        run = partial(token_stats, self.model, pairs, stats=stats, **self._options)
+        try:
+            return run(sharing=self.route.sharing)
+        except SharingError as error:
+            # not met by the probe: dropout, checkpointing, a layer that long inputs alone reach
+            logger.warning("whole sequences instead of shared prompts: %s", error)
+            return run(sharing="none")
 
     @property
     def _options(self) -> dict[str, Any]:
