@@ -1,12 +1,14 @@
 """One model type of `bench/support.py`: is it scored and sampled as the model itself says?"""
 
-import copy
 import dataclasses
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
+from transformers import PreTrainedTokenizerFast
 
+from bench._own_words import COMPLETIONS, NEW, PROMPTS, alone, padded, recomputed, wide
 from bench._tiny_models import tiny_model
 from bench._tiny_sizes import V
 from sharpen import Scorer
@@ -17,7 +19,6 @@ from sharpen.sampling.hf import TransformersSampler
 FLOOR_NATS = 2e-5
 NOISE_FACTOR = 8  # of what fp32 costs the model itself
 WRONG_NATS = 1e-3  # more is no rounding
-NEW = 12  # tokens sampled
 
 
 @dataclasses.dataclass
@@ -32,46 +33,6 @@ class Found:
     sampling: str = "-"
     error: float | None = None
     noise: float | None = None
-
-
-def ids(n: int, seed: int) -> list[int]:
-    """Random token ids that are no special token."""
-    return torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-HEADER = ids(20, 1)
-PROMPTS = [HEADER + ids(9, 2), HEADER + ids(12, 3), ids(41, 4), ids(3, 5)]
-OPENING = ids(10, 6)
-COMPLETIONS = [
-    [OPENING + ids(n, 10 * p + n) for n in (3, 8)] + [ids(n, 99 * p + n) for n in (1, 7, 30, 12)]
-    for p in range(len(PROMPTS))
-]
-
-
-def alone(model: Any) -> torch.Tensor:
-    """Log-probs by the model's own logits, each sequence by itself."""
-    found = []
-    for prompt, group in zip(PROMPTS, COMPLETIONS, strict=True):
-        for completion in group:
-            row = torch.tensor([prompt + completion])
-            logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1].double()
-            target = torch.tensor(completion)[:, None]
-            found.append(logits.log_softmax(-1).gather(1, target)[:, 0])
-    return torch.cat(found)
-
-
-def padded(model: Any) -> torch.Tensor:
-    """The same by one batch a prompt, padded on the right: the model's own noise."""
-    found = []
-    for prompt, group in zip(PROMPTS, COMPLETIONS, strict=True):
-        longest = max(map(len, group))
-        rows = [prompt + c + c[-1:] * (longest - len(c)) for c in group]
-        mask = [[1] * (len(prompt) + len(c)) + [0] * (longest - len(c)) for c in group]
-        logits = model(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask)).logits
-        for row, completion in zip(logits.double(), group, strict=True):
-            own = row[len(prompt) - 1 :][: len(completion)].log_softmax(-1)
-            found.append(own.gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return torch.cat(found)
 
 
 def examine(model_type: str) -> Found:
@@ -109,7 +70,7 @@ def noise_of(model: Any, want: torch.Tensor) -> float:
     Either counts as 0 where the model cannot do it, or is not right (some read their padding).
     """
     found = [0.0]
-    for way in (padded, lambda m: alone(copy.deepcopy(m).double())):
+    for way in (padded, lambda m: alone(wide(m))):
         try:
             with torch.no_grad():
                 found.append((way(model) - want).abs().max().item())
@@ -123,7 +84,9 @@ def greedy(model: Any) -> tuple[str, bool]:
 
     Or of the model run on whole sequences: some `generate` from a cache that is not their own.
     """
-    sampler = TransformersSampler(model, _NoText())  # type: ignore[arg-type]
+    words = tokenizers.models.WordLevel({str(i): i for i in range(V)}, unk_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
+    sampler = TransformersSampler(model, tokenizer)
     sampler.eos_ids = ()
     prompts = [Prompt(str(i), "", tuple(p), str(i)) for i, p in enumerate(PROMPTS)]
     config = SamplingConfig(n=2, temperature=0.0, max_new_tokens=NEW)
@@ -141,23 +104,6 @@ def greedy(model: Any) -> tuple[str, bool]:
             found = samples.completion_ids  # of one prompt, so greedy ones are equal
             same &= all(x == own for x in found) or found[0] == recomputed(model, prompt)
     return sampler.route, same
-
-
-def recomputed(model: Any, prompt: list[int]) -> list[int]:
-    """Greedy tokens without any cache."""
-    row = list(prompt)
-    for _ in range(NEW):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row]), use_cache=False).logits
-        row.append(int(logits[0, -1].argmax()))
-    return row[len(prompt) :]
-
-
-class _NoText:
-    eos_token_id = None
-
-    def decode(self, *_: object, **__: object) -> str:
-        return ""
 
 
 def reason(error: BaseException) -> str:

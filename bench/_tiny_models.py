@@ -34,9 +34,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     fields = _fields(kind) | OTHER.get(model_type, {})
     config = kind(**fields)
     text = config.get_text_config()
-    if text is not config:
+    if text is not config or not hasattr(config, "num_hidden_layers"):
         parts = {
-            name: type(part)(**_fields(type(part)))
+            name: type(part)(**_fields(type(part)) | OTHER.get(part.model_type, {}))
             for name in config.sub_configs
             if (part := getattr(config, name, None)) is not None
         }

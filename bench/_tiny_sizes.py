@@ -39,6 +39,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "biogpt": {"num_key_value_heads": None},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {
         "num_experts_per_tok": 2, "layer_types": None, "topk_method": "greedy", "head_dim": 8,
     },

@@ -2,6 +2,7 @@
 
     python -m bench.support --write                  # every type; the table into docs/models.md
     python -m bench.support --only llama --only bamba
+    python -m bench.support --check                  # a fixed sample, one of each kind of route
 
 For each type a tiny random model is built, its routes are found as for any model, and the scores
 of 24 completions of four prompts are compared with the model's own logits of each sequence alone,
@@ -20,14 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bench._examine import Found, examine
+from bench._support_table import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- support: python -m bench.support --write -->", "<!-- /support -->"
-SECONDS = 120  # of one type
+SECONDS = 420  # of one type
+SAMPLE = {  # sharing in scoring, sampling
+    "bloom": ("cache", "generate"), "deepseek_v2": ("tree", "shared"),
+    "exaone4": ("tree", "shared"), "falcon_mamba": ("none", "generate"),
+    "granitemoehybrid": ("cache", "generate"), "gemma3n_text": ("tree", "shared"),
+    "llama4_text": ("cache", "shared"), "qwen3_5_text": ("cache", "generate"),
+    "roberta": ("none", "generate"), "xlnet": ("-", "-"), "zamba2": ("cache", "generate"),
+}  # fmt: skip
 
 
 def _child(model_type: str, pipe: Any) -> None:
@@ -57,27 +65,15 @@ def asked(model_type: str) -> Found:
     return found
 
 
-def table(found: list[Found]) -> str:
-    """Markdown: what is supported, then what could not be tried."""
-    names = ("type", "shares prompts in scoring", "head", "sampling", "largest error", "own noise")
-    lines = [f"| {' | '.join(names)} |", "|---|---|---|---|---|---|"]
-    for f in found:
-        if f.verdict in ("right", "wrong"):
-            error = f"{f.error:.0e}" + (f" **{f.why} wrong**" if f.verdict == "wrong" else "")
-            cells = (f.model_type, f.sharing, f.head, f.sampling, error, f"{f.noise:.0e}")
-            lines.append(f"| {' | '.join(cells)} |")
-    refused = [f"`{f.model_type}` ({f.why})" for f in found if f.verdict == "refused"]
-    lost = [f"`{f.model_type}` ({f.why})" for f in found if f.verdict == "not built"]
-    counts = {v: sum(f.verdict == v for f in found) for v in ("right", "wrong")}
-    head = (
-        f"transformers {transformers.__version__}: {len(found)} types, {counts['right']} right, "
-        f"{counts['wrong']} silently wrong, {len(refused)} refused with an error, "
-        f"{len(lost)} of which no tiny model could be built.\n\n"
-    )
-    tail = (
-        f"\n\nRefused: {', '.join(refused) or 'none'}.\n\nNot built: {', '.join(lost) or 'none'}."
-    )
-    return head + "\n".join(lines) + tail
+def check() -> int:
+    """0 if the sample takes its routes and none of it is wrong."""
+    found = [asked(name) for name in SAMPLE]
+    for one in found:
+        print(one)
+    refused = {one.model_type for one in found if one.verdict == "refused"}
+    routes = {one.model_type: (one.sharing, one.sampling) for one in found}
+    sound = routes == SAMPLE and refused == {"xlnet"}
+    return 0 if sound and all(one.verdict in ("right", "refused") for one in found) else 1
 
 
 def main() -> int:
@@ -86,7 +82,10 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="a type; may be repeated")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parser.add_argument("--out", type=Path, help="every finding, as JSON lines")
+    parser.add_argument("--check", action="store_true", help="a fixed sample takes its routes")
     args = parser.parse_args()
+    if args.check:
+        return check()
     found = []
     for model_type in args.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         start = time.perf_counter()

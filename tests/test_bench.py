@@ -18,7 +18,8 @@ from bench._tables import digest, table
 from bench.peers.finding import Peer, available
 from test_layers import ROOT
 
-PROGRAMS = {path.stem for path in (ROOT / "bench").glob("[!_]*.py")} - {"conftest", "test_speed"}
+NOT_PROGRAMS = {"conftest", "test_speed", "test_sharing"}
+PROGRAMS = {path.stem for path in (ROOT / "bench").glob("[!_]*.py")} - NOT_PROGRAMS
 BY_NAME = {case.name: case for case in CASES}
 
 
