@@ -14,6 +14,7 @@ LAYERS = [
     ("sharpen.cli", "sharpen.__main__"),
     ("sharpen.commands",),
     ("sharpen.evaluation",),
+    ("sharpen.training",),
     ("sharpen.sampling",),
     ("sharpen.selection",),
     ("sharpen.scoring",),

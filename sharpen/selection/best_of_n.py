@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from .errors import InputError
-from .scoring import Scores
+from sharpen.errors import InputError
+from sharpen.scoring import Scores
 
 
 def best_of_n(

@@ -1,0 +1,1 @@
+"""Choices to weights: losses and the loops that fit them."""
