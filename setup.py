@@ -37,7 +37,7 @@ class BuildWithKernel(build_py):
         try:
             # run as a file: importing the package would import all of it
             library = runpy.run_path(str(LIBRARY))
-            if wanted == "1" or library["has_instructions"]():
+            if wanted == "1" or library["instructions"]():
                 library["build"]() if self.editable_mode else library["compile_into"](folder)
         except Exception as error:  # whatever it is, the package works without
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -2,7 +2,7 @@
 
 A build that came with the package is loaded if it is of these sources and this torch; else the
 user's cache serves, filled first where it must be. Where nothing can be compiled or the CPU lacks
-AVX-512, `load` says so once in the log and returns `None`: PyTorch computes the same, more slowly.
+AVX2, `load` says so once in the log and returns `None`: PyTorch computes the same, more slowly.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,13 +26,21 @@ PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "cpu"
 # no contraction: a statistic's bits must not depend on what the compiler fuses it with
 COMPILE = [
-    "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-DNDEBUG",
-    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
-    "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512",
+    "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-DNDEBUG", "-mfma",
 ]  # fmt: skip
+# by torch's word for what the CPU can do
+INSTRUCTIONS = {
+    "AVX512": [
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+        "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512",
+    ],
+    "AVX2": ["-mavx2", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
+}  # fmt: skip
 # torch's own OpenMP runtime serves: linking another would start a second pool of threads
 LINK = ["-shared", "-ltorch_cpu", "-lc10"]
-TYPES = (torch.bfloat16, torch.float32, torch.float16)  # `Type` of `cpu/linear_logprob.cpp`
+# `Type` and `Products` of `cpu/linear_logprob.cpp`
+TYPES = (torch.bfloat16, torch.float32, torch.float16)
+FMA, ONEDNN, AMX = range(3)
 TIMEOUT = 600  # seconds a compiler may take
 
 logger = logging.getLogger(__name__)
@@ -46,38 +55,43 @@ class Library:
         self._library.linear_logprob_error.restype = ctypes.c_char_p
         for name in ("scratch", "row", "backward"):
             getattr(self._library, f"linear_logprob_{name}_bytes").restype = ctypes.c_int64
-        products = self._library.linear_logprob_products()
-        self.could_run = products > 0  # whether this CPU has the instructions of any product
-        self.amx = products == 2  # whether those of its matrix units are taken
+        self.products = self._library.linear_logprob_products()  # the fastest that run here
 
-    def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether it takes inputs of this dtype; fp16 on the matrix units alone."""
-        return dtype in (torch.bfloat16, torch.float32) or (dtype == torch.float16 and self.amx)
+    def word_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one element as a factor: what `Word` and `TERMS` of its product make of it."""
+        of_amx = {torch.float32: 6, torch.float16: 4, torch.bfloat16: 2}
+        return {FMA: 4, ONEDNN: dtype.itemsize, AMX: of_amx[dtype]}[self.products_of(dtype)]
+
+    def products_of(self, dtype: torch.dtype) -> int:
+        """The products taken for inputs of this dtype: oneDNN has none of fp16."""
+        return FMA if self.products == ONEDNN and dtype == torch.float16 else self.products
 
     def run(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> None:
-        """Run the pass `name`: forward, ranks or backward."""
+        """Run a pass: `linear_logprob_forward` and the like."""
         if self._call(name, problem, dtype):
             raise RuntimeError(self._library.linear_logprob_error().decode())
 
     def n_bytes(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> int:
         """Memory that a thread wants for `scratch`, a hidden `row`, or the pass `backward`."""
-        return self._call(f"{name}_bytes", problem, dtype)
+        return self._call(f"linear_logprob_{name}_bytes", problem, dtype)
 
     def _call(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> int:
-        function = getattr(self._library, f"linear_logprob_{name}")
+        function = getattr(self._library, name)
         return function(
-            ctypes.byref(problem), ctypes.c_int32(TYPES.index(dtype)), ctypes.c_bool(self.amx)
+            ctypes.byref(problem),
+            ctypes.c_int32(TYPES.index(dtype)),
+            ctypes.c_int32(self.products_of(dtype)),
         )
 
 
 @functools.cache
 def load() -> Library | None:
-    """The library, if it can run here; compiled if no build is kept yet."""
-    if os.environ.get("SHARPEN_CPU_KERNEL") == "0" or not has_instructions():
-        logger.info("Tensors on the CPU are scored by PyTorch: no AVX-512, or not wanted.")
+    """The library, if this CPU has its instructions; compiled if no build is kept yet."""
+    if os.environ.get("SHARPEN_CPU_KERNEL") == "0" or instructions() is None:
+        logger.info("Tensors on the CPU are scored by PyTorch: no AVX2, or not wanted.")
         return None
     try:
-        library = _prebuilt() or Library(build())
+        return _prebuilt() or Library(build())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or ""
         logger.warning(
@@ -85,15 +99,12 @@ def load() -> Library | None:
             "slowly. %s %s", error, output[-2000:],
         )  # fmt: skip
         return None
-    if library.could_run:
-        return library
-    logger.info("Tensors on the CPU are scored by PyTorch: oneDNN's micro-kernels do not run here.")
-    return None
 
 
-def has_instructions() -> bool:
-    """Whether this CPU has the instructions that the library is compiled to."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+def instructions() -> str | None:
+    """Which of INSTRUCTIONS this CPU has, by torch, which ATEN_CPU_CAPABILITY can hold back."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return next((name for name in INSTRUCTIONS if capability.startswith(name)), None)
 
 
 def _prebuilt() -> Library | None:
@@ -132,12 +143,16 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "sharpen"
 
 
+def _flags() -> list[str]:
+    return [*COMPILE, *INSTRUCTIONS[instructions() or "AVX2"]]
+
+
 def _key() -> str:
     """Of everything the build depends on: sources, flags, torch; the CPU is in the flags."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    digest.update(" ".join([*COMPILE, *LINK, str(torch.__version__)]).encode())
+    digest.update(" ".join([*_flags(), *LINK, str(torch.__version__)]).encode())
     return f"cpu-{digest.hexdigest()[:16]}"
 
 
@@ -165,10 +180,13 @@ def compile_into(folder: Path) -> Path:
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     # the finished file appears at once, under its final name
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(f"{scratch}/{source.stem}.o")
-            _run(compiler, *COMPILE, *include, "-c", str(source), "-o", objects[-1])
+        objects = {f"{scratch}/{source.stem}.o": source for source in SOURCES.glob("*.cpp")}
+
+        def compile_one(out: str) -> None:
+            _run(compiler, *_flags(), *include, "-c", str(objects[out]), "-o", out)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_one, objects))
         _run(compiler, *objects, f"-L{root / 'lib'}", *LINK, "-o", f"{scratch}/library.so")
         return Path(f"{scratch}/library.so").replace(folder / f"{_key()}.so")
 

@@ -1,9 +1,9 @@
-"""`linear_logprob` on a CPU with AVX-512: calls of the C++ in `cpu/`, forward and backward.
+"""`linear_logprob` on a CPU: calls of the C++ in `cpu/`, forward and backward.
 
 The contract, the statistics and their merge law are those of `_linear_logprob_chunk.py`; logits
-live only as tiles in the cores' caches, and a bf16 weight is multiplied as it is. Where the CPU has
-matrix units (AMX) they multiply fp32 as well, as exactly; elsewhere oneDNN's micro-kernels multiply
-bf16 and fp32, and fp16 is left to PyTorch: they would need AMX's fp16, which few CPUs have.
+live only as tiles in the cores' caches, and a bf16 weight is never copied as a whole. Where the CPU
+has matrix units (AMX) they multiply fp32 as well, as exactly; where it has AVX-512, oneDNN's
+micro-kernels multiply bf16 and fp32; elsewhere, AVX2 given, fused multiply-adds of fp32.
 
 R hidden rows, S (row, target) pairs, V vocabulary, D hidden.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu_library
+from ._cpu_structures import BEST, OF_ROW, Inputs, Partials, empty_field, in_torch, pointer
 from ._linear_logprob_chunk import Head, RowGrads
 from ._pairs import Pairs
 from ._rows import Partial
@@ -35,33 +36,13 @@ MAX_WAVE, MAX_PASS = 512, 2048
 WAVE_BYTES, PASS_BYTES = 3 * 2**20, 12 * 2**20
 TILE_BYTES = BLOCK * 256 * 4  # of fp32, the most of any kind of product
 BACKWARD_SCRATCH_BYTES = 8 * 2**20
-BEST = ("best", "best_column")  # fields of k values a row
-COLUMNS = ("column", "best_column")  # int32 in C++
-
-
-class _Partials(ctypes.Structure):
-    """`Partials` of `cpu/row_statistics.h`."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in Partial._fields]
-
-
-class _Inputs(ctypes.Structure):
-    """`Inputs` of `cpu/tile.h`, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "mask")),
-        *((name, ctypes.c_void_p) for name in ("target", "first")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "depth")),
-        *((name, ctypes.c_int64) for name in ("hidden_stride", "weight_stride")),
-        *((name, ctypes.c_float) for name in ("temperature", "softcap")),
-    ]
 
 
 class _Cut(ctypes.Structure):
     """`Cut` of `cpu/linear_logprob.cpp`."""
 
     _fields_ = [
-        ("inputs", _Inputs),
+        ("inputs", Inputs),
         *((name, ctypes.c_int64) for name in ("segment_columns", "pass_rows", "chunk_rows")),
         ("threads", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
@@ -76,9 +57,9 @@ class _Forward(ctypes.Structure):
         ("cut", _Cut),
         ("k", ctypes.c_int64),
         ("renyi_order", ctypes.c_float),
-        ("merged", _Partials),
+        ("merged", Partials),
         ("chosen", ctypes.c_void_p),
-        ("partials", _Partials),
+        ("partials", Partials),
     ]
 
 
@@ -88,14 +69,11 @@ class _Ranks(ctypes.Structure):
     _fields_ = [("cut", _Cut), ("chosen", ctypes.c_void_p), ("ahead", ctypes.c_void_p)]
 
 
-OF_ROW = ("top", "log_mass", "prob", "entropy", "of_entropy", "uniform", "active")
-
-
 class _Backward(ctypes.Structure):
     """`Backward` of `cpu/linear_logprob_bwd.h`, its `RowGrads` written out."""
 
     _fields_ = [
-        ("inputs", _Inputs),
+        ("inputs", Inputs),
         *((name, ctypes.c_void_p) for name in (*OF_ROW, "of_chosen")),
         *((name, ctypes.c_int64) for name in ("wave_columns", "pass_rows", "threads")),
         *((name, ctypes.c_void_p) for name in ("dhidden", "dweight", "dbias", "memory")),
@@ -114,22 +92,21 @@ def takes(hidden: Tensor, head: Head) -> bool:
         and all(x.shape[1] == 1 or x.stride(1) == 1 for x in (hidden, head.weight))
         # memory that holds something else than the values
         and not any(x.is_neg() for x in (hidden, head.weight))
-        and (library := _cpu_library.load()) is not None
-        and library.multiplies(hidden.dtype)
+        and _cpu_library.load() is not None
     )
 
 
-def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[_Inputs, list[Tensor]]:
+def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[Inputs, list[Tensor]]:
     """What every pass reads, and the copies that must outlive the call."""
     V = head.vocab_size
     bias = None if head.bias is None else head.bias[:V].float().resolve_neg().contiguous()
     mask = None if head.vocab_mask is None else head.vocab_mask[:V].contiguous()
     target, first = pairs.target.contiguous(), pairs.first.contiguous()
-    inputs = _Inputs(
+    inputs = Inputs(
         hidden=hidden.data_ptr(),
         weight=head.weight.data_ptr(),
-        bias=_pointer(bias),
-        mask=_pointer(mask),
+        bias=pointer(bias),
+        mask=pointer(mask),
         target=target.data_ptr(),
         first=first.data_ptr(),
         rows=hidden.shape[0],
@@ -143,10 +120,6 @@ def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[_Inputs, list[Ten
     return inputs, [x for x in (target, first, bias, mask) if x is not None]
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _whole(n: int, unit: int = BLOCK) -> int:
     """`n` rounded up to a multiple of `unit`."""
     return -(-n // unit) * unit
@@ -158,11 +131,6 @@ def _library() -> _cpu_library.Library:
     return library
 
 
-def _word_bytes(library: _cpu_library.Library, dtype: torch.dtype) -> int:
-    """Bytes of one element as a factor: the matrix units take fp32 as three bf16, fp16 as two."""
-    return {torch.float32: 6, torch.float16: 4}.get(dtype, 2) if library.amx else dtype.itemsize
-
-
 def _cut(
     library: _cpu_library.Library, hidden: Tensor, head: Head, pairs: Pairs
 ) -> tuple[_Cut, list[Tensor]]:
@@ -170,8 +138,8 @@ def _cut(
     D = hidden.shape[1]
     # set by D and the dtype, never by the number of rows or threads
     # the matrix units outrun the third cache, which hidden rows come from: twice as many columns
-    budget = SEGMENT_BYTES * (2 if library.amx else 1)
-    fitting = budget // (D * _word_bytes(library, hidden.dtype)) // PANEL * PANEL
+    budget = SEGMENT_BYTES * (2 if library.products == _cpu_library.AMX else 1)
+    fitting = budget // (D * library.word_bytes(hidden.dtype)) // PANEL * PANEL
     columns = max(MIN_COLUMNS[hidden.element_size()], min(MAX_COLUMNS, fitting))
     inputs, kept = _inputs(hidden, head, pairs)
     cut = _Cut(inputs=inputs, segment_columns=columns)
@@ -214,21 +182,20 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
     sizes = [cut.threads * wanted.k if name in BEST else n_segments for name in names]
     _packed = _cut_rows(library, hidden, cut, 4 * sum(sizes))
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
-    merged = {name: _empty(name, R * wanted.k if name in BEST else R) for name in names}
-    partials = {name: _empty(name, n * cut.pass_rows) for name, n in zip(names, sizes, strict=True)}
+    merged = {name: empty_field(name, R * wanted.k if name in BEST else R) for name in names}
+    partials = {
+        name: empty_field(name, n * cut.pass_rows) for name, n in zip(names, sizes, strict=True)
+    }
     problem = _Forward(
         cut=cut,
         k=wanted.k,
         renyi_order=wanted.renyi_order,
-        merged=_Partials(**{name: x.data_ptr() for name, x in merged.items()}),
+        merged=Partials(**{name: x.data_ptr() for name, x in merged.items()}),
         chosen=chosen.data_ptr(),
-        partials=_Partials(**{name: x.data_ptr() for name, x in partials.items()}),
+        partials=Partials(**{name: x.data_ptr() for name, x in partials.items()}),
     )
-    library.run("forward", problem, hidden.dtype)
-    for name, x in merged.items():
-        found = x.long() if name in COLUMNS else x
-        merged[name] = found.view(R, wanted.k) if name in BEST else found
-    return Partial(**merged), chosen
+    library.run("linear_logprob_forward", problem, hidden.dtype)
+    return in_torch(merged, wanted.k), chosen
 
 
 def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
@@ -242,7 +209,7 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
     ahead = torch.zeros_like(pairs.target, memory_format=torch.contiguous_format)
     chosen = chosen.contiguous()
     problem = _Ranks(cut=cut, chosen=chosen.data_ptr(), ahead=ahead.data_ptr())
-    library.run("ranks", problem, hidden.dtype)
+    library.run("linear_logprob_ranks", problem, hidden.dtype)
     return ahead
 
 
@@ -272,30 +239,26 @@ def backward(
         dbias = state.new_zeros(head.bias.shape)
     of_row = RowGrads(grads, state, pairs.row, padded)
     of_chosen = grads["logprob"].contiguous() if "logprob" in grads else None
-    bytes_of_row = D * _word_bytes(library, hidden.dtype)
+    bytes_of_row = D * library.word_bytes(hidden.dtype)
     wave, rows = (n // bytes_of_row // BLOCK * BLOCK for n in (WAVE_BYTES, PASS_BYTES))
     inputs, _kept = _inputs(hidden, head, pairs)
     problem = _Backward(
         inputs=inputs,
-        of_chosen=_pointer(of_chosen),
+        of_chosen=pointer(of_chosen),
         wave_columns=max(BLOCK, min(MAX_WAVE, wave, _whole(head.vocab_size))),
         pass_rows=max(BLOCK, min(MAX_PASS, rows, padded)),
         threads=min(torch.get_num_threads(), BACKWARD_SCRATCH_BYTES // TILE_BYTES),
-        dhidden=_pointer(dhidden),
-        dweight=_pointer(dweight),
-        dbias=_pointer(dbias),
-        **{name: _pointer(getattr(of_row, name)) for name in OF_ROW},
+        dhidden=pointer(dhidden),
+        dweight=pointer(dweight),
+        dbias=pointer(dbias),
+        **{name: pointer(getattr(of_row, name)) for name in OF_ROW},
     )
     n_bytes = library.n_bytes("backward", problem, hidden.dtype)
     memory = torch.empty(n_bytes // 4, dtype=torch.float32)
     problem.memory = memory.data_ptr()
-    library.run("backward", problem, hidden.dtype)
+    library.run("linear_logprob_backward", problem, hidden.dtype)
     if dhidden is not None:
         dhidden = dhidden[:R]
     if dbias is not None and head.bias is not None:
         dbias = dbias.to(head.bias.dtype)
     return dhidden, dweight, dbias
-
-
-def _empty(name: str, n: int) -> Tensor:
-    return torch.empty(n, dtype=torch.int32 if name in COLUMNS else torch.float32)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from . import _token_logprob_cpu as native
 from . import _token_logprob_torch as blocked
 from ._launch import (
     FLOATS,
@@ -38,7 +39,7 @@ def _route(logits: Tensor):
         from . import _token_logprob_triton as triton_route
 
         return triton_route
-    return blocked
+    return native if native.takes(logits) else blocked
 
 
 @torch.library.custom_op("sharpen::token_logprob", mutates_args=())

@@ -48,13 +48,16 @@ def small_segments(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Segments of 64 columns (PyTorch), of 256 in tiles of 64 or 128 (Triton), of logits read."""
+    """Segments of 64 columns (PyTorch, C++), of 256 in tiles of 64 or 128 (Triton), of logits."""
     from sharpen_kernels import _token_logprob_best as best
+    from sharpen_kernels import _token_logprob_cpu as native
     from sharpen_kernels import _token_logprob_grad as gradient
     from sharpen_kernels import _token_logprob_pairs as pairs
     from sharpen_kernels import _token_logprob_torch as blocked
     from sharpen_kernels import _token_logprob_triton as fused
 
+    monkeypatch.setattr(native, "SEGMENT", 64)
+    monkeypatch.setattr(native, "PARTIALS_BYTES", 1)  # passes of one row
     monkeypatch.setattr(blocked, "SEGMENT", 64)
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)

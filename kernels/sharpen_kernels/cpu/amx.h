@@ -11,7 +11,7 @@
 
 #include "tile.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) && \
     __has_include(<amxtileintrin.h>)
 #define SHARPEN_AMX 1
 #include <sys/syscall.h>

@@ -33,10 +33,10 @@ struct BestColumns {
   // Those of `width` logits that belong here; lower columns than the first have been before.
   void keep(const float* z, int64_t width, int64_t first_column) const {
     for (int64_t v = 0; v < width; v += LANES) {
-      const __mmask16 lanes = lanes_before(width - v);
-      const __m512 x = _mm512_maskz_loadu_ps(lanes, z + v);
-      uint32_t hit =
-          _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(least()), _CMP_GT_OQ);
+      const First here(width - v);
+      // -inf is above nothing
+      const Lanes x = load(z + v, here, splat(-INF));
+      uint32_t hit = bits_of(is_above(x, splat(least())));
       for (; hit != 0; hit &= hit - 1) {
         const int64_t i = v + __builtin_ctz(hit);
         insert(z[i], static_cast<int32_t>(first_column + i));

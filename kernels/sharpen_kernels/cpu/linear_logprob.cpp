@@ -1,8 +1,8 @@
-// Forward of `linear_logprob` on a CPU with AVX-512: segments of the vocabulary, blocks of rows.
+// Forward of `linear_logprob` on a CPU: segments of the vocabulary, blocks of rows.
 //
 // A segment's weight is packed once, then multiplied with one block of rows at a time into a tile
 // of fp32 logits that stays in the core's cache, and the tile is reduced on the spot. The products
-// are oneDNN's, or those of the CPU's matrix units where it has them.
+// are those of the CPU's matrix units, oneDNN's, or our own, by what the CPU has.
 // Segments and blocks are fixed by V and D; a block is always full (zero rows behind the last), so
 // a row meets the same instructions in any batch. Segments go to threads as they come free and are
 // merged in order, so bits do not depend on the number of threads either.
@@ -10,6 +10,7 @@
 #include <string>
 
 #include "amx.h"
+#include "fma.h"
 #include "linear_logprob_bwd.h"
 #include "onednn.h"
 #include "row_merge.h"
@@ -214,56 +215,70 @@ int guarded(const Run& run) {
   }
 }
 
-// `run(kind of product)`; `_linear_logprob_cpu.py` knows these numbers.
+// `_linear_logprob_cpu.py` and `_cpu_library.py` know these numbers.
 enum Type : int32_t { BF16, FP32, FP16 };
+enum Products : int32_t { FMA, ONEDNN, AMX };
 
+// `run(a kind of product)`.
 template <typename Run>
-auto with_products(Type type, bool amx, const Run& run) {
+auto with_products(Type type, [[maybe_unused]] Products products, const Run& run) {
 #ifdef SHARPEN_AMX
-  if (amx && type == FP16) return run(Amx<at::Half>());
-  if (amx) return type == BF16 ? run(Amx<at::BFloat16>()) : run(Amx<float>());
+  if (products == AMX && type == BF16) return run(Amx<at::BFloat16>());
+  if (products == AMX && type == FP16) return run(Amx<at::Half>());
+  if (products == AMX) return run(Amx<float>());
 #endif
-  return type == BF16 ? run(OneDnn<at::BFloat16>()) : run(OneDnn<float>());
+#ifdef __AVX512F__
+  if (products == ONEDNN && type == BF16) return run(OneDnn<at::BFloat16>());
+  if (products == ONEDNN && type == FP32) return run(OneDnn<float>());
+#endif
+  if (type == BF16) return run(Fma<at::BFloat16>());
+  return type == FP16 ? run(Fma<at::Half>()) : run(Fma<float>());
 }
 
 }  // namespace
 
 // 0, or 1 with the message in `linear_logprob_error`.
-extern "C" int linear_logprob_forward(const Forward* p, Type type, bool amx) {
-  return guarded([&] { with_products(type, amx, [&](auto m) { forward<decltype(m)>(*p); }); });
+extern "C" int linear_logprob_forward(const Forward* p, Type type, Products products) {
+  return guarded(
+      [&] { with_products(type, products, [&](auto m) { forward<decltype(m)>(*p); }); });
 }
 
-extern "C" int linear_logprob_ranks(const Ranks* p, Type type, bool amx) {
-  return guarded([&] { with_products(type, amx, [&](auto m) { ranks<decltype(m)>(*p); }); });
+extern "C" int linear_logprob_ranks(const Ranks* p, Type type, Products products) {
+  return guarded(
+      [&] { with_products(type, products, [&](auto m) { ranks<decltype(m)>(*p); }); });
 }
 
-extern "C" int linear_logprob_backward(const Backward* p, Type type, bool amx) {
-  return guarded([&] { with_products(type, amx, [&](auto m) { backward<decltype(m)>(*p); }); });
+extern "C" int linear_logprob_backward(const Backward* p, Type type, Products products) {
+  return guarded(
+      [&] { with_products(type, products, [&](auto m) { backward<decltype(m)>(*p); }); });
 }
 
 // Bytes that each thread wants at `scratch`, and a row of a pass at `hidden`.
-extern "C" int64_t linear_logprob_scratch_bytes(const Cut* cut, Type type, bool amx) {
-  return with_products(type, amx, [&](auto m) { return Scratch<decltype(m)>::bytes(*cut); });
+extern "C" int64_t linear_logprob_scratch_bytes(const Cut* cut, Type type, Products products) {
+  return with_products(type, products, [&](auto m) { return Scratch<decltype(m)>::bytes(*cut); });
 }
 
-extern "C" int64_t linear_logprob_row_bytes(const Cut* cut, Type type, bool amx) {
-  return with_products(type, amx, [&](auto m) -> int64_t {
+extern "C" int64_t linear_logprob_row_bytes(const Cut* cut, Type type, Products products) {
+  return with_products(type, products, [&](auto m) -> int64_t {
     return m.left_size(BLOCK, cut->in.depth) * sizeof(typename decltype(m)::Word) / BLOCK;
   });
 }
 
 // Bytes of memory that `linear_logprob_backward` wants at `memory`.
-extern "C" int64_t linear_logprob_backward_bytes(const Backward* p, Type type, bool amx) {
-  return with_products(type, amx, [&](auto m) { return Workspace<decltype(m)>().layout(*p); });
+extern "C" int64_t linear_logprob_backward_bytes(const Backward* p, Type type, Products products) {
+  return with_products(type, products, [&](auto m) { return Workspace<decltype(m)>().layout(*p); });
 }
 
 extern "C" const char* linear_logprob_error() { return last_error.c_str(); }
 
-// Which products run here: 2 those of the matrix units, 1 oneDNN's, 0 none.
+// The fastest products that run here.
 extern "C" int linear_logprob_products() {
 #ifdef SHARPEN_AMX
   // oneDNN packs bf16 just where it may use them
-  if (at::native::cpublas::could_pack(at::kBFloat16) && may_use_amx()) return 2;
+  if (at::native::cpublas::could_pack(at::kBFloat16) && may_use_amx()) return AMX;
 #endif
-  return onednn_multiplies() ? 1 : 0;
+#ifdef __AVX512F__
+  if (onednn_multiplies()) return ONEDNN;
+#endif
+  return FMA;
 }

@@ -32,7 +32,7 @@ constexpr int64_t DEPTH_CHUNK = 256;
 constexpr int64_t ROWS_CHUNK = 512;
 constexpr int64_t TASKS = 4;  // at the least for each thread
 
-// M is one of the kinds of product, `OneDnn` or `Amx`.
+// M is one of the kinds of product: `Fma`, `OneDnn` or `Amx`.
 template <typename M>
 struct Workspace {
   using Word = typename M::Word;
@@ -167,20 +167,18 @@ class BackwardPass {
     if (p_.dhidden != nullptr) {
       for (int64_t r = 0; r < BLOCK; ++r) {
         for (int64_t v = 0; v < wide; v += LANES) {
-          const __m512 x = _mm512_loadu_ps(tile + r * wide + v);
-          M::store(space_.dz, rows, columns, row + r, column + v, x);
+          M::store(space_.dz, rows, columns, row + r, column + v, load(tile + r * wide + v));
         }
       }
     }
     if (p_.dweight != nullptr) {
       for (int64_t v = 0; v < wide; v += LANES) {
         for (int64_t r = 0; r < BLOCK; r += LANES) {
-          __m512i x[LANES];
-          for (int i = 0; i < LANES; ++i) x[i] = _mm512_loadu_si512(tile + (r + i) * wide + v);
+          Words x[LANES];
+          for (int i = 0; i < LANES; ++i) x[i] = load_bits(tile + (r + i) * wide + v);
           transpose(x);
           for (int i = 0; i < LANES; ++i) {
-            const __m512 z = _mm512_castsi512_ps(x[i]);
-            M::store(space_.dz_t, columns, rows, column + v + i, row + r, z);
+            M::store(space_.dz_t, columns, rows, column + v + i, row + r, as_lanes(x[i]));
           }
         }
       }

@@ -34,34 +34,32 @@ inline void row_gradient(float* z, int64_t start, int64_t width, const Inputs& i
     const float t = z[column] * slope;
     chosen.emplace_back(column, of_chosen[pair] * (1.0F - t * t) / in.temperature);
   }
-  const __m512 top = _mm512_set1_ps(g.top[row]);
-  const __m512 log_mass = _mm512_set1_ps(g.log_mass[row]);
-  const __m512 prob = _mm512_set1_ps(g.prob[row]);
-  for (int64_t v = 0; v < width; v += LANES) {
-    const __mmask16 here = lanes_before(width - v);
-    const __m512 logit = _mm512_maskz_loadu_ps(here, z + v);
-    const __mmask16 counts = _mm512_cmp_ps_mask(logit, _mm512_set1_ps(-INF), _CMP_NEQ_UQ);
-    const __m512 log_p = _mm512_sub_ps(_mm512_sub_ps(logit, top), log_mass);
-    const __m512 e = exp_of_nonpositive(log_p);
-    __m512 dz = _mm512_mul_ps(e, prob);
+  const Lanes top = splat(g.top[row]);
+  const Lanes log_mass = splat(g.log_mass[row]);
+  const Lanes prob = splat(g.prob[row]);
+  const auto gradient = [&](float* at, const auto& here) {
+    const Lanes logit = load(at, here);
+    const Mask counts = is_not(logit, splat(-INF));
+    const Lanes log_p = logit - top - log_mass;
+    const Lanes e = exp_of_nonpositive(log_p);
+    Lanes dz = e * prob;
     if (g.of_entropy != nullptr) {
       // dH / dz = -p (log p + H)
-      const __m512 log_ph = _mm512_add_ps(_mm512_max_ps(_mm512_set1_ps(-1e3F), log_p),
-                                          _mm512_set1_ps(g.entropy[row]));
-      const __m512 weighted = _mm512_mul_ps(e, _mm512_set1_ps(g.of_entropy[row]));
-      dz = _mm512_fnmadd_ps(weighted, log_ph, dz);
+      const Lanes log_ph = larger(splat(-1e3F), log_p) + splat(g.entropy[row]);
+      dz = fnma(e * splat(g.of_entropy[row]), log_ph, dz);
     }
-    if (g.uniform != nullptr) {
-      dz = _mm512_mask_sub_ps(dz, counts, dz, _mm512_set1_ps(g.uniform[row]));
-    }
+    if (g.uniform != nullptr) dz = sub_where(counts, dz, splat(g.uniform[row]));
     if (in.softcap != 0.0F) {
-      const __m512 t = _mm512_mul_ps(logit, _mm512_set1_ps(slope));
-      dz = _mm512_mul_ps(dz, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0F)));
+      const Lanes t = logit * splat(slope);
+      dz = dz * fnma(t, t, splat(1.0F));
     }
-    if (in.temperature != 1.0F) dz = _mm512_div_ps(dz, _mm512_set1_ps(in.temperature));
+    if (in.temperature != 1.0F) dz = dz / splat(in.temperature);
     // exactly 0 in a masked column, where log p = -inf and the slope of the cap too
-    _mm512_mask_storeu_ps(z + v, here, _mm512_maskz_mov_ps(counts, dz));
-  }
+    store(at, keep(counts, dz), here);
+  };
+  int64_t v = 0;
+  for (; v + LANES <= width; v += LANES) gradient(z + v, All());
+  if (v < width) gradient(z + v, First(width - v));
   for (const auto& [column, grad] : chosen) z[column] += grad;
 }
 

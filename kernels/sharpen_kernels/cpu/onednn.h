@@ -8,6 +8,7 @@
 
 #include "tile.h"
 
+#ifdef __AVX512F__
 namespace sharpen {
 
 // T is the inputs' type. A left factor is [rows, depth], a right one panels [depth, PANEL], bf16 in
@@ -102,15 +103,15 @@ struct OneDnn {
   }
 
   // 16 neighbours from (row, at) on of a gradient [rows, k].
-  static void store(T* gradient, int64_t rows, int64_t k, int64_t row, int64_t at, __m512 x) {
+  static void store(T* gradient, int64_t rows, int64_t k, int64_t row, int64_t at, Lanes x) {
     T* out = gradient + row * k + at;
     if constexpr (sizeof(T) == 4) {
-      _mm512_storeu_ps(out, x);
+      sharpen::store(out, x);
     } else {
-      const __m512i top = bf16_bits(x);
-      const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
-      store_bits(out, top);
-      store_bits(out + rows * k, bf16_bits(rest));
+      const Words top = bf16_bits(x);
+      const Lanes rest = x - as_lanes(_mm512_slli_epi32(top, 16));
+      store_half(out, top);
+      store_half(out + rows * k, bf16_bits(rest));
     }
   }
 
@@ -132,16 +133,7 @@ struct OneDnn {
   }
 
  private:
-  // Rounded to nearest even; NaN stays NaN.
-  static __m512i bf16_bits(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
-  }
-  static void store_bits(T* out, __m512i bits) {
+  static void store_half(T* out, Words bits) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
   }
 };
@@ -176,3 +168,4 @@ inline bool onednn_multiplies() {
 }
 
 }  // namespace sharpen
+#endif

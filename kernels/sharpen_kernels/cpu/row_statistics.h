@@ -39,58 +39,52 @@ template <typename Run>
 inline void each_vector(int64_t width, const Run& run) {
   int64_t v = 0;
   for (; v + WAYS * LANES <= width; v += WAYS * LANES) {
-    for (int i = 0; i < WAYS; ++i) run(v + i * LANES, static_cast<__mmask16>(0xFFFF), i);
+    for (int i = 0; i < WAYS; ++i) run(v + i * LANES, All(), i);
   }
-  for (; v < width; v += LANES) run(v, lanes_before(width - v), 0);
+  for (; v < width; v += LANES) run(v, First(width - v), 0);
 }
 
 // Logits from `z` on, -inf in the other lanes.
-inline __m512 load_logits(const float* z, __mmask16 lanes) {
-  return _mm512_mask_loadu_ps(_mm512_set1_ps(-INF), lanes, z);
+template <typename Here>
+inline Lanes load_logits(const float* z, const Here& lanes) {
+  return load(z, lanes, splat(-INF));
 }
 
 struct Sums {
-  __m512 of[WAYS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                     _mm512_setzero_ps()};
+  Lanes of[WAYS] = {zeros(), zeros(), zeros(), zeros()};
 
-  float value() const {
-    const __m512 low = _mm512_add_ps(of[0], of[1]);
-    return _mm512_reduce_add_ps(_mm512_add_ps(low, _mm512_add_ps(of[2], of[3])));
-  }
+  float value() const { return sum((of[0] + of[1]) + (of[2] + of[3])); }
 };
 
 // Largest of the logits, but for the column `without`. A NaN is passed over: the mass shows it.
 inline float largest(const float* z, int64_t width, int64_t without = -1) {
-  __m512 tops[WAYS];
-  for (auto& top : tops) top = _mm512_set1_ps(-INF);
+  const Lanes lowest = splat(-INF);
+  Lanes tops[WAYS] = {lowest, lowest, lowest, lowest};
   const int64_t from = without / LANES * LANES;
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
-    if (without >= 0 && v == from) lanes &= static_cast<__mmask16>(~(1U << (without - from)));
-    // max returns its second operand where the first is NaN
-    tops[i] = _mm512_max_ps(load_logits(z + v, lanes), tops[i]);
+  each_vector(width, [&](int64_t v, const auto& lanes, int i) {
+    Lanes x = load_logits(z + v, lanes);
+    if (without >= 0 && v == from) x = pick(only(without - from), lowest, x);
+    // the second operand where the first is NaN
+    tops[i] = larger(x, tops[i]);
   });
-  const __m512 low = _mm512_max_ps(tops[0], tops[1]);
-  return _mm512_reduce_max_ps(_mm512_max_ps(low, _mm512_max_ps(tops[2], tops[3])));
+  return largest_of(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
 }
 
 // top, mass, spread and total in two passes; with KEEP the exponentials stay in `e`.
 template <bool SPREAD, bool TOTAL, bool KEEP>
 void row_sums(const float* z, int64_t width, const Partials& out, int64_t at, float* e) {
   const float top = largest(z, width);
-  const __m512 shift = _mm512_set1_ps(shift_of(top));
+  const Lanes shift = splat(shift_of(top));
   Sums mass;
   Sums spread;
   Sums total;
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
-    const __m512 gap = _mm512_sub_ps(load_logits(z + v, lanes), shift);
-    const __m512 x = exp_of_nonpositive(gap);
-    mass.of[i] = _mm512_add_ps(mass.of[i], x);
-    if (SPREAD) {
-      const __m512 near = _mm512_max_ps(_mm512_set1_ps(FAR), gap);
-      spread.of[i] = _mm512_fmadd_ps(x, near, spread.of[i]);
-    }
-    if (TOTAL) total.of[i] = _mm512_mask_add_ps(total.of[i], lanes, total.of[i], gap);
-    if (KEEP) _mm512_mask_storeu_ps(e + v, lanes, x);
+  each_vector(width, [&](int64_t v, const auto& lanes, int i) {
+    const Lanes gap = load_logits(z + v, lanes) - shift;
+    const Lanes x = exp_of_nonpositive(gap);
+    mass.of[i] = mass.of[i] + x;
+    if (SPREAD) spread.of[i] = fma(x, larger(splat(FAR), gap), spread.of[i]);
+    if (TOTAL) total.of[i] = add_where(lanes, total.of[i], gap);
+    if (KEEP) store(e + v, x, lanes);
   });
   out.top[at] = top;
   out.mass[at] = mass.value();
@@ -101,63 +95,58 @@ void row_sums(const float* z, int64_t width, const Partials& out, int64_t at, fl
 // Sum of z - top over the columns above -inf, and their number: for the row that has others.
 inline void total_of_unmasked(const float* z, int64_t width, float top, float* total,
                               float* n_valid) {
-  const __m512 shift = _mm512_set1_ps(shift_of(top));
-  Sums sum;
+  const Lanes shift = splat(shift_of(top));
+  Sums sums;
   int64_t n = 0;
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
-    const __m512 x = load_logits(z + v, lanes);
-    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INF), _CMP_NEQ_UQ);
-    sum.of[i] = _mm512_mask_add_ps(sum.of[i], counts, sum.of[i], _mm512_sub_ps(x, shift));
-    n += __builtin_popcount(counts);
+  each_vector(width, [&](int64_t v, const auto& lanes, int i) {
+    const Lanes x = load_logits(z + v, lanes);
+    const Mask counts = is_not(x, splat(-INF));
+    sums.of[i] = add_where(counts, sums.of[i], x - shift);
+    n += __builtin_popcount(bits_of(counts));
   });
-  *total = sum.value();
+  *total = sums.value();
   *n_valid = static_cast<float>(n);
 }
 
 // Sum of e (z - top - mean)^2.
 inline float sum_of_squares_about(const float* z, const float* e, int64_t width, float top,
                                   float mean) {
-  const __m512 shift = _mm512_set1_ps(shift_of(top));
-  Sums sum;
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
-    const __m512 gap = _mm512_sub_ps(load_logits(z + v, lanes), shift);
-    const __m512 apart =
-        _mm512_sub_ps(_mm512_max_ps(_mm512_set1_ps(FAR), gap), _mm512_set1_ps(mean));
-    const __m512 weighted = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, e + v), apart);
-    sum.of[i] = _mm512_fmadd_ps(weighted, apart, sum.of[i]);
+  const Lanes shift = splat(shift_of(top));
+  Sums sums;
+  each_vector(width, [&](int64_t v, const auto& lanes, int i) {
+    const Lanes gap = load_logits(z + v, lanes) - shift;
+    const Lanes apart = larger(splat(FAR), gap) - splat(mean);
+    sums.of[i] = fma(load(e + v, lanes) * apart, apart, sums.of[i]);
   });
-  return sum.value();
+  return sums.value();
 }
 
 // Sum of e^2.
 inline float sum_of_squares(const float* e, int64_t width) {
-  Sums sum;
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
-    const __m512 x = _mm512_maskz_loadu_ps(lanes, e + v);
-    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(LOWEST_SQUARED), _CMP_GE_OQ);
-    sum.of[i] = _mm512_mask3_fmadd_ps(x, x, sum.of[i], counts);
+  Sums sums;
+  each_vector(width, [&](int64_t v, const auto& lanes, int i) {
+    const Lanes x = load(e + v, lanes);
+    sums.of[i] = pick(is_at_least(x, splat(LOWEST_SQUARED)), fma(x, x, sums.of[i]), sums.of[i]);
   });
-  return sum.value();
+  return sums.value();
 }
 
 // Sum of exp(order (z - top)).
 inline float sum_of_powers(const float* z, int64_t width, float top, float order) {
-  const __m512 shift = _mm512_set1_ps(shift_of(top));
-  Sums sum;
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int i) {
-    const __m512 gap = _mm512_sub_ps(load_logits(z + v, lanes), shift);
-    const __m512 power = exp_of_nonpositive(_mm512_mul_ps(_mm512_set1_ps(order), gap));
-    sum.of[i] = _mm512_add_ps(sum.of[i], power);
+  const Lanes shift = splat(shift_of(top));
+  Sums sums;
+  each_vector(width, [&](int64_t v, const auto& lanes, int i) {
+    const Lanes gap = load_logits(z + v, lanes) - shift;
+    sums.of[i] = sums.of[i] + exp_of_nonpositive(splat(order) * gap);
   });
-  return sum.value();
+  return sums.value();
 }
 
 // Lowest column that holds `top`; 0 where none does.
 inline int64_t first_of(const float* z, int64_t width, float top) {
   for (int64_t v = 0; v < width; v += LANES) {
-    const __mmask16 lanes = lanes_before(width - v);
-    const __m512 x = _mm512_maskz_loadu_ps(lanes, z + v);
-    const __mmask16 hit = _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(top), _CMP_EQ_OQ);
+    const First here(width - v);
+    const uint32_t hit = bits_of(both(is_equal(load(z + v, here), splat(top)), here));
     if (hit != 0) return v + __builtin_ctz(hit);
   }
   return 0;
@@ -167,16 +156,14 @@ inline int64_t first_of(const float* z, int64_t width, float top) {
 // larger logits, and those of equal ones further left; masked ones never do.
 inline int64_t count_ahead(const float* z, int64_t width, float own, int64_t left) {
   if (own == -INF) left = 0;
-  const __m512 wanted = _mm512_set1_ps(own);
-  const __m512i one = _mm512_set1_epi32(1);
-  __m512i n = _mm512_setzero_si512();
-  each_vector(width, [&](int64_t v, __mmask16 lanes, int) {
-    const __m512 x = load_logits(z + v, lanes);
-    const __mmask16 larger = _mm512_cmp_ps_mask(x, wanted, _CMP_GT_OQ);
-    const __mmask16 equal = _mm512_mask_cmp_ps_mask(lanes_before(left - v), x, wanted, _CMP_EQ_OQ);
-    n = _mm512_mask_add_epi32(n, static_cast<__mmask16>(larger | equal), n, one);
+  const Lanes wanted = splat(own);
+  Words n = zero_words();
+  each_vector(width, [&](int64_t v, const auto& lanes, int) {
+    const Lanes x = load_logits(z + v, lanes);
+    const Mask equal = both(is_equal(x, wanted), First(left - v));
+    n = count_up(n, either(is_above(x, wanted), equal));
   });
-  return _mm512_reduce_add_epi32(n);
+  return sum(n);
 }
 
 // Every field asked for, of one row and segment at a time.
