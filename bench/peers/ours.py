@@ -38,9 +38,9 @@ def _our_hidden():
     }
 
 
-def _our_pytorch_route():
+def _without_kernel(op, calls):
     """Our route without the C++ kernel: what a machine without a compiler runs."""
-    native = importlib.import_module("sharpen_kernels._linear_logprob_cpu")
+    native = importlib.import_module(f"sharpen_kernels._{op}_cpu")
 
     def refused(call):
         def run(*args):
@@ -49,7 +49,15 @@ def _our_pytorch_route():
 
         return run
 
-    return {name: refused(call) for name, call in _our_hidden().items()}
+    return {name: refused(call) for name, call in calls.items()}
+
+
+def _our_logits_in_pytorch():
+    return _without_kernel("token_logprob", _our_logits())
+
+
+def _our_hidden_in_pytorch():
+    return _without_kernel("linear_logprob", _our_hidden())
 
 
 def _our_logits_by_options():
@@ -88,9 +96,10 @@ BY_OPTIONS = "ours, vocab_size and vocab_mask"
 LOGITS = (
     Peer("ours", _our_logits, ANYWHERE),
     Peer(BY_OPTIONS, _our_logits_by_options, ANYWHERE, timed=False),
+    Peer("ours, PyTorch route", _our_logits_in_pytorch, ("cpu",)),
 )
 HIDDEN = (
     Peer("ours", _our_hidden, ANYWHERE, takes_bias=True),
     Peer(BY_OPTIONS, _our_hidden_by_options, ANYWHERE, takes_bias=True, timed=False),
-    Peer("ours, PyTorch route", _our_pytorch_route, ("cpu",), takes_bias=True),
+    Peer("ours, PyTorch route", _our_hidden_in_pytorch, ("cpu",), takes_bias=True),
 )
