@@ -6,6 +6,8 @@ Both are found by running the model on a few random tokens, said once in the log
 import logging
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
+
 from sharpen.errors import InputError
 
 from .head import Head
@@ -37,6 +39,12 @@ def find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Rou
     Raises:
         InputError: If the model is not causal, or does not score right when it shares as asked.
     """
+    # odd shapes, tried once, are not worth graphs of a model that is compiled
+    with torch.compiler.set_stance("force_eager"):
+        return _find_route(model, sharing)
+
+
+def _find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Route, Head | None]:
     name = type(model).__name__
     finding = find_head(model)
     if finding.head is None:
