@@ -202,7 +202,7 @@ def _attention_hook(base: str) -> Callable[..., Any]:
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the dtype that PyTorch's own attention takes where autocast is on: rotary ones are mixed."""
+    """In the dtype that PyTorch's own attention takes under autocast; rotary ones come mixed."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
