@@ -10,8 +10,10 @@ tried on a few random tokens and compared with the sequences alone (`agreement`)
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -96,6 +98,16 @@ def _places(pairs: Sequence[Pair], kept: set[int]) -> Int64[Tensor, " K"]:
     """Places among all tokens of those of the pairs that are kept."""
     kept_S = [i in kept for i, (_, completion) in enumerate(pairs) for _ in completion]
     return torch.tensor(kept_S, dtype=torch.bool).nonzero()[:, 0]
+
+
+def any_shared(pairs: Sequence[Pair]) -> bool:
+    """Whether some token of `pairs` is read once for two of them by a tree or from a cache."""
+    read = [pair for pair in pairs if pair[1]]
+    # completions of a prompt stand side by side; else, the tree tells
+    if any(one == other for (one, _), (other, _) in pairwise(read)):
+        return True
+    rows = plan(read, sys.maxsize)
+    return rows.packed < rows.naive
 
 
 def find_sharing(
