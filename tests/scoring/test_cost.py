@@ -1,4 +1,4 @@
-"""What a call costs: nothing to share, or a model that falls back, is no dearer than plain batches."""
+"""Where nothing is shared, or a model falls back, a call costs no more than padded batches."""
 
 import pytest
 import torch
@@ -31,12 +31,12 @@ UNSHARED = {
     "one completion": ([ids(30, 1)], [[ids(9, 2)]]),
     "one each": ([ids(30, 1), ids(7, 3)], [[ids(9, 2)], [ids(4, 4)]]),
     "one that is not empty": ([ids(30, 1)], [[[], ids(9, 2), []]]),
-    "a header too short to cut": ([HEADER[:5] + [1], HEADER[:5] + [2]], [[ids(9, 2)]] * 2),
+    "a header too short to cut": ([[*HEADER[:5], 1], [*HEADER[:5], 2]], [[ids(9, 2)]] * 2),
 }
 SHARED = {
     "a prompt": ([ids(30, 1)], [[ids(9, 2), ids(4, 3)]]),
     "a prompt given twice": ([ids(30, 1), [9], ids(30, 1)], [[ids(9, 2)], [[3]], [ids(4, 3)]]),
-    "a header": ([HEADER + [1], HEADER + [2]], [[ids(9, 2)]] * 2),
+    "a header": ([[*HEADER, 1], [*HEADER, 2]], [[ids(9, 2)]] * 2),
     "a beginning": ([[5, 6], [5]], [[[7, 8]], [[6, 7, 9, 9]]]),
 }
 
