@@ -11,8 +11,9 @@ import torch
 from sharpen.errors import InputError
 
 from .head import Head
+from .predicting import WAYS, Sharing
 from .probe import find_head
-from .sharing import WAYS, Sharing, find_sharing
+from .sharing import find_sharing
 
 if TYPE_CHECKING:
     import transformers
@@ -42,6 +43,17 @@ def find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Rou
     # odd shapes, tried once, are not worth graphs of a model that is compiled
     with torch.compiler.set_stance("force_eager"):
         return _find_route(model, sharing)
+
+
+def bounded_way(model: "transformers.PreTrainedModel", route: Route, head: Head | None) -> Sharing:
+    """How its gradients are gathered in bounded memory.
+
+    A prompt's graph can wait behind a cache, where the model scores right from one.
+    """
+    if route.sharing != "tree":
+        return route.sharing
+    with torch.compiler.set_stance("force_eager"):
+        return find_sharing(model, head, ["cache"]).sharing
 
 
 def _find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Route, Head | None]:

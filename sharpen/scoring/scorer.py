@@ -18,11 +18,12 @@ from sharpen_kernels.linear_logprob import Statistic
 from .bounded import accumulate, refuse_dropout
 from .forward import evaluating
 from .head import Head
+from .hooks import SharingError
 from .opening import opened, opened_tokenizer
 from .pairs import Pair, encode_text, pair_up
-from .route import Route, find_route
+from .predicting import WAYS, Sharing, any_shared
+from .route import Route, bounded_way, find_route
 from .scores import Scores
-from .sharing import WAYS, Sharing, SharingError, any_shared, find_sharing
 from .token_stats import check_stats, on_cpu, token_stats
 
 if TYPE_CHECKING:
@@ -225,9 +226,7 @@ class Scorer:
 
     @cached_property
     def _bounded_way(self) -> Sharing:
-        """A prompt's graph can wait behind a cache, where the model scores right from one."""
-        way, head = self.route.sharing, self._route[1]
-        return find_sharing(self.model, head, ["cache"]).sharing if way == "tree" else way
+        return bounded_way(self.model, *self._route)
 
     @cached_property
     def _route(self) -> tuple[Route, Head | None]:

@@ -10,7 +10,7 @@ from families import CACHE, CONTEXT, TREE, V, family
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring.packing import plan
-from sharpen.scoring.sharing import Sharing, predicting
+from sharpen.scoring.predicting import Sharing, predicting
 from sharpen.scoring.token_stats import token_stats
 from tiny import tiny
 
