@@ -92,7 +92,7 @@ def test_dropout_in_training_takes_whole_sequences(caplog):
     scorer = Scorer(model)
     assert scorer.route.sharing == "tree"
     model.train()
-    scorer.logprobs([PAIRS[0][0]], [[PAIRS[0][1]]])
+    scorer.logprobs([PAIRS[0][0]], [[c for _, c in PAIRS]])
     assert "attention dropout is on" in caplog.text
 
 
