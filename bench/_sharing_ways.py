@@ -14,7 +14,7 @@ from torch import Tensor
 from bench._sharing import Problem, V, by_padded_batch, gathered
 from sharpen import Scorer
 
-WAYS = {"ours, tree": "tree", "ours, cache": "cache"}
+WAYS = {"ours, auto": "auto", "ours, tree": "tree", "ours, cache": "cache"}
 PADDED, CACHED, BOUNDED = "padded batch", "DynamicCache", "ours, bounded"
 
 Ways = dict[str, Callable[[], Tensor]]
@@ -37,7 +37,7 @@ def forward_ways(problem: Problem, ours: Any, plain: Any) -> Ways:
     ways: Ways = {}
     for name, way in WAYS.items():
         scorer = Scorer(ours, sharing=way, max_tokens=2**17)
-        assert scorer.route.sharing == way
+        assert scorer.route.sharing == ("tree" if way == "auto" else way)
         ways[name] = functools.partial(scorer.logprobs, *lists)
     ways[PADDED] = functools.partial(by_padded_batch, plain, prompt, completions)
     ways[CACHED] = functools.partial(by_cache, plain, prompt, completions)

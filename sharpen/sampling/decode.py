@@ -82,7 +82,7 @@ def find_decoding(model: PreTrainedModel) -> tuple[Decoding, str]:
     why = install(model)
     if why is None:
         try:
-            with torch.no_grad(), evaluating(model):
+            with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
                 # rounding may send a token to another expert: in half precision, not every time
                 for seed in range(1 if torch.finfo(model.dtype).bits >= 32 else HALF_TRIES):
                     why = _fault(model, seed)

@@ -33,8 +33,9 @@ class Truth:
         self.values = run()
         self.limit = TOLERANCE_NATS
         self.shaken = 0.0
-        if torch.finfo(model.dtype).bits < 32:
-            self.shaken = _shaken(model, run, self.values)
+        dtype = _working_dtype(model)
+        if torch.finfo(dtype).bits < 32:
+            self.shaken = _shaken(model, run, self.values, torch.finfo(dtype).eps)
 
     def allow(self, other: Tensor) -> None:
         """Let others be as far off as `other`, `NOISE_FACTOR` times."""
@@ -53,17 +54,24 @@ class Truth:
         return f"off by {worst:.1e} nats, more than {self.limit:.1e}"
 
 
+def _working_dtype(model: "transformers.PreTrainedModel") -> torch.dtype:
+    """What its products are computed in."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return model.dtype
+
+
 def _shaken(
-    model: "transformers.PreTrainedModel", run: Callable[[], Tensor], values: Tensor
+    model: "transformers.PreTrainedModel", run: Callable[[], Tensor], values: Tensor, eps: float
 ) -> float:
-    """Root mean square of what one more rounding of the embeddings changes."""
+    """Root mean square of what one more rounding of the embeddings, to `eps`, changes."""
     generator = torch.Generator().manual_seed(0)
 
     def shake(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         sign = torch.randint(0, 2, out.shape, generator=generator).to(out.device) * 2 - 1
         # a little more than half of the last place, so that it is not rounded back
-        step = 0.51 * torch.finfo(out.dtype).eps
-        return (out.float() * (1 + step * sign)).to(out.dtype)
+        return (out.float() * (1 + 0.51 * eps * sign)).to(out.dtype)
 
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Module)

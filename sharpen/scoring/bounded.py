@@ -25,9 +25,10 @@ from sharpen_kernels import token_logprob
 
 from .forward import accepted, backbone_of, input_device, logits_budget, rope_boundary
 from .head import Head
+from .hooks import SharingError
 from .pairs import Pair
+from .predicting import Predicting, Sharing, predicting
 from .prefix_cache import cache_of, continuations, groups_of, prompt_ids, rows_of, starts_of
-from .sharing import Predicting, Sharing, SharingError, predicting
 
 if TYPE_CHECKING:
     import transformers

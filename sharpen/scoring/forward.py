@@ -68,13 +68,12 @@ def logit_rows(model: "transformers.PreTrainedModel", batch: Batch) -> Float[Ten
     column_S = batch.rows % L
     first, last = int(column_S.min()), int(column_S.max())
     keep_K = torch.arange(first, last + 1, device=batch.ids.device)
-    base = getattr(model, "get_base_model", lambda: model)()
-    asked = accepted(base, use_cache=False, logits_to_keep=keep_K)
+    asked = accepted(model, use_cache=False, logits_to_keep=keep_K)
     out = model(input_ids=batch.ids, attention_mask=batch.mask, **asked)
     logits: Tensor = out.logits
     if logits.shape[1] not in (L, len(keep_K)):
         raise SharpenError(
-            f"{type(base).__name__} must return logits for {L} columns, got {logits.shape[1]}; "
+            f"{type(model).__name__} must return logits for {L} columns, got {logits.shape[1]}; "
             "adapters that insert tokens cannot be scored."
         )
     if logits.shape[1] == L:
@@ -125,6 +124,7 @@ def input_device(model: "transformers.PreTrainedModel") -> torch.device:
 
 # values go to forward() as they are, whatever they are
 def accepted(module: nn.Module, **options: Any) -> dict[str, Any]:
-    """Those of `options` that `module.forward` names."""
-    names = inspect.signature(module.forward).parameters
+    """Those of `options` that `module.forward` names, or that of the model inside an adapter."""
+    base = getattr(module, "get_base_model", lambda: module)()
+    names = inspect.signature(base.forward).parameters
     return {name: value for name, value in options.items() if name in names}

@@ -7,6 +7,8 @@ would find nothing when gradient checkpointing runs it again in backward, on a t
 
 Both hooks are installed once and stay. Without a plan they call what the model used before, so
 that `generate`, training steps and a recomputed layer find the implementation they began with.
+What of the model is compiled stays so, and is left out while a plan is under way: its graphs were
+traced, or would be looked up, without one.
 
 B rows, H heads, L queries, K size of a head.
 """
@@ -111,10 +113,11 @@ _plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
 @contextmanager
 def under(plan: Plan) -> Iterator[None]:
-    """Forwards inside go by `plan`."""
+    """Forwards inside go by `plan`, and none of them through `torch.compile`."""
     token = _plan.set(plan)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         _plan.reset(token)
 
@@ -133,7 +136,9 @@ def install(model: "transformers.PreTrainedModel") -> str | None:
     base = model.config.get_text_config()._attn_implementation
     if base not in NAMES:
         return f"attention implementation {base!r} has no tree form; load with 'sdpa' or 'eager'"
-    if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+    # of its parts: the model itself may be wrapped, by PEFT or torch.compile
+    files = {sys.modules[type(part).__module__] for part in model.modules()}
+    if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
         return "its layers do not use transformers' AttentionInterface"
     name = NAMES[base]
     AttentionInterface.register(name, _attention_hook(base))
@@ -177,6 +182,8 @@ def _attention_hook(base: str) -> Callable[..., Any]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(attention_mask, (Watched, LayerMask)):
+            query, key, value = _as_autocast(query, key, value)
         if isinstance(attention_mask, Watched):
             attention_mask.watch(module, key, value)
             attention_mask = attention_mask.mask
@@ -192,6 +199,14 @@ def _attention_hook(base: str) -> Callable[..., Any]:
         return attention_mask.attend(module, query, key, value, scores), None
 
     return attention
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype that PyTorch's own attention takes under autocast; rotary ones come mixed."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:

@@ -36,7 +36,6 @@ class PackedRow:
         ids: Token ids.
         tree: End of subtree, position and runs of the tokens.
         parent: The token before each in its sequence, -1 at a root.
-        count: How many of the scored completions read each token: duplicates count each time.
         source: The tokens whose hidden rows predict something, ascending.
         rows: Which of `source` predicts each scored token; those of a completion are together.
         target: The id of each scored token.
@@ -46,7 +45,6 @@ class PackedRow:
     ids: Int64[Tensor, " T"]
     tree: Tree
     parent: Int64[Tensor, " T"]
-    count: Int64[Tensor, " T"]
     source: Int64[Tensor, " R"]
     rows: Int64[Tensor, " S"]
     target: Int64[Tensor, " S"]
@@ -93,7 +91,6 @@ class Plan:
         row: list[int] = []
         target: list[int] = []
         place: list[int] = []
-        last: list[int] = []
         for part in parts:
             path: list[int] = []
             for n in part:
@@ -111,18 +108,12 @@ class Plan:
                     row += path[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
                     target += completion
                     place += range(self.starts[i], self.starts[i + 1])
-                    last.append(row[-1])
         parent_T = _tensor(parent)
-        tree = Tree.of(parent_T)
         source_R, rows_S = _tensor(row).unique(return_inverse=True)
-        # completions that end before each token; those of a subtree end inside its stretch
-        ended = torch.bincount(_tensor(last), minlength=len(ids)).cumsum(0)
-        ended = torch.cat([ended.new_zeros(1), ended])
         return PackedRow(
             ids=_tensor(ids),
-            tree=tree,
+            tree=Tree.of(parent_T),
             parent=parent_T,
-            count=ended[tree.end] - ended[:-1],
             source=source_R,
             rows=rows_S,
             target=_tensor(target),
@@ -136,7 +127,6 @@ def plan(
     *,
     boundary: int | None = None,
     min_shared: int = 8,
-    share: bool = True,
 ) -> Plan:
     """Rows of at most `max_tokens` tokens that score every completion token of `pairs` once.
 
@@ -151,8 +141,6 @@ def plan(
             before, at least 1; completions of one prompt share the prompt whatever its length,
             and a sequence that begins another one is read off it. The default was chosen,
             not measured.
-        share: False shares nothing but whole sequences: what a model needs that can tell the
-            sequences of a row apart and cannot read a tree.
 
     Example:
         >>> (row,) = plan([([1, 2], [3, 4]), ([1, 2], [5])], max_tokens=100)
@@ -170,7 +158,7 @@ def plan(
     sizes: dict[range, int] = {}
     for chosen in (long, short):
         first = len(leaves)
-        leaves += build_trie(pairs, chosen, min_shared=min_shared, share=share)
+        leaves += build_trie(pairs, chosen, min_shared=min_shared)
         parts = _parts(leaves, first, max_tokens)
         rows += _fill(parts, max_tokens)
         sizes |= parts

@@ -23,11 +23,7 @@ def pair_up(
         InputError: If there is not one list of completions per prompt, or the model cannot read a
             pair.
     """
-    if len(prompts) != len(completions):
-        raise InputError(
-            f"`completions` must hold one list for each of {len(prompts)} prompts, "
-            f"got {len(completions)}; give an empty list to a prompt that has none."
-        )
+    check_groups(prompts, completions)
     pairs = []
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         limits.check(f"prompts[{p}]", prompt)
@@ -35,6 +31,19 @@ def pair_up(
             limits.check(f"completions[{p}][{g}]", prompt, completion)
             pairs.append((list(prompt), list(completion)))
     return pairs
+
+
+def check_groups(prompts: Sequence[object], completions: Sequence[object]) -> None:
+    """Refuse anything but one list of completions per prompt.
+
+    Raises:
+        InputError: If there are more or fewer.
+    """
+    if len(prompts) != len(completions):
+        raise InputError(
+            f"`completions` must hold one list for each of {len(prompts)} prompts, "
+            f"got {len(completions)}; give an empty list to a prompt that has none."
+        )
 
 
 def encode_text(

@@ -6,11 +6,14 @@ Both are found by running the model on a few random tokens, said once in the log
 import logging
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
+
 from sharpen.errors import InputError
 
 from .head import Head
+from .predicting import WAYS, Sharing
 from .probe import find_head
-from .sharing import WAYS, Sharing, find_sharing
+from .sharing import find_sharing
 
 if TYPE_CHECKING:
     import transformers
@@ -37,6 +40,23 @@ def find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Rou
     Raises:
         InputError: If the model is not causal, or does not score right when it shares as asked.
     """
+    # odd shapes, tried once, are not worth graphs of a model that is compiled
+    with torch.compiler.set_stance("force_eager"):
+        return _find_route(model, sharing)
+
+
+def bounded_way(model: "transformers.PreTrainedModel", route: Route, head: Head | None) -> Sharing:
+    """How its gradients are gathered in bounded memory.
+
+    A prompt's graph can wait behind a cache, where the model scores right from one.
+    """
+    if route.sharing != "tree":
+        return route.sharing
+    with torch.compiler.set_stance("force_eager"):
+        return find_sharing(model, head, ["cache"]).sharing
+
+
+def _find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Route, Head | None]:
     name = type(model).__name__
     finding = find_head(model)
     if finding.head is None:

@@ -18,11 +18,12 @@ from sharpen_kernels.linear_logprob import Statistic
 from .bounded import accumulate, refuse_dropout
 from .forward import evaluating
 from .head import Head
+from .hooks import SharingError
 from .opening import opened, opened_tokenizer
 from .pairs import Pair, encode_text, pair_up
-from .route import Route, find_route
+from .predicting import WAYS, Sharing, any_shared
+from .route import Route, bounded_way, find_route
 from .scores import Scores
-from .sharing import WAYS, Sharing, SharingError, find_sharing
 from .token_stats import check_stats, on_cpu, token_stats
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Scorer:
         tokenizer: For `score_text`; default: the one of the path.
         max_tokens: Budget of one forward, in tokens. A longer sequence runs alone.
         sharing: How completions share their prompt: "auto" takes the first of "tree" (packed rows,
-            every shared token once), "cache" (the prompt into a cache, then its completions in
-            batches) and "none" that a probe finds right for this model; a name forces one.
+            every shared token once), "cache" (a prompt's cache, its completions in batches) and
+            "none" that a probe finds right, "none" if nothing is shared; a name forces one.
         device: Where to load a path; default: the GPU if there is one.
         dtype: What to load a path as; default: that of the checkpoint on a GPU, fp32 on a CPU.
         trust_remote_code: Run model code that comes with the path.
@@ -76,11 +77,9 @@ class Scorer:
         if sharing not in ("auto", *WAYS):
             raise InputError(f"`sharing` must be 'auto', {', '.join(WAYS)}, got {sharing!r}.")
         loading = {
-            "device": device,
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-            "allow_pickle": allow_pickle,
-        }
+            "device": device, "dtype": dtype,
+            "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+        }  # fmt: skip
         # what a copy in another process is built from: a path stays a path
         own = {"model": model, "tokenizer": tokenizer, "max_tokens": max_tokens, "sharing": sharing}
         self._arguments: dict[str, Any] = own | loading
@@ -177,7 +176,8 @@ class Scorer:
         """Log-prob, in nats, of every completion token, end to end; differentiable.
 
         Gradients flow to all parameters of the model, which stays in the mode it is in. fp32, and
-        fp64 for an fp64 model; on the device of the model.
+        fp64 for an fp64 model; on the device of the model. A token that several completions share
+        has an entry for each of them, so a sum counts it as often (`sharers`).
 
         Args:
             prompts: As in `score`.
@@ -226,10 +226,7 @@ class Scorer:
 
     @cached_property
     def _bounded_way(self) -> Sharing:
-        """A prompt's graph can wait behind a cache, where the model scores right from one."""
-        if self.route.sharing != "tree":
-            return self.route.sharing
-        return find_sharing(self.model, self._route[1], ["cache"]).sharing
+        return bounded_way(self.model, *self._route)
 
     @cached_property
     def _route(self) -> tuple[Route, Head | None]:
@@ -237,8 +234,11 @@ class Scorer:
 
     def _token_stats(self, pairs: list[Pair], stats: Sequence[Statistic]) -> TokenStats:
         run = partial(token_stats, self.model, pairs, stats=stats, **self._options)
+        way = self.route.sharing
+        if self._arguments["sharing"] == "auto" and not any_shared(pairs):
+            way = "none"
         try:
-            return run(sharing=self.route.sharing)
+            return run(sharing=way)
         except SharingError as error:
             # not met by the probe: dropout, checkpointing, a layer that long inputs alone reach
             logger.warning("whole sequences instead of shared prompts: %s", error)

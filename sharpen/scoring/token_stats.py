@@ -5,7 +5,7 @@ S scored tokens, R hidden rows that predict them, V vocabulary.  Two routes, one
     "hidden"   hidden rows x head in `linear_logprob`; never a tensor of size [R, V]
     "logits"   the model's own logits, of one batch at a time, of a smaller budget
 
-and three ways to get the rows that predict, in `sharing`.
+and three ways to get the rows that predict, in `predicting`.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .batching import inverse_of
 from .forward import input_device, logits_budget
 from .head import Head
 from .pairs import Pair
-from .sharing import Sharing, predicting
+from .predicting import Sharing, predicting
 
 if TYPE_CHECKING:
     import transformers

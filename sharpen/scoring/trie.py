@@ -37,16 +37,13 @@ class Leaf(NamedTuple):
     scored: tuple[int, ...]
 
 
-def build_trie(
-    pairs: Sequence[Pair], chosen: Sequence[int], *, min_shared: int, share: bool = True
-) -> list[Leaf]:
+def build_trie(pairs: Sequence[Pair], chosen: Sequence[int], *, min_shared: int) -> list[Leaf]:
     """The leaves of the trie of some pairs, depth first.
 
     Args:
         pairs: Prompt and completion ids, in [0, 2**32).
         chosen: Indices of the pairs to take; their completions have at least one token.
         min_shared: Tokens that a shared run must have, at least 1, unless a prompt ends in it.
-        share: False cuts nothing: every leaf is a tree of its own.
     """
     scored: list[list[int]] = []
     common: list[int] = []
@@ -64,9 +61,7 @@ def build_trie(
             scored.append(riders)
             riders, before = [], (stem, tail)
     own = [pairs[riders[-1]] for riders in scored]
-    order, shared = list(range(len(own))), [0] * len(own)
-    if share:
-        order, shared = _cut(common, [len(prompt) for prompt, _ in own], min_shared)
+    order, shared = _cut(common, [len(prompt) for prompt, _ in own], min_shared)
     lengths = [len(prompt) + len(completion) - 1 for prompt, completion in own]
     return [
         Leaf(scored[k][-1], lengths[k], overlap, tuple(scored[k]))

@@ -35,6 +35,7 @@ def test_run_holds_every_file_and_ends_with_a_table_and_the_report(run, capsys):
     assert bon(run) == 0
     out = capsys.readouterr().out
     assert "Best of N, logprob" in out
+    assert "sampling route 'shared'\n" in out
     assert out.rstrip().endswith(str(run / "report.html"))
 
 
@@ -85,8 +86,9 @@ def test_records_load_with_datasets(run, tmp_path):
     assert "completion" in table.column_names
 
 
-def test_scoring_by_forward_agrees_with_the_samplers_log_probs(run, tmp_path):
+def test_scoring_by_forward_agrees_with_the_samplers_log_probs(run, tmp_path, capsys):
     assert bon(tmp_path / "run", "--scores", "scorer") == 0
+    assert "sampling route 'shared', scoring route 'tree'\n" in capsys.readouterr().out
     exact = rows(tmp_path / "run" / "chosen.jsonl")
     for row, want in zip(exact, rows(run / "chosen.jsonl"), strict=True):
         assert row["completion"] == want["completion"]

@@ -45,11 +45,11 @@ def prefixes(sequences):
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED, st.booleans())
-def test_each_token_is_scored_once_behind_exactly_its_past(pairs, max_tokens, min_shared, share):
+@given(PAIRS, BUDGET, MIN_SHARED)
+def test_each_token_is_scored_once_behind_exactly_its_past(pairs, max_tokens, min_shared):
     wanted = scored_tokens(pairs)
     seen = []
-    for row in plan(pairs, max_tokens, min_shared=min_shared, share=share):
+    for row in plan(pairs, max_tokens, min_shared=min_shared):
         mask_TT = tree_mask(row.tree)
         source_S = row.source[row.rows]
         for k, target, place in zip(
@@ -63,33 +63,33 @@ def test_each_token_is_scored_once_behind_exactly_its_past(pairs, max_tokens, mi
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED, st.booleans())
-def test_the_tree_is_that_of_the_parents(pairs, max_tokens, min_shared, share):
-    for row in plan(pairs, max_tokens, min_shared=min_shared, share=share):
+@given(PAIRS, BUDGET, MIN_SHARED)
+def test_the_tree_is_that_of_the_parents(pairs, max_tokens, min_shared):
+    for row in plan(pairs, max_tokens, min_shared=min_shared):
         depths = [len(path(row, k)) - 1 for k in range(row.tree.T)]
         assert row.tree.position.tolist() == depths
-        assert row.ids.shape == row.parent.shape == row.count.shape == (row.tree.T,)
+        assert row.ids.shape == row.parent.shape == (row.tree.T,)
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED, st.booleans())
-def test_only_rows_that_predict_are_sources_each_once(pairs, max_tokens, min_shared, share):
-    for row in plan(pairs, max_tokens, min_shared=min_shared, share=share):
+@given(PAIRS, BUDGET, MIN_SHARED)
+def test_only_rows_that_predict_are_sources_each_once(pairs, max_tokens, min_shared):
+    for row in plan(pairs, max_tokens, min_shared=min_shared):
         assert row.source.tolist() == sorted(set(row.source.tolist()))
         assert set(row.rows.tolist()) == set(range(len(row.source)))
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED, st.booleans())
-def test_a_row_keeps_the_budget_unless_it_is_one_sequence(pairs, max_tokens, min_shared, share):
-    rows = plan(pairs, max_tokens, min_shared=min_shared, share=share)
+@given(PAIRS, BUDGET, MIN_SHARED)
+def test_a_row_keeps_the_budget_unless_it_is_one_sequence(pairs, max_tokens, min_shared):
+    rows = plan(pairs, max_tokens, min_shared=min_shared)
     assert all(max_tokens >= row.tree.T or len(row.tree.runs) == 1 for row in rows)
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED, st.booleans())
-def test_no_two_rows_fit_in_one(pairs, max_tokens, min_shared, share):
-    sizes = [row.tree.T for row in plan(pairs, max_tokens, min_shared=min_shared, share=share)]
+@given(PAIRS, BUDGET, MIN_SHARED)
+def test_no_two_rows_fit_in_one(pairs, max_tokens, min_shared):
+    sizes = [row.tree.T for row in plan(pairs, max_tokens, min_shared=min_shared)]
     assert all(a + b > max_tokens for a, b in combinations(sizes, 2))
     assert sizes == sorted(sizes, reverse=True)
 
@@ -104,9 +104,9 @@ def test_no_row_has_sequences_on_both_sides_of_the_boundary(pairs, max_tokens, b
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED, st.booleans())
-def test_the_plan_counts_its_tokens(pairs, max_tokens, min_shared, share):
-    rows = plan(pairs, max_tokens, min_shared=min_shared, share=share)
+@given(PAIRS, BUDGET, MIN_SHARED)
+def test_the_plan_counts_its_tokens(pairs, max_tokens, min_shared):
+    rows = plan(pairs, max_tokens, min_shared=min_shared)
     assert rows.naive == sum(map(length, pairs))
     assert rows.packed == sum(row.tree.T for row in rows) <= rows.naive
 
@@ -154,26 +154,13 @@ def test_cuts_repeat_as_few_tokens_as_possible(pairs, max_tokens):
 
 
 @examples
-@given(PAIRS, BUDGET, MIN_SHARED)
-def test_count_is_how_many_completions_read_a_token(pairs, max_tokens, min_shared):
-    wanted = scored_tokens(pairs)
-    for row in plan(pairs, max_tokens, min_shared=min_shared):
-        reads = Counter()
-        for s, place in enumerate(row.place.tolist()):
-            i, past, _ = wanted[place]
-            if len(past) == length(pairs[i]):
-                reads.update(path(row, int(row.source[row.rows[s]])))
-        assert row.count.tolist() == [reads[k] for k in range(row.tree.T)]
-
-
-@examples
 @given(PAIRS, BUDGET, MIN_SHARED, st.randoms(use_true_random=False))
 def test_permuting_the_pairs_permutes_the_places_alone(pairs, max_tokens, min_shared, rng):
     other = rng.sample(pairs, len(pairs))
     one, two = (list(plan(p, max_tokens, min_shared=min_shared)) for p in (pairs, other))
     for a, b in zip(one, two, strict=True):
         assert a.tree.runs == b.tree.runs
-        for name in ("ids", "parent", "count", "source", "rows", "target"):
+        for name in ("ids", "parent", "source", "rows", "target"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
@@ -186,18 +173,9 @@ def test_places_invert_to_input_order(pairs, max_tokens):
     assert restored.tolist() == [token for _, completion in pairs for token in completion]
 
 
-@examples
-@given(PAIRS, BUDGET)
-def test_without_sharing_a_row_is_whole_sequences_side_by_side(pairs, max_tokens):
-    for row in plan(pairs, max_tokens, share=False):
-        starts = row.parent == -1
-        assert torch.equal(row.parent[~starts], torch.arange(row.tree.T)[~starts] - 1)
-
-
 def test_a_duplicate_is_scored_again_and_read_once():
     (row,) = plan([([1, 2], [3, 4]), ([1, 2], [5, 6]), ([1, 2], [3, 4])], 100)
     assert row.ids.tolist() == [1, 2, 3, 5]
-    assert row.count.tolist() == [3, 3, 2, 1]
     scored = zip(row.source[row.rows].tolist(), row.target.tolist(), strict=True)
     assert Counter(scored) == {(1, 3): 2, (2, 4): 2, (1, 5): 1, (3, 6): 1}
     assert sorted(row.place.tolist()) == list(range(6))
@@ -225,6 +203,6 @@ def test_nothing_to_score_is_no_row(pairs):
 
 def test_a_row_moves_to_a_device_without_its_places():
     row = plan([([1, 2], [3, 4]), ([1, 2], [5])], 100)[0].to(torch.device("meta"))
-    moved = [row.ids, row.tree.end, row.parent, row.count, row.source, row.rows, row.target]
+    moved = [row.ids, row.tree.end, row.parent, row.source, row.rows, row.target]
     assert {x.device.type for x in moved} == {"meta"}
     assert row.place.tolist() == [2, 0, 1]

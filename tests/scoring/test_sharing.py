@@ -10,7 +10,7 @@ from families import CACHE, CONTEXT, TREE, V, family
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring.packing import plan
-from sharpen.scoring.sharing import Sharing, predicting
+from sharpen.scoring.predicting import Sharing, predicting
 from sharpen.scoring.token_stats import token_stats
 from tiny import tiny
 
@@ -116,6 +116,21 @@ def test_company_order_and_rows_do_not_matter(name):
                 torch.testing.assert_close(x, want[i], atol=FLOOR_NATS, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral/short window", "lfm2"])
+def test_a_completion_may_be_split_anywhere(name):
+    """One that leaves it after k tokens makes two nodes of one, and changes no score of it."""
+    model, way = family(name), WAY[name]
+    if way == "tree":
+        _installed(model)
+    prompt, whole = ids(20, 0), ids(24, 1)
+    with torch.no_grad():
+        want = score(model, [(prompt, whole)], "none")
+        for k in range(len(whole)):
+            other = (prompt, whole[:k] + ids(9, 100 + k))
+            got = score(model, [other, (prompt, whole)], way)[-len(whole) :]
+            torch.testing.assert_close(got, want, atol=FLOOR_NATS, rtol=0)
+
+
 def test_a_shared_token_is_computed_once():
     prompt = ids(100, 0)
     pairs = [(prompt, ids(11, n)) for n in range(16)]
@@ -152,5 +167,13 @@ def test_a_model_that_shares_wrong_is_never_scored_so(caplog):
 
 
 @pytest.mark.parametrize("name", WAY)
-def test_half_precision_takes_the_way_of_fp32(name):
-    assert Scorer(family(name).to(torch.bfloat16)).route.sharing == WAY[name]
+def test_half_precision_takes_the_way_of_fp32_and_is_as_near_to_it_as_each_alone(name):
+    model = family(name).to(torch.bfloat16)
+    scorer = Scorer(model)
+    assert scorer.route.sharing == WAY[name]
+    # 300 tokens: over few, the error of either is luck
+    prompts, completions = [ids(41, 0)], [[ids(100, n) for n in range(3)]]
+    one = Scorer(model, sharing="none", max_tokens=1)
+    true = Scorer(family(name).to(torch.bfloat16).float(), sharing="none", max_tokens=1)
+    ours, alone, truth = (s.score(prompts, completions).tokens.logprob for s in (scorer, one, true))
+    assert (ours - truth).abs().mean() <= 1.5 * (alone - truth).abs().mean()

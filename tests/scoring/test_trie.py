@@ -16,8 +16,8 @@ MIN_SHARED = st.integers(1, 5)
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=120)
 
 
-def trie_of(pairs, *, min_shared=1, share=True):
-    return build_trie(pairs, range(len(pairs)), min_shared=min_shared, share=share)
+def trie_of(pairs, *, min_shared=1):
+    return build_trie(pairs, range(len(pairs)), min_shared=min_shared)
 
 
 def sequence(pair):
@@ -35,9 +35,9 @@ def shared_by(leaves, i, j):
 
 
 @examples
-@given(PAIRS, MIN_SHARED, st.booleans())
-def test_each_pair_is_scored_once_on_a_leaf_that_begins_with_it(pairs, min_shared, share):
-    leaves = trie_of(pairs, min_shared=min_shared, share=share)
+@given(PAIRS, MIN_SHARED)
+def test_each_pair_is_scored_once_on_a_leaf_that_begins_with_it(pairs, min_shared):
+    leaves = trie_of(pairs, min_shared=min_shared)
     assert sorted(i for leaf in leaves for i in leaf.scored) == list(range(len(pairs)))
     for leaf in leaves:
         whole = sequence(pairs[leaf.pair])
@@ -47,9 +47,9 @@ def test_each_pair_is_scored_once_on_a_leaf_that_begins_with_it(pairs, min_share
 
 
 @examples
-@given(PAIRS, MIN_SHARED, st.booleans())
-def test_no_leaf_begins_another(pairs, min_shared, share):
-    leaves = trie_of(pairs, min_shared=min_shared, share=share)
+@given(PAIRS, MIN_SHARED)
+def test_no_leaf_begins_another(pairs, min_shared):
+    leaves = trie_of(pairs, min_shared=min_shared)
     for a, b in combinations([sequence(pairs[leaf.pair]) for leaf in leaves], 2):
         assert agreement(a, b) < min(len(a), len(b))
 
@@ -129,12 +129,6 @@ def test_only_chosen_pairs_are_in_it(pairs, rng):
     renamed = [tuple(chosen[i] for i in leaf.scored) for leaf in alone]
     assert [leaf.scored for leaf in some] == renamed
     assert [leaf.shared for leaf in some] == [leaf.shared for leaf in alone]
-
-
-@examples
-@given(PAIRS)
-def test_without_sharing_every_leaf_is_a_tree(pairs):
-    assert all(leaf.shared == 0 for leaf in trie_of(pairs, share=False))
 
 
 def test_answers_of_one_token_are_all_read_off_the_prompt():
