@@ -54,7 +54,8 @@ def sample_adaptively(
     Args:
         sampler: Draws them; honours `SamplingConfig.first`.
         prompts: Of distinct ids.
-        config: `n` is the cap. Temperature and top_p must be 1: delta speaks of the model's own law.
+        config: `n` is the cap. Temperature and top_p must be 1: the rule is about the model's own
+            distribution.
         delta: Chance, at most, that a certified choice is not the most probable completion.
         round_size: Completions of a prompt drawn at a time. Small rounds draw less in vain, large
             ones call the sampler less often.
