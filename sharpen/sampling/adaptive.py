@@ -81,13 +81,15 @@ def sample_adaptively(
         n = min(round_size, max(rules[p].n_wanted for p in still_open))
         this_round = replace(config, n=n, first=config.first + n_seen)
         batches = sampler.sample([prompts[p] for p in still_open], this_round)
-        fresh = {samples.prompt_id: samples for batch in batches for samples in batch}
-        for p in still_open:
-            samples = fresh[prompts[p].id]
+        by_id = {samples.prompt_id: samples for batch in batches for samples in batch}
+        fresh = [by_id[prompts[p].id] for p in still_open]
+        scores = Scores.from_logprobs(
+            [samples.logprobs for samples in fresh],
+            [[reason == "stop" for reason in samples.finish_reasons] for samples in fresh],
+        )
+        for p, samples, logprobs in zip(still_open, fresh, draws_in_order(scores), strict=True):
             drawn[p] = _joined(drawn[p], samples)
-            is_finished = [reason == "stop" for reason in samples.finish_reasons]
-            scores = Scores.from_logprobs([samples.logprobs], [is_finished])
-            rules[p].see(draws_in_order(scores)[0])
+            rules[p].see(logprobs)
         n_seen += n
     return AdaptiveSamples(drawn, outcome_of(rules))
 
