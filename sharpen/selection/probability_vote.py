@@ -57,11 +57,13 @@ def probability_vote(
     check_one_each("keys", keys, len(scores.valid))
     weight_N = torch.zeros(len(scores.valid), dtype=torch.float64)
     for group in candidates(scores, scores.reward("logprob").double()):
-        top = max(group.rewards, default=0.0)
+        pairs = zip(group.members, group.rewards, strict=True)
+        voters = [(n, logprob) for n, logprob in pairs if answers[n] is not None]
+        # of the largest that votes: the probability of a long completion underflows
+        top = max((logprob for _, logprob in voters), default=0.0)
         seen = set()
-        for n, logprob in zip(group.members, group.rewards, strict=True):
-            if (answers[n], keys[n]) not in seen and not math.isinf(logprob):
-                # of the largest: the probability of a long completion underflows
+        for n, logprob in voters:
+            if (answers[n], keys[n]) not in seen and logprob > -math.inf:
                 weight_N[n] = math.exp(logprob - top)
             seen.add((answers[n], keys[n]))
     return weighted_vote(scores, answers, weight_N, reward=reward)

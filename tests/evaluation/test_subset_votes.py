@@ -11,13 +11,14 @@ from sharpen.scoring import Scores
 from sharpen.selection import best_of_n
 
 
-@pytest.fixture(params=[-1.0, -900.0], ids=["likely", "underflows"])
+@pytest.fixture(params=[0.0, -900.0], ids=["likely", "underflows"])
 def outcome(request):
     """Few distinct completions, so that many are drawn twice; some invalid, some no answer."""
     P, G = 12, 7
     rng = np.random.default_rng(0)
     response_PG = rng.integers(0, 4, (P, G))
-    logprob_PG = request.param * np.array([1.0, 1.5, 2.0, 2.5])[response_PG]
+    # "a" has 0.2 + 0.12, more than the 0.25 of "b", where both of its completions are there
+    logprob_PG = request.param + np.log([0.12, 0.2, 0.25, 0.3])[response_PG]
     answers = np.array(["a", "a", "b", None], dtype=object)[response_PG]
     valid_PG = rng.random((P, G)) < 0.7
     valid_PG[0] = False

@@ -6,6 +6,7 @@ import torch
 
 from sharpen import Scores
 from sharpen.errors import InputError
+from sharpen.scoring.votes import answer_logprob
 
 NAN, INF = float("nan"), float("inf")
 
@@ -58,15 +59,16 @@ def test_every_completion_drawn_gives_the_exact_probability_of_the_answer():
 
 
 def test_the_order_of_the_completions_does_not_show():
-    logprobs = (-30 * torch.rand(30)).tolist()
-    answers = [str(i % 3) for i in range(30)]
-    order = torch.randperm(30).tolist()
+    logprob = -3 * torch.rand(300, dtype=torch.float64)
+    answers = [str(i % 3) for i in range(300)]
+    order = torch.randperm(300)
 
     def run(order):
-        scores = Scores.from_logprobs([[[logprobs[i]] for i in order]])
-        return scores.reward("rpc", answers=[answers[i] for i in order], keys=order)
+        bounds, all_count = torch.tensor([0, 300]), torch.ones(300, dtype=torch.bool)
+        of = [answers[i] for i in order]
+        return answer_logprob(logprob[order], bounds, all_count, of, order.tolist())
 
-    assert run(range(30))[order].tolist() == run(order).tolist()
+    assert run(torch.arange(300))[order].tolist() == run(order).tolist()
 
 
 def test_one_answer_and_one_key_for_each_completion():

@@ -45,6 +45,10 @@ def test_equal_rewards_share_their_votes():
     for answers in (["a", "b", "b"], ["b", "a", "b"], ["b", "b", "a"]):
         chosen = borda_vote(scores_of([5.0] * 3), answers, reward="logprob", p=1.0).item()
         assert answers[chosen] == "b"
+    # places 2 and 3 share 2 + 1: as much as place 1, whose answer came first
+    assert (
+        borda_vote(scores_of([6.0, 5.0, 5.0]), ["b", "a", "a"], reward="logprob", p=1.0).item() == 0
+    )
     # squared: the first two share 9 + 4, so b has 6.5 and a 6.5 + 1; unshared 9 against 4 + 1
     scores = scores_of([5.0, 5.0, 4.0])
     assert borda_vote(scores, ["b", "a", "a"], reward="logprob", p=2.0).tolist() == [1]

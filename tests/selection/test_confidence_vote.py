@@ -49,6 +49,12 @@ def test_confidences_of_the_kept_are_summed():
     assert vote(1.0) == 0  # 7 against 6
 
 
+def test_the_filter_of_a_vote_is_among_the_answers():
+    reward = torch.tensor([9.0, 8.0, 2.0, 1.0])
+    answers = [None, None, "a", "b"]
+    assert confidence_vote(scores_of(4), answers, reward=reward, keep=0.5).item() == 2
+
+
 def test_the_default_is_the_tail_confidence():
     topk_mean = torch.tensor([-1.0, -9.0, -9.0, -1.0, -2.0, -2.0])
     stats = TokenStats(logprob=-torch.ones(6), topk_mean=topk_mean)

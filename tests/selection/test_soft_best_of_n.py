@@ -82,12 +82,19 @@ def test_the_same_seed_draws_the_same_and_prompts_draw_apart():
 
 
 @pytest.mark.parametrize(
-    ("u", "want"), [(0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-53, 3)], ids=str
+    ("u", "want"), [(0.0, 1), (0.4999, 1), (0.5, 3), (0.5001, 3), (1 - 2**-53, 3)], ids=str
 )
 def test_the_edges_of_a_draw_miss_weights_of_zero(monkeypatch, u, want):
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([u], dtype=torch.float64))
     weight = torch.tensor([0.0, 0.7, 0.0, 0.7, 0.0], dtype=torch.float64)
     assert draw_by_weight(weight, torch.tensor([0, 5]), torch.Generator()).tolist() == [want]
+
+
+def test_a_draw_that_rounds_to_the_whole_weight_takes_the_last_that_has_any(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([0.9], dtype=torch.float64))
+    # the smallest number there is: 0.9 of it is itself
+    weight = torch.tensor([0.0, 5e-324, 0.0], dtype=torch.float64)
+    assert draw_by_weight(weight, torch.tensor([0, 3]), torch.Generator()).tolist() == [1]
 
 
 def test_effective_samples():

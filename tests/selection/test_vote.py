@@ -66,9 +66,11 @@ def test_weights_are_summed_over_the_answer():
     assert weighted_vote(scores, answers, weights(3, 2, 2)).tolist() == [1]
     assert weighted_vote(scores, answers, weights(300, 200, 200)).tolist() == [1]
     assert weighted_vote(scores, answers, weights(3, float("nan"), 4)).tolist() == [1]
-    # ten tenths in any order are one
+    # added one by one, ten tenths are less than one
     scores = of_one_token(*[-1.0] * 11)
-    assert weighted_vote(scores, ["a"] + ["b"] * 10, weights(1, *[0.1] * 10)).tolist() == [0]
+    assert weighted_vote(scores, ["b"] * 10 + ["a"], weights(*[0.1] * 10, 1)).tolist() == [0]
+    nans = weights(float("nan"), float("nan"))
+    assert weighted_vote(of_one_token(-2.0, -1.0), ["a", "b"], nans).tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", [weights(1, -1), weights(1, float("inf")), weights(1)])
@@ -90,7 +92,7 @@ def test_probability_counts_a_completion_once_however_often_it_was_drawn():
         probability_vote(scores, answers, ids[:2])
 
 
-@pytest.mark.parametrize("scale", [1.0, 500.0])
+@pytest.mark.parametrize("scale", [1.0, 5000.0])
 def test_probability_vote_and_the_reward_rpc_find_the_same_answer(scale):
     rng = random.Random(0)
     logprobs = [[[-scale * rng.random()] for _ in range(6)] for _ in range(40)]
