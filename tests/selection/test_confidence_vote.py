@@ -50,9 +50,9 @@ def test_confidences_of_the_kept_are_summed():
 
 
 def test_the_filter_of_a_vote_is_among_the_answers():
-    reward = torch.tensor([9.0, 8.0, 2.0, 1.0])
-    answers = [None, None, "a", "b"]
-    assert confidence_vote(scores_of(4), answers, reward=reward, keep=0.5).item() == 2
+    reward = torch.tensor([9.0, 8.0, 1.0, 2.0])
+    answers = [None, None, "b", "a"]
+    assert confidence_vote(scores_of(4), answers, reward=reward, keep=0.5).item() == 3
 
 
 def test_the_default_is_the_tail_confidence():
