@@ -17,6 +17,7 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.evaluation import Outcome, Texts, summarize
+from sharpen.evaluation.outcome import MAJORITY
 from sharpen.evaluation.report import format_table, render_report
 from sharpen.records import Row, write_rows, write_text
 from sharpen.runs import Journal, Run
@@ -24,7 +25,7 @@ from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompts import render_all
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.selection import best_of_n
 
 from .options import DrawOptions, ModelOptions, PromptOptions, option, required
@@ -90,9 +91,9 @@ def check(config: BonConfig) -> None:
     check_source(config)
     if config.reward not in REWARDS:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
-    if config.reward == "majority" and config.task is None:
+    if options_needed(config.reward) and config.task is None:
         raise InputError(
-            "`reward` majority needs answers, which only a task can extract; "
+            f"`reward` {config.reward} needs answers, which only a task can extract; "
             "give `--task`, or another reward."
         )
     needs = stats_needed(config.reward)
@@ -127,17 +128,18 @@ def finish(
     """Choose, grade, and write the three files that a run ends with."""
     out = Path(config.out)
     answers = _answers(source, samples)
-    extra = {}
-    if config.reward == "majority" and answers is not None:
-        extra = {"answers": [answer for group in answers for answer in group]}
-    reward_N = scores.reward(config.reward, **extra)
+    response_PG = np.array([_numbered(row["completion_ids"]) for row in samples])
+    flat = [answer for group in answers or [] for answer in group]
+    given = {"answers": flat, "keys": response_PG.ravel().tolist()}
+    options = {name: given[name] for name in options_needed(config.reward)}
+    reward_N = scores.reward(config.reward, **options)
     chosen = best_of_n(scores, reward_N).tolist()
     shape = (len(samples), config.n)
     reward, logprob = (
         [json_numbers(row) for row in x.reshape(shape).tolist()]
         for x in (reward_N, scores.reward("logprob"))
     )
-    outcome = _outcome(config, source, samples, greedy, scores, answers)
+    outcome = _outcome(config, source, samples, greedy, scores, reward_N, answers, response_PG)
     rows = []
     for p, index in enumerate(chosen):
         if index >= 0:
@@ -202,21 +204,28 @@ def _answers(source: Source, samples: list[Row]) -> list[list[str | None]] | Non
     ]
 
 
+def _numbered(completion_ids: list[list[int]]) -> list[int]:
+    """A number for each distinct completion of a prompt."""
+    seen: dict[tuple[int, ...], int] = {}
+    return [seen.setdefault(tuple(ids), len(seen)) for ids in completion_ids]
+
+
 def _outcome(
     config: BonConfig,
     source: Source,
     samples: list[Row],
     greedy: list[Row] | None,
     scores: Scores,
+    reward: torch.Tensor,
     answers: list[list[str | None]] | None,
+    response_PG: np.ndarray,
 ) -> Outcome:
     shape = (len(samples), config.n)
-    names = dict.fromkeys(["logprob", "mean_logprob", config.reward])
-    reward_PG = {
-        name: scores.reward(name).double().numpy().reshape(shape)
-        for name in names
-        if name != "majority"
-    }
+    reward_N = {name: scores.reward(name) for name in ("logprob", "mean_logprob")}
+    # a majority is counted anew in every subset of the samples
+    if config.reward != MAJORITY:
+        reward_N[config.reward] = reward
+    reward_PG = {name: x.double().numpy().reshape(shape) for name, x in reward_N.items()}
     correct_PG = greedy_correct_P = None
     if source.task is not None and source.examples is not None and greedy is not None:
         is_correct = source.task.is_correct
@@ -230,4 +239,5 @@ def _outcome(
         correct_PG=correct_PG,
         greedy_correct_P=greedy_correct_P,
         answers=answers,
+        response_PG=response_PG,
     )

@@ -30,7 +30,7 @@ from sharpen.records import (
 from sharpen.runs import Journal, Run
 from sharpen.sampling.prompts import render
 from sharpen.scoring import Scorer
-from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 
 from .options import ModelOptions, option, required
 from .sources import load, model_settings
@@ -111,8 +111,8 @@ def check_rewards(rewards: list[str]) -> tuple[str, ...]:
     for name in rewards:
         if name not in REWARDS:
             raise InputError(f"`rewards` must be among {', '.join(REWARDS)}, got {name!r}.")
-        if name == "majority":
-            raise InputError("`rewards` majority needs answers, which only `sharpen bon` has.")
+        if options_needed(name):
+            raise InputError(f"`rewards` {name} needs answers, which only `sharpen bon` has.")
     return tuple(dict.fromkeys(["logprob", *(s for name in rewards for s in stats_needed(name))]))
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Bool
 
 from sharpen.errors import InputError
 
-MAJORITY = "majority"
+MAJORITY, RPC = "majority", "rpc"
+VOTES = (MAJORITY, RPC)  # rewards of a completion that change with the completions beside it
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Outcome:
         greedy_correct_P: bool [P]; grades of greedy decoding; None if it was not run.
         answers: [P][G]; the answer that each completion gives, None where none could be read; None
             as a whole where no extractor exists. With it, "majority" is one of `rewards`.
+        response_PG: int64 [P, G]; of a prompt's completions, those of equal number are equal; None
+            if it is not known. The reward "rpc" counts equal ones once.
 
     Raises:
-        InputError: If a shape or dtype disagrees, or "logprob" is missing, or "majority"
-            comes without `answers`.
+        InputError: If a shape or dtype disagrees, or "logprob" is missing, or "majority" or "rpc"
+            comes without `answers`, or "rpc" without `response_PG`.
     """
 
     # plain annotations: shapes and dtypes are checked below, with a message that says the fix
@@ -40,6 +43,7 @@ class Outcome:
     correct_PG: np.ndarray | None = None
     greedy_correct_P: np.ndarray | None = None
     answers: Sequence[Sequence[str | None]] | None = None
+    response_PG: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if np.ndim(self.valid_PG) != 2 or 0 in np.shape(self.valid_PG):
@@ -66,10 +70,18 @@ class Outcome:
                 )
         if self.answers is not None:
             _check_nested("answers", self.answers, P, G)
-        elif MAJORITY in self.reward_PG:
+        if self.response_PG is not None:
+            _check("response_PG", self.response_PG, np.dtype(np.int64), P=P, G=G)
+        for name in set(VOTES) & set(self.reward_PG):
+            if self.answers is None:
+                raise InputError(
+                    f"`answers` must be given with the reward {name!r}, got None; "
+                    "pass the extracted answers, because the vote changes with the subset."
+                )
+        if RPC in self.reward_PG and self.response_PG is None:
             raise InputError(
-                "`answers` must be given with the reward 'majority', got None; "
-                "pass the extracted answers, because the vote changes with the subset."
+                "`response_PG` must be given with the reward 'rpc', got None; "
+                "number the distinct completions of each prompt."
             )
 
     @property

@@ -145,7 +145,7 @@ class TransformersSampler:
         prompts_GP = torch.tensor([prompts[share.prompt].ids for share in batch], device=device)
         counts = [share.stop - share.start for share in batch]
         ids_BP = prompts_GP.repeat_interleave(torch.tensor(counts, device=device), dim=0)
-        keys = [row_key(config.seed, prompts[p].id, i) for p, i in rows]
+        keys = [row_key(config.seed, prompts[p].id, config.first + i) for p, i in rows]
         keys_B = torch.tensor(keys, device=device)
         step = DrawStep(self.model, ids_BP, keys_B, self.eos_ids, config)
         P = prompts_GP.shape[1]

@@ -37,6 +37,8 @@ class SamplingConfig:
         top_p: Draw from the smallest set of tokens with at least this mass.
         max_new_tokens: Completions are cut here, and then never win a selection.
         seed: With the prompt's id and the sample's index, fixes every draw.
+        first: Index of the first sample. The n from there on are drawn: the same ones as the last
+            n of first + n.
     """
 
     n: int = 1
@@ -44,6 +46,7 @@ class SamplingConfig:
     top_p: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn.
@@ -56,6 +59,7 @@ class SamplingConfig:
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("first", self.first >= 0, "at least 0"),
         ]
         for name, holds, wanted in rules:
             if not holds:

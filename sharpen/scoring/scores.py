@@ -98,8 +98,9 @@ class Scores:
         """One reward per completion; higher is better. See `rewards.REWARDS` for the names.
 
         Args:
-            name: "logprob", "mean_logprob", "self_certainty", "neg_entropy" or "majority".
-            **options: What the reward asks for: `answers` for "majority".
+            name: "logprob", "mean_logprob", "self_certainty", "confidence_tail", "majority", ...
+            **options: What the reward asks for: `answers` for "majority", and `keys` too for "rpc";
+                `window` for those of windows, if not a tenth of the completion.
 
         Raises:
             InputError: If there is no such reward, its statistic was not computed, or its options

@@ -1,18 +1,15 @@
-"""Scores to choices: which completion of each prompt to keep."""
-
-from itertools import pairwise
+"""The completion of highest reward of each prompt."""
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sharpen.errors import InputError
 from sharpen.scoring import Scores
 
+from .candidates import candidates
 
-def best_of_n(
-    scores: Scores, reward: str | Float32[Tensor, " N"] = "logprob"
-) -> Int64[Tensor, " P"]:
+
+def best_of_n(scores: Scores, reward: str | Float[Tensor, " N"] = "logprob") -> Int64[Tensor, " P"]:
     """Index of the completion of highest reward among those of each prompt.
 
         chosen[p] = argmax_g reward[groups[p] + g] over eligible g
@@ -38,21 +35,5 @@ def best_of_n(
         >>> best_of_n(scores)
         tensor([ 1, -1])
     """
-    N = len(scores.valid)
-    reward_N = scores.reward(reward) if isinstance(reward, str) else reward
-    if reward_N.shape != (N,):
-        raise InputError(
-            f"`reward` must hold one number for each of N={N} completions, "
-            f"got shape {tuple(reward_N.shape)}."
-        )
-    reward_N = reward_N.cpu()
-    eligible_N = scores.eligible & ~reward_N.isnan()
-    values, eligible = reward_N.tolist(), eligible_N.tolist()
-    bounds = scores.groups.tolist()
-    chosen = []
-    for first, last in pairwise(bounds):
-        candidates = [n for n in range(first, last) if eligible[n]]
-        # max() keeps the first of equals
-        best = max(candidates, key=values.__getitem__, default=first - 1)
-        chosen.append(best - first)
+    chosen = [group.best() for group in candidates(scores, reward)]
     return torch.tensor(chosen, dtype=torch.int64)

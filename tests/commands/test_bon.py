@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -99,13 +100,30 @@ def test_scoring_by_forward_agrees_with_the_samplers_log_probs(run, tmp_path, ca
         assert flat == pytest.approx([x for lp in drawn["logprobs"] for x in lp], abs=2e-5)
 
 
-@pytest.mark.parametrize("reward", ["mean_logprob", "majority", "self_certainty"])
+def mass_of_answer(row, drawn):
+    """Log of the summed probability of the distinct finished samples that answer as the chosen."""
+    task = get_task("game24")
+    example = task.examples("test")[0]
+    finished = [i for i, why in enumerate(drawn["finish_reasons"]) if why == "stop"]
+    answer = {i: task.answer(example, drawn["completions"][i]) for i in finished}
+    distinct = {
+        tuple(drawn["completion_ids"][i]): math.exp(sum(drawn["logprobs"][i]))
+        for i in finished
+        if answer[i] == answer[row["sample_id"]]
+    }
+    return math.log(sum(distinct.values()))
+
+
+@pytest.mark.parametrize("reward", ["mean_logprob", "majority", "rpc", "confidence_tail"])
 def test_other_rewards_choose_by_themselves(tmp_path, reward):
-    extra = ["--scores", "scorer"] if reward == "self_certainty" else []
+    extra = ["--scores", "scorer"] if reward == "confidence_tail" else []
     assert bon(tmp_path / "run", "--reward", reward, *extra) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["reward"] == reward
     assert "8" in summary["accuracy"]["best_of_n"][reward]
+    if reward == "rpc":
+        for row, drawn in zip(*(rows(tmp_path / "run" / f) for f in FILES[::3]), strict=True):
+            assert mass_of_answer(row, drawn) == pytest.approx(row["reward"], abs=1e-4)
     if reward == "majority":
         samples = rows(tmp_path / "run" / "samples.jsonl")
         task = get_task("game24")

@@ -1,10 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 
 from sharpen.cli import main
 from sharpen.models import load_model, load_tokenizer
+from sharpen.scoring.rewards import REWARDS, options_needed
 from shipped import broken_model
 
 PROMPT = "Numbers: 1 2 3 4 Target: 24\n"
@@ -69,6 +71,26 @@ def test_token_statistics_on_request(tmp_path):
     assert sum(stats["logprob"][1]) == pytest.approx(row["rewards"]["logprob"][1], abs=1e-5)
     mean = sum(stats["entropy"][0]) / row["n_tokens"][0]
     assert -mean == pytest.approx(row["rewards"]["neg_entropy"][0], abs=1e-5)
+
+
+def test_every_reward_without_options(tmp_path):
+    names = [name for name in REWARDS if not options_needed(name)]
+    code, (row,) = score(tmp_path, [{"prompt": PROMPT, "completion": TRACE}], "--rewards", *names)
+    assert code == 0
+    ids = load_tokenizer("game24")(TRACE, add_special_tokens=False)["input_ids"]
+    logprob = by_hand(PROMPT, ids)
+    assert set(row["rewards"]) == set(names)
+    assert row["rewards"]["min_token"] == pytest.approx(logprob.min().item(), abs=1e-4)
+    assert -row["rewards"]["neg_perplexity"] == pytest.approx(math.exp(-logprob.mean()), abs=1e-4)
+    lowest, bottom, mean = (row["rewards"][f"confidence{x}"] for x in ("_lowest", "_bottom", ""))
+    assert 0 < lowest <= bottom < mean
+
+
+@pytest.mark.parametrize("reward", ["majority", "rpc"])
+def test_votes_need_answers_that_records_do_not_have(reward, tmp_path, capsys):
+    arguments = ["--model", "game24", "--input", "in.jsonl", "--out", str(tmp_path / "out.jsonl")]
+    assert main(["score", *arguments, "--rewards", "logprob", reward]) != 0
+    assert f"`rewards` {reward} needs answers" in capsys.readouterr().err
 
 
 def test_a_torn_output_is_continued_to_the_same_bytes(tmp_path):

@@ -29,6 +29,12 @@ BAD = {
     "greedy alone": ({"greedy_correct_P": np.ones(3, dtype=bool)}, "needs `correct_PG`"),
     "answers rows": ({"answers": [["a", "b"]]}, "`answers` must hold P=3 lists, got 1"),
     "answers row": ({"answers": [["a", "b"], ["a"], ["a", "b"]]}, r"`answers\[1\]`.*G=2.*got 1"),
+    "mass alone": ({"reward_PG": {"logprob": ZERO_PG, "rpc": ZERO_PG}}, "`answers` must be"),
+    "mass of what": (
+        {"reward_PG": {"logprob": ZERO_PG, "rpc": ZERO_PG}, "answers": [["a", "b"]] * 3},
+        "`response_PG` must be given with the reward 'rpc'",
+    ),
+    "response dtype": ({"response_PG": ZERO_PG}, "`response_PG` must be int64"),
     "vote alone": ({"reward_PG": {"logprob": ZERO_PG, "majority": ZERO_PG}}, "`answers` must be"),
 }
 

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from sharpen import Scores
 from sharpen.errors import InputError
-from sharpen.scoring.rewards import REWARDS, majority, stats_needed
+from sharpen.scoring.rewards import REWARDS, majority, options_needed, stats_needed
 from sharpen_kernels import TokenStats
 
 # two prompts; completions of 2, 0, 1 and 3 tokens
@@ -11,6 +13,8 @@ LENGTHS = [[2, 0], [1, 3]]
 LOGPROB = torch.tensor([-1.0, -2.0, -0.5, -1.0, -0.5, -3.0])
 ENTROPY = torch.tensor([0.5, 1.5, 2.0, 0.0, 1.0, 2.0])
 CERTAINTY = torch.tensor([2.0, 4.0, 5.0, 0.0, 1.0, 2.0])
+# the geometric means of the probabilities are 1/4, 1/2 and 1/8
+HALVES = torch.tensor([1, 3, 1, 3, 2, 4]) * -math.log(2.0)
 ANSWERS = ["24", "24", None, "7", "24", None]
 
 
@@ -25,11 +29,14 @@ def scores(**stats):
         ("mean_logprob", {"logprob": LOGPROB}, [-1.5, 0.0, -0.5, -1.5]),
         ("self_certainty", {"self_certainty": CERTAINTY}, [3.0, 0.0, 5.0, 1.0]),
         ("neg_entropy", {"entropy": ENTROPY}, [-1.0, 0.0, -2.0, -1.0]),
+        ("min_token", {"logprob": LOGPROB}, [-2.0, 0.0, -0.5, -3.0]),
+        ("neg_perplexity", {"logprob": HALVES}, [-4.0, 0.0, -2.0, -8.0]),
+        ("confidence", {"topk_mean": -CERTAINTY}, [3.0, 0.0, 5.0, 1.0]),
     ],
 )
 def test_hand_worked_values(name, stats, want):
     reward = scores(**stats).reward(name)
-    assert reward.tolist() == want
+    assert reward.tolist() == pytest.approx(want, rel=1e-6, abs=0)
     assert reward.dtype == torch.float32
     assert stats_needed(name) == tuple(stats)
 
@@ -57,10 +64,31 @@ def test_majority_needs_no_token_statistic():
     assert got.tolist() == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_nan_stays_in_its_completion():
-    logprob = LOGPROB.clone()
-    logprob[2] = float("nan")
-    assert scores(logprob=logprob).reward("logprob").isnan().tolist() == [False, False, True, False]
+@pytest.mark.parametrize("name", [name for name in REWARDS if not options_needed(name)])
+def test_nan_stays_in_its_completion(name):
+    broken = LOGPROB.clone()
+    broken[2] = float("nan")
+    columns = dict.fromkeys(stats_needed(name), broken)
+    assert scores(**columns).reward(name).isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if not options_needed(name)])
+def test_an_empty_completion_gets_zero(name):
+    columns = dict.fromkeys(stats_needed(name), LOGPROB)
+    assert scores(**columns).reward(name)[1].item() == 0
+
+
+def test_options_a_reward_cannot_do_without():
+    assert {name: options_needed(name) for name in REWARDS if options_needed(name)} == {
+        "majority": ("answers",),
+        "rpc": ("answers", "keys"),
+    }
+
+
+def test_perplexity_orders_as_the_mean_log_prob():
+    one = Scores.of(TokenStats(logprob=-torch.rand(60) * 5), [[3] * 20])
+    order = [one.reward(name).argsort().tolist() for name in ("neg_perplexity", "mean_logprob")]
+    assert order[0] == order[1]
 
 
 def test_sum_does_not_drift_over_a_long_completion():
@@ -78,6 +106,11 @@ def test_errors_name_what_is_wanted():
         one.reward("neg_entropy")
     with pytest.raises(InputError, match=r"'majority' must get the options `answers`, got none"):
         one.reward("majority")
+    with pytest.raises(InputError, match=r"'rpc' must get the options `answers`, `keys`, got `ans"):
+        one.reward("rpc", answers=ANSWERS)
+    sure = scores(logprob=LOGPROB, topk_mean=LOGPROB)
+    with pytest.raises(InputError, match=r"options none and may get `window`, got `width`"):
+        sure.reward("confidence_tail", width=3)
     with pytest.raises(InputError, match=r"'logprob' must get the options none, got `answers`"):
         one.reward("logprob", answers=ANSWERS)
     with pytest.raises(InputError, match=r"`answers` must hold .* N=4 completions, got 6;"):
