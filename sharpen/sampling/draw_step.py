@@ -1,6 +1,6 @@
 """One step of drawing for the open rows of a batch: raw logits in, one token a row out.
 
-B rows, A of them that are open, P prompt tokens, T most new tokens, V vocabulary.
+B rows, A of them that are open, C that go on, P prompt tokens, T most new tokens, V vocabulary.
 """
 
 import torch
@@ -47,8 +47,8 @@ class DrawStep:
 
     def __call__(
         self, rows: Int64[Tensor, " A"], scores: Float[Tensor, "A V"]
-    ) -> tuple[Int64[Tensor, " A"], Bool[Tensor, " A"]]:
-        """The token of each row, and whether the row goes on.
+    ) -> tuple[Int64[Tensor, " A"], Int64[Tensor, " C"]]:
+        """The token of each row, and which of `rows` go on, by their place there.
 
         Args:
             rows: Numbers of the rows that `scores` are of.
@@ -68,7 +68,8 @@ class DrawStep:
         self.step += 1
         # a row of NaN has no end of its own
         token_A = torch.where(self.is_nan[rows], self.pad_id, token_A)
-        return token_A, is_open_A & (self.step < self.config.max_new_tokens)
+        goes_on_A = is_open_A & (self.step < self.config.max_new_tokens)
+        return token_A, goes_on_A.nonzero().flatten()
 
     def _draw(
         self, rows: Int64[Tensor, " A"], is_open: Bool[Tensor, " A"], logits: Float32[Tensor, "A V"]
