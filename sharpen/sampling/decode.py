@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Decoding = Literal["shared", "generate"]
 HALF_TRIES = 3
 
-# open rows and their logits [A, V] to the next token of each [A], and which of them go on [C]: places
-# among the open rows, prompt by prompt, a row as often as it is continued
+# open rows and their logits [A, V] to the next token of each [A], and which of them go on [C]:
+# places among the open rows, prompt by prompt, a row as often as it is continued
 Take = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

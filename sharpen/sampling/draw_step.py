@@ -88,15 +88,25 @@ class DrawStep:
 
     def results(self) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
         """Ids, log-probs and finish reason of every row."""
-        counts = self.count_B.tolist()
-        reasons: list[FinishReason] = [
-            "nan" if is_nan else "length" if is_open else "stop"
-            for is_nan, is_open in zip(self.is_nan.tolist(), self.is_open.tolist(), strict=True)
-        ]
-        rows = zip(self.token_BT.tolist(), counts, strict=True)
-        ids = [row[:count] for row, count in rows]
-        scored = zip(self.logprob_BT.tolist(), counts, strict=True)
-        return ids, [row[:count] for row, count in scored], reasons
+        return results(self.token_BT, self.logprob_BT, self.count_B, self.is_open, self.is_nan)
+
+
+def results(
+    token: Int64[Tensor, "B T"],
+    logprob: Float32[Tensor, "B T"],
+    count: Int64[Tensor, " B"],
+    is_open: Bool[Tensor, " B"],
+    is_nan: Bool[Tensor, " B"],
+) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
+    """The first `count` ids and log-probs of every row, and its finish reason."""
+    counts = count.tolist()
+    reasons: list[FinishReason] = [
+        "nan" if nan else "length" if open_ else "stop"
+        for nan, open_ in zip(is_nan.tolist(), is_open.tolist(), strict=True)
+    ]
+    ids = [row[:n] for row, n in zip(token.tolist(), counts, strict=True)]
+    logprobs = [row[:n] for row, n in zip(logprob.tolist(), counts, strict=True)]
+    return ids, logprobs, reasons
 
 
 class DrawnOnly(LogitsProcessor):
