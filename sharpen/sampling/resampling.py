@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def effective_size(log_weight: Float64[Tensor, "G N"]) -> Float64[Tensor, " G"]:
-    """(sum w)^2 / sum w^2: N for equal weights, 1 where one weighs all; NaN where none weighs.
+    """(sum w)^2 / sum w^2: N for equal weights, 1 where one weighs all, 0 where none weighs.
 
     Source: Kong, Liu & Wong 1994.
 
@@ -19,7 +19,7 @@ def effective_size(log_weight: Float64[Tensor, "G N"]) -> Float64[Tensor, " G"]:
         >>> effective_size(torch.tensor([[0.0, 0.0, -math.inf, 0.0]]).double())
         tensor([3.], dtype=torch.float64)
     """
-    return 1 / log_weight.softmax(dim=1).square().sum(dim=1)
+    return (1 / log_weight.softmax(dim=1).square().sum(dim=1)).nan_to_num(nan=0.0)
 
 
 def log_mean(log_weight: Float64[Tensor, "G N"]) -> Float64[Tensor, " G"]:

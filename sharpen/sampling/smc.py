@@ -35,7 +35,7 @@ class ParticleSamples(Samples):
     Attributes:
         particles: Which of the N each sample is.
         log_z: Estimate of log Z = log sum_y p(y | x)^alpha, nats; that of Z is unbiased.
-        effective_size: Of the particles at the end, between 1 and N.
+        effective_size: Of the particles at the end, between 1 and N; 0 where all are NaN.
         n_resampled: How often they were resampled.
     """
 
@@ -137,15 +137,14 @@ class ParticleSampler(PowerSampler):
     def _drawn(self, prompts: list[Prompt], step: ParticleStep, n: int) -> list[ParticleSamples]:
         keys_G, N = step.prompt_keys, self.power.particles
         chosen_Gn = systematic(step.log_weight, uniform(child_keys(keys_G, "choose")), n)
+        keys_Gn = keys_G[:, None] + torch.arange(n, device=keys_G.device)
+        order_Gn = uniform(child_keys(keys_Gn.flatten(), "order")).view_as(keys_Gn).argsort(dim=1)
+        chosen = chosen_Gn.gather(1, order_Gn).tolist()
         sizes = effective_size(step.log_weight).tolist()
         log_z, resampled = step.log_z_G.tolist(), step.n_resampled_G.tolist()
         ids, logprobs, reasons = step.results()
         found = []
-        for g in range(len(prompts)):
-            keys_n = child_keys(
-                keys_G[g].expand(n) + torch.arange(n, device=keys_G.device), "order"
-            )
-            particles = chosen_Gn[g, uniform(keys_n).argsort()].tolist()
+        for g, particles in enumerate(chosen):
             at = [g * N + i for i in particles]
             rows = Rows([g] * n, *([values[b] for b in at] for values in (ids, logprobs, reasons)))
             (samples,) = self._collect(prompts, [rows], n)
