@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharpen.runs import Run
-from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompts import render_all
 
 from .options import DrawOptions, ModelOptions, PromptOptions, required
+from .samplers import SamplerOptions, open_sampler
 from .sources import check_source, load, model_settings, open_source, source_settings
 from .stages import sample_into, settings_beside
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(DrawOptions, PromptOptions, ModelOptions):
+class SampleConfig(SamplerOptions, DrawOptions, PromptOptions, ModelOptions):
     """Sample completions."""
 
     out: str = required("JSON lines file to write; the same command again goes on with it")
@@ -23,10 +23,10 @@ class SampleConfig(DrawOptions, PromptOptions, ModelOptions):
 def run(config: SampleConfig) -> None:
     """Run the command, or go on with it."""
     check_source(config)
-    draws = config.sampling()
+    draws, power = config.sampling(), config.power()
     model, tokenizer = load(config)
     prompts = render_all(open_source(config, tokenizer).records, tokenizer)
-    sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
+    sampler = open_sampler(power, model, tokenizer, config.max_tokens)
     sampler.check(prompts, draws)
     out = Path(config.out)
     settings = {
@@ -34,6 +34,7 @@ def run(config: SampleConfig) -> None:
         **model_settings(config, model.device.type),
         **source_settings(config),
         **config.draw_settings(),
+        **config.sampler_settings(),
     }
     with Run(settings_beside(out), settings, [out]):
         rows = sample_into(out, sampler, prompts, draws, label="sample")

@@ -1,5 +1,6 @@
 """Stages that commands share: sample or score into a journal, with progress and resume."""
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -112,6 +113,17 @@ def samples_row(prompt: Prompt, samples: Samples) -> Row:
         "completion_ids": samples.completion_ids,
         "logprobs": [json_numbers(row) for row in samples.logprobs],
         "finish_reasons": samples.finish_reasons,
+        **_of_the_sampler(samples),
+    }
+
+
+def _of_the_sampler(samples: Samples) -> Row:
+    """What a sampler tells beside its samples, such as log Z."""
+    own = {field.name for field in dataclasses.fields(Samples)}
+    return {
+        name: json_numbers([value])[0] if isinstance(value, float) else value
+        for name, value in vars(samples).items()
+        if name not in own
     }
 
 

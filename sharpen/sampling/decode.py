@@ -1,10 +1,11 @@
 """Decode N completions of each prompt on one copy of its keys and values; ended rows cost nothing.
 
-B rows, A rows that are open, G prompts of P tokens, V vocabulary.
+B rows, A rows that are open, C that go on, G prompts of P tokens, V vocabulary.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,8 +25,29 @@ logger = logging.getLogger(__name__)
 Decoding = Literal["shared", "generate"]
 HALF_TRIES = 3
 
-# open rows and their logits [A, V] to the next token of each [A] and whether it goes on [A]
+# open rows and their logits [A, V] to the next token of each [A], and which of them go on [C]:
+# places among the open rows, prompt by prompt, a row as often as it is continued
 Take = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPrompts:
+    """Prompts that were read: their keys and values, and the logits of what follows each."""
+
+    cache: PromptCache
+    logits: Float[Tensor, "G V"]
+
+
+def read(model: PreTrainedModel, prompts: Int64[Tensor, "G P"]) -> ReadPrompts:
+    """Read prompts of one length.
+
+    Args:
+        model: In eval mode, with the hooks installed.
+        prompts: Token ids.
+    """
+    cache = PromptCache()
+    with under(PromptPlan(cache)):
+        return ReadPrompts(cache, _run(model, prompts, cache))
 
 
 def decode(
@@ -39,21 +61,32 @@ def decode(
         counts: Rows of each prompt, at least one.
         take: Called with the numbers of the open rows and their logits; chooses their tokens.
     """
-    cache = PromptCache()
-    with under(PromptPlan(cache)):
-        out_GV = _run(model, prompts, cache)
-    cache.fork(counts, prompts.device)
+    _decode(model, read(model, prompts), counts, take)
+
+
+def decode_again(
+    model: PreTrainedModel, prompts: ReadPrompts, counts: Sequence[int], take: Take
+) -> None:
+    """`decode` of prompts that were read, which stay as they are for a next time."""
+    _decode(model, ReadPrompts(prompts.cache.copy(), prompts.logits), counts, take)
+
+
+def _decode(
+    model: PreTrainedModel, prompts: ReadPrompts, counts: Sequence[int], take: Take
+) -> None:
+    cache, out_GV = prompts.cache, prompts.logits
+    cache.fork(counts, out_GV.device)
     owner_B = torch.repeat_interleave(torch.tensor(list(counts)))
-    rows_A = torch.arange(len(owner_B), device=prompts.device)
+    rows_A = torch.arange(len(owner_B), device=out_GV.device)
     logits_AV = out_GV[owner_B.to(out_GV.device)]
     while True:
-        token_A, goes_on_A = take(rows_A, logits_AV)
-        is_open = goes_on_A.tolist()
-        if not any(is_open):
+        token_A, onward_C = take(rows_A, logits_AV)
+        onward = onward_C.tolist()
+        if not onward:
             return
-        if not all(is_open):
-            cache.keep(is_open)
-            rows_A, token_A = rows_A[goes_on_A], token_A[goes_on_A]
+        if onward != list(range(len(rows_A))):
+            cache.keep(onward)
+            rows_A, token_A = rows_A[onward_C], token_A[onward_C]
         with under(StepPlan(cache)):
             logits_AV = _run(model, token_A[:, None], cache)
 
@@ -123,7 +156,7 @@ def _fault(model: PreTrainedModel, seed: int) -> str | None:
             got[row, step] = logits_V.float().log_softmax(0)
         goes_on = torch.tensor([step + 1 < last_B[r] for r in rows_A.tolist()])
         step += 1
-        return tokens_BT[rows_A, step - 1], goes_on.to(rows_A.device)
+        return tokens_BT[rows_A, step - 1], goes_on.nonzero().flatten().to(rows_A.device)
 
     decode(model, prompts_GP, counts, take)
     owner = [g for g, count in enumerate(counts) for _ in range(count)]

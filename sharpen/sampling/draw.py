@@ -15,7 +15,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 # two best tokens closer than this (nats, after division by temperature) are a near-tie in fp32;
@@ -32,8 +32,22 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 def row_key(seed: int, prompt_id: str, sample_id: int) -> int:
     """The 63-bit key of one sample's noise."""
-    name = f"{seed}\x00{prompt_id}\x00{sample_id}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+    return _hash(f"{seed}\x00{prompt_id}\x00{sample_id}")
+
+
+def child_keys(keys: Int64[Tensor, " B"], purpose: str) -> Int64[Tensor, " B"]:
+    """63-bit keys of other noise for the same rows: other for each purpose."""
+    return _mix(keys + _hash(purpose)) & ((1 << 63) - 1)
+
+
+def uniform(keys: Int64[Tensor, " B"]) -> Float64[Tensor, " B"]:
+    """A number in (0, 1) for each key, a pure function of it."""
+    # 52 bits and a half: neither 0 nor 1 in fp64
+    return ((keys >> 11).double() + 0.5) * 2.0**-52
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def exponential_noise(keys: Int64[Tensor, " B"], step: int, V: int) -> Float32[Tensor, "B V"]:

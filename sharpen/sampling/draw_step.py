@@ -1,6 +1,6 @@
 """One step of drawing for the open rows of a batch: raw logits in, one token a row out.
 
-B rows, A of them that are open, P prompt tokens, T most new tokens, V vocabulary.
+B rows, A of them that are open, C that go on, P prompt tokens, T most new tokens, V vocabulary.
 """
 
 import torch
@@ -47,8 +47,8 @@ class DrawStep:
 
     def __call__(
         self, rows: Int64[Tensor, " A"], scores: Float[Tensor, "A V"]
-    ) -> tuple[Int64[Tensor, " A"], Bool[Tensor, " A"]]:
-        """The token of each row, and whether the row goes on.
+    ) -> tuple[Int64[Tensor, " A"], Int64[Tensor, " C"]]:
+        """The token of each row, and which of `rows` go on, by their place there.
 
         Args:
             rows: Numbers of the rows that `scores` are of.
@@ -68,7 +68,8 @@ class DrawStep:
         self.step += 1
         # a row of NaN has no end of its own
         token_A = torch.where(self.is_nan[rows], self.pad_id, token_A)
-        return token_A, is_open_A & (self.step < self.config.max_new_tokens)
+        goes_on_A = is_open_A & (self.step < self.config.max_new_tokens)
+        return token_A, goes_on_A.nonzero().flatten()
 
     def _draw(
         self, rows: Int64[Tensor, " A"], is_open: Bool[Tensor, " A"], logits: Float32[Tensor, "A V"]
@@ -87,15 +88,25 @@ class DrawStep:
 
     def results(self) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
         """Ids, log-probs and finish reason of every row."""
-        counts = self.count_B.tolist()
-        reasons: list[FinishReason] = [
-            "nan" if is_nan else "length" if is_open else "stop"
-            for is_nan, is_open in zip(self.is_nan.tolist(), self.is_open.tolist(), strict=True)
-        ]
-        rows = zip(self.token_BT.tolist(), counts, strict=True)
-        ids = [row[:count] for row, count in rows]
-        scored = zip(self.logprob_BT.tolist(), counts, strict=True)
-        return ids, [row[:count] for row, count in scored], reasons
+        return results(self.token_BT, self.logprob_BT, self.count_B, self.is_open, self.is_nan)
+
+
+def results(
+    token: Int64[Tensor, "B T"],
+    logprob: Float32[Tensor, "B T"],
+    count: Int64[Tensor, " B"],
+    is_open: Bool[Tensor, " B"],
+    is_nan: Bool[Tensor, " B"],
+) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
+    """The first `count` ids and log-probs of every row, and its finish reason."""
+    counts = count.tolist()
+    reasons: list[FinishReason] = [
+        "nan" if nan else "length" if open_ else "stop"
+        for nan, open_ in zip(is_nan.tolist(), is_open.tolist(), strict=True)
+    ]
+    ids = [row[:n] for row, n in zip(token.tolist(), counts, strict=True)]
+    logprobs = [row[:n] for row, n in zip(logprob.tolist(), counts, strict=True)]
+    return ids, logprobs, reasons
 
 
 class DrawnOnly(LogitsProcessor):

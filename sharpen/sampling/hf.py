@@ -121,7 +121,7 @@ class TransformersSampler:
         """
         self.check(prompts, config)
         lengths = [len(prompt.ids) for prompt in prompts]
-        parts: list[_Rows] = []
+        parts: list[Rows] = []
         shared = self.route == "shared"
         for batch in plan_batches(
             lengths, config.n, config.max_new_tokens, self.max_tokens, shared=shared
@@ -137,9 +137,7 @@ class TransformersSampler:
             parts = []
             yield [samples for samples in finished if samples.prompt_id not in done]
 
-    def _run(
-        self, prompts: Sequence[Prompt], batch: list[Share], config: SamplingConfig
-    ) -> "_Rows":
+    def _run(self, prompts: Sequence[Prompt], batch: list[Share], config: SamplingConfig) -> "Rows":
         rows = [(share.prompt, i) for share in batch for i in range(share.start, share.stop)]
         device = self.model.device
         prompts_GP = torch.tensor([prompts[share.prompt].ids for share in batch], device=device)
@@ -155,7 +153,7 @@ class TransformersSampler:
                 decode(self.model, prompts_GP, counts, step)
             else:
                 self._generate(ids_BP, step)
-        return _Rows([p for p, _ in rows], *step.results())
+        return Rows([p for p, _ in rows], *step.results())
 
     def _generate(self, ids: torch.Tensor, step: DrawStep) -> None:
         with _plain_generation(self.model):
@@ -172,7 +170,7 @@ class TransformersSampler:
                 logits_processor=LogitsProcessorList([DrawnOnly(step)]),
             )
 
-    def _collect(self, prompts: Sequence[Prompt], parts: "list[_Rows]", n: int) -> list[Samples]:
+    def _collect(self, prompts: Sequence[Prompt], parts: "Sequence[Rows]", n: int) -> list[Samples]:
         owner = [p for rows in parts for p in rows.prompt]
         ids = [x for rows in parts for x in rows.ids]
         logprobs = [x for rows in parts for x in rows.logprobs]
@@ -195,7 +193,7 @@ class TransformersSampler:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What one batch produced, row by row."""
 
     prompt: list[int]

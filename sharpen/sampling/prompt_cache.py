@@ -10,6 +10,7 @@ sliding window or a chunk is a slice: the last keys that the mask lets a query s
 G prompts, B rows, Hkv key heads, K size of a head.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,13 @@ class PromptCache(Cache):
         # contiguous: read at every step by one product for all heads
         self.prompts[module] = k.contiguous(), v.contiguous()
 
+    def copy(self) -> "PromptCache":
+        """A cache of the same prompts, which are held once; before `fork`."""
+        copied = PromptCache()
+        copied.prompts = dict(self.prompts)
+        copied.layers = [copy.copy(layer) for layer in self.layers]
+        return copied
+
     def fork(self, counts: Sequence[int], device: torch.device) -> None:
         """From now on `counts[g]` rows continue prompt g, side by side in a batch."""
         if not self.prompts:
@@ -108,15 +116,19 @@ class PromptCache(Cache):
         for layer in self.layers:
             layer.is_forked = True
 
-    def keep(self, is_open: Sequence[bool]) -> None:
-        """Forget the rows that are not open, and the prompts of which no row is."""
+    def keep(self, onward: Sequence[int]) -> None:
+        """Go on with these rows, a row as often as it is named; forget prompts without any.
+
+        Args:
+            onward: Numbers of rows, all those of a prompt before those of the next.
+        """
         assert self.rows is not None
         device = self.rows.place.device
-        left, start = [], 0
-        for count in self.counts:
-            left.append(sum(is_open[start : start + count]))
-            start += count
-        rows = torch.tensor([b for b, stays in enumerate(is_open) if stays], device=device)
+        owner = [g for g, count in enumerate(self.counts) for _ in range(count)]
+        left = [0] * len(self.counts)
+        for row in onward:
+            left[owner[row]] += 1
+        rows = torch.tensor(onward, device=device)
         for layer in self.layers:
             layer.keep(rows)
         if not all(left):

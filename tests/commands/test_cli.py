@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 MODEL = ["model", "device", "dtype", "max_tokens", "trust_remote_code", "allow_pickle"]
 PROMPTS = ["task", "split", "shots", "prompts", "limit"]
 DRAW = ["n", "temperature", "top_p", "max_new_tokens", "seed"]
+SAMPLER = ["sampler", "alpha", "steps", "particles", "ramp", "proposal_temperature"]
 OPTIONS = {
     "bon": [*MODEL, *PROMPTS, *DRAW, "out", "reward", "scores"],
-    "sample": [*MODEL, *PROMPTS, *DRAW, "out"],
+    "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
     "tasks": [],
 }

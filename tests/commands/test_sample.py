@@ -60,3 +60,50 @@ def test_prompts_of_other_lengths_come_out_in_input_order(tmp_path):
 def test_worked_examples_go_before_each_prompt(tmp_path, shots):
     rows = sample(tmp_path / "a.jsonl", "--shots", str(shots))
     assert all(row["prompt"].count("Target: 24") == shots + 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--sampler", "mh", "--alpha", "3", "--steps", "2"], {"accepted"}),
+        (
+            ["--sampler", "smc", "--alpha", "3", "--particles", "4", "--ramp", "5"],
+            {"particles", "log_z", "effective_size", "n_resampled"},
+        ),
+    ],
+    ids=["mh", "smc"],
+)
+def test_the_power_distribution_is_sampled_and_continued(tmp_path, flags, told):
+    out = tmp_path / "a.jsonl"
+    # one prompt a batch
+    command = [*flags, "--limit", "2", "--max-new-tokens", "10", "--max-tokens", "80"]
+    rows = sample(out, *command)
+    assert len(rows) == 2
+    for row in rows:
+        assert told < set(row)
+        assert len(row["completions"]) == 3
+        for ids, logprobs in zip(row["completion_ids"], row["logprobs"], strict=True):
+            assert len(ids) == len(logprobs) > 0
+    whole = out.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    out.write_bytes(first + second[:20])
+    sample(out, *command)
+    assert out.read_bytes() == whole
+    # other settings are another run
+    assert main([*SAMPLE, "--out", str(out), *command, "--proposal-temperature", "0.5"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alpha", "4"], "`--alpha` must come with `--sampler` mh or smc, got model"),
+        (["--sampler", "mh", "--particles", "4"], "`--particles` must come with `--sampler` smc"),
+        (["--sampler", "mh", "--alpha", "0.5"], "`alpha` must be at least 1, got 0.5"),
+        (["--sampler", "smc", "--temperature", "0.5"], "`temperature` must be 1 for a sampler of"),
+        (["--sampler", "smc", "--particles", "999"], "`max_tokens` must hold 999 particles"),
+    ],
+)
+def test_settings_of_another_sampler_are_refused(tmp_path, capsys, flags, message):
+    assert main([*SAMPLE, "--out", str(tmp_path / "a.jsonl"), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -78,7 +78,7 @@ def test_a_prompt_is_read_once_and_ended_rows_cost_nothing():
     def take(rows, logits):
         assert len(logits) == len(rows)
         step = len(seen)
-        return torch.zeros_like(rows), step < ends[rows]
+        return torch.zeros_like(rows), (step < ends[rows]).nonzero().flatten()
 
     with torch.no_grad():
         decode(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), [3, 1], take)
@@ -100,7 +100,7 @@ def test_keys_of_a_prompt_are_there_once():
     for _ in range(16):  # past the room that a row has at first
         keys, _ = layer.update(*(torch.ones(6, 2, 1, 8) for _ in range(2)))
     assert keys[0, 0, :, 0].tolist() == [0.0] + [1.0] * 16
-    cache.keep([True, False, True, False, False, False])
+    cache.keep([0, 2])
     assert layer.keys.shape[0] == 2
 
 
