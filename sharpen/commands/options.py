@@ -75,8 +75,9 @@ class TrainOptions:
     batch: int = option("prompts a step, each with all of its completions", 8)
     lora_rank: int = option("rank of LoRA adapters, merged in the end; 0 trains all weights", 0)
     save_every: int = option("steps between checkpoints; a killed run goes on from the last", 100)
-    trainer: list[str] | None = option(
-        "further fields of transformers.TrainingArguments, as NAME=VALUE"
+    trainer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further fields of transformers.TrainingArguments, as NAME=VALUE"},
     )
 
     def fitting(self, *, seed: int, max_tokens: int) -> FitOptions:
@@ -93,7 +94,7 @@ class TrainOptions:
             save_every=self.save_every,
             seed=seed,
             max_tokens=max_tokens,
-            more=more_arguments(self.trainer or []),
+            more=more_arguments(self.trainer),
         )
 
     def train_settings(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Choices to weights: losses of log-probs, groups of completions, and the Trainer that fits them."""
+"""Choices to weights: losses of log-probs, groups of completions, the Trainer that fits them."""

@@ -162,7 +162,19 @@ def fit(
     sealed = last_sealed(out / CHECKPOINTS)
     trainer.train(resume_from_checkpoint=None if sealed is None else str(sealed))
     whole = trained.merge_and_unload() if options.lora_rank else model
-    _save(whole.eval(), tokenizer, out / MODEL)
+    save_whole(whole.eval(), tokenizer, out / MODEL)
+
+
+def save_whole(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path
+) -> None:
+    """Save a model and its tokenizer as `folder`, which is there whole or not at all."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    os.replace(part, folder)
 
 
 def _arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "TrainingArguments":
@@ -187,7 +199,7 @@ def _arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "TrainingA
         "use_cpu": is_cpu,
     }
     try:
-        args = TrainingArguments(**given | options.more)
+        args = TrainingArguments(**given | dict(options.more))
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"`trainer`: transformers refuses these arguments ({reason}).") from error
@@ -229,14 +241,3 @@ def _only_our_bar(trainer: Any) -> None:
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-
-
-def _save(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path
-) -> None:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(part)
-    os.replace(part, folder)
