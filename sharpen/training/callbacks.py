@@ -10,8 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sharpen.records import write_rows, write_text
 
 SEAL = "complete"
-# what a clock says would make two equal runs differ
-CLOCKED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
 
 class LossLog(TrainerCallback):
@@ -33,9 +32,12 @@ class LossLog(TrainerCallback):
     ) -> None:
         """Write the whole file anew."""
         if state.is_world_process_zero:
+            # a history that was read back has its keys in another order
             rows = [
-                {"step": row["step"]} | {k: v for k, v in row.items() if k not in CLOCKED}
+                {name: row[name] for name in LOGGED if name in row}
+                | {name: row[name] for name in sorted(row) if name not in LOGGED}
                 for row in state.log_history
+                if "loss" in row
             ]
             write_rows(self.path, rows)
 
