@@ -189,9 +189,18 @@ def _attention_hook(base: str) -> Callable[..., Any]:
         if kwargs.get("position_bias") is not None:
             raise SharingError("it adds a position bias")
         scores = Scores(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-        return attention_mask.attend(module, query, key, value, scores), None
+        q, k, v = _autocast(query, key, value)
+        return attention_mask.attend(module, q, k, v, scores), None
 
     return attention
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As PyTorch's own attention takes them: rotary positions in fp32 leave types mixed."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
