@@ -76,6 +76,9 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
     """
     check_source(config)
     options = config.fit_options()
+    samples = getattr(config, "samples", None)
+    if samples is not None and not Path(samples).is_file():
+        raise InputError(f"cannot read {samples!r}: no such file; check `--samples`.")
     require_train(lora=config.lora_rank > 0)
     if reward not in REWARDS:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")

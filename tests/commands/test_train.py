@@ -2,7 +2,7 @@
 
 import gc
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from sharpen.cli import main
 from sharpen.models import load_model
 from sharpen.scoring import Scorer
-from sharpen.tasks.game24.puzzles import split_puzzles
 from sharpen.training.trainer import GroupTrainer
 
 COMMON = [
@@ -31,10 +30,6 @@ def _frozen_heap():
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def flat_lists(lists):
-    return [x for group in lists for x in group]
 
 
 @pytest.fixture(scope="module")
@@ -153,27 +148,20 @@ def test_rlhf_fits_pairs(sft, tmp_path, capsys, extra, n_pairs):
         assert losses[0] == pytest.approx(0.6931, abs=1e-3)
 
 
-XPO = ["xpo", *COMMON, "-n", "2", "--rounds", "2", "--validation", "2", "--lr", "1e-5"]
-
-
-def test_xpo_samples_from_the_policy_keeps_the_best_round_and_survives_a_kill(
-    tmp_path, monkeypatch, capsys
-):
+def test_xpo_samples_from_the_policy_keeps_the_best_round_and_goes_on(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main([*XPO, "--out", str(whole)]) == 0
-    assert "J_beta on 2 held-out prompts: base -" in capsys.readouterr().out
+    argv = ["xpo", *COMMON, "--limit", "3", "-n", "2", "--rounds", "2", "--validation", "1"]
+    assert main([*argv, "--lr", "1e-5", "--out", str(whole)]) == 0
+    assert "J_beta on 1 held-out prompts: base -" in capsys.readouterr().out
     found = rows(whole / "rounds.jsonl")
     assert [row["round"] for row in found] == [0, 1, 2]
     best = max(found, key=lambda row: row["value"])["round"]
-    kept = Path("model") if best == 0 else Path(f"round-{best}") / "model"
     if best:
-        assert (whole / kept / "model.safetensors").read_bytes() == (
-            whole / "model" / "model.safetensors"
-        ).read_bytes()
+        kept = whole / f"round-{best}" / "model" / "model.safetensors"
+        assert kept.read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
     # the base's samples: one for each side of each round's pairs
     base_rows = rows(whole / "samples.jsonl")
-    assert {len(row["completions"]) for row in base_rows} == {4}
-    assert len(base_rows) == 4
+    assert [len(row["completions"]) for row in base_rows] == [4, 4]
     # the policy of round 2 is the model of round 1, not the base
     policy = load_model(whole / "round-1" / "model", device="cpu")
     second = rows(whole / "round-2" / "samples.jsonl")
@@ -182,17 +170,19 @@ def test_xpo_samples_from_the_policy_keeps_the_best_round_and_survives_a_kill(
     )
     drawn = [sum(x) for row in second for x in row["logprobs"]]
     torch.testing.assert_close(scored.reward("logprob"), torch.tensor(drawn), atol=1e-4, rtol=0)
-    # optimism alpha (V + R)^2 from what was seen
+    # optimism alpha (V + R)^2 from what was seen; V is 0 as long as the policy is the base
     first = rows(whole / "round-1" / "samples.jsonl")
     seen = [sum(x) for row in first for x in row["logprobs"]]
     seen += [sum(x) for row in base_rows for x in row["logprobs"][:2]]
     assert found[1]["optimism"] == pytest.approx(1e-4 * min(seen) ** 2, rel=1e-3)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 1)
-        with pytest.raises(Killed):
-            main([*XPO, "--out", str(cut)])
-    assert main([*XPO, "--out", str(cut)]) == 0
-    for name in ("model/model.safetensors", "round-2/samples.jsonl", "rounds.jsonl"):
+    # killed in the middle of round 2, whose last checkpoint is torn
+    shutil.copytree(whole, cut)
+    for gone in ("model", "round-2/model", "round-2/validation"):
+        shutil.rmtree(cut / gone)
+    last = max((cut / "round-2" / "checkpoints").iterdir())
+    (last / "complete").unlink()
+    assert main([*argv, "--lr", "1e-5", "--out", str(cut)]) == 0
+    for name in ("model/model.safetensors", "round-2/model/model.safetensors", "rounds.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -255,23 +245,3 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sft", *BASE[:4], "--out", str(tmp_path / "out")]) == 2
     assert "must run in one process" in capsys.readouterr().err
-
-
-def test_free_prompts_are_reachable_and_none_of_the_tests_numbers():
-    from sharpen.tasks import get_task
-    from sharpen.tasks.game24.puzzles import integer_solutions
-    from sharpen.tasks.game24.traces import trace_text
-
-    task = get_task("game24")
-    free = task.examples("free")
-    assert len({example.id for example in free}) == len(free) == 3000
-    held_out = set(split_puzzles("test"))
-    for example in free[:200]:
-        numbers, target = example.problem
-        assert numbers not in held_out
-        assert target != 24
-        solution = trace_text(numbers, integer_solutions(numbers, target)[0])
-        assert task.is_correct(example, solution)
-        assert task.prompt(example).endswith(f"Target: {target}\n")
-        assert f"to make {target}" in task.prompt(example, chat=True)[0]["content"]
-    assert not any(example.problem.numbers in held_out for example in free)
