@@ -15,7 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs, DistributedType
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -106,7 +106,7 @@ class GroupTrainer(Trainer):
         return (loss, {"logprobs": logprob_S}) if return_outputs else loss
 
     def _bounded_step(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self.accelerator.distributed_type != DistributedType.NO:
+        if self.accelerator.num_processes > 1:
             raise InputError(
                 f"`max_tokens` must hold a batch in more than one process, got "
                 f"{self.scorer.max_tokens} for {self._graph_tokens(batch)} tokens; raise it, or "
