@@ -19,9 +19,12 @@ from .errors import InputError, SharpenError
 
 VERBS = {
     "bon": "sample N completions a prompt, keep what the model itself rates highest, report",
+    "rlhf": "sample, pair, and fit reward differences: RLHF-Sharpening",
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",
+    "sft": "sample, choose the best of N, and fit it: SFT-Sharpening",
     "tasks": "list the tasks",
+    "xpo": "rounds of sampling from the model being trained, and fitting: XPO",
 }
 USAGE = "usage: sharpen VERB [--config FILE.yaml] [--flag value ...]"
 

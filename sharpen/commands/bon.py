@@ -127,7 +127,7 @@ def finish(
 ) -> None:
     """Choose, grade, and write the three files that a run ends with."""
     out = Path(config.out)
-    answers = _answers(source, samples)
+    answers = source.answers(samples)
     response_PG = np.array([_numbered(row["completion_ids"]) for row in samples])
     flat = [answer for group in answers or [] for answer in group]
     given = {"answers": flat, "keys": response_PG.ravel().tolist()}
@@ -193,15 +193,6 @@ def chosen_row(prompt: str | list[dict[str, str]], samples: Row, index: int) -> 
 
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-def _answers(source: Source, samples: list[Row]) -> list[list[str | None]] | None:
-    if source.task is None or source.examples is None:
-        return None
-    return [
-        [source.task.answer(example, text) for text in row["completions"]]
-        for example, row in zip(source.examples, samples, strict=True)
-    ]
 
 
 def _numbered(completion_ids: list[list[int]]) -> list[int]:

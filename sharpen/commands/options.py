@@ -1,9 +1,10 @@
 """Options that several commands share. Each dataclass is a group of flags."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sharpen.sampling import SamplingConfig
+from sharpen.training.fit import FitOptions, more_arguments
 
 
 def option(help_text: str, default: Any = None, aliases: tuple[str, ...] = ()) -> Any:
@@ -35,7 +36,7 @@ class PromptOptions:
     """Where the prompts come from: a task or a file."""
 
     task: str | None = option("a task by name; see `sharpen tasks`")
-    split: str = option("split of the task", "test")
+    split: str = option("split of the task, or several as A+B", "test")
     shots: int = option("worked examples of the task before each prompt", 0)
     prompts: str | None = option("a JSON lines file with `prompt` (text or messages)")
     limit: int | None = option("only the first LIMIT prompts")
@@ -63,3 +64,39 @@ class DrawOptions:
         """What the samples depend on."""
         names = ("n", "temperature", "top_p", "max_new_tokens", "seed")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How weights are fitted."""
+
+    lr: float = option("peak learning rate of AdamW; falls linearly to 0", 1e-4)
+    epochs: float = option("passes over all prompts", 1.0)
+    batch: int = option("prompts a step, each with all of its completions", 8)
+    lora_rank: int = option("rank of LoRA adapters, merged in the end; 0 trains all weights", 0)
+    save_every: int = option("steps between checkpoints; a killed run goes on from the last", 100)
+    trainer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further fields of transformers.TrainingArguments, as NAME=VALUE"},
+    )
+
+    def fitting(self, *, seed: int, max_tokens: int) -> FitOptions:
+        """These options as `fit` takes them.
+
+        Raises:
+            InputError: If a value is out of its range, or `trainer` is malformed.
+        """
+        return FitOptions(
+            lr=self.lr,
+            epochs=self.epochs,
+            batch=self.batch,
+            lora_rank=self.lora_rank,
+            save_every=self.save_every,
+            seed=seed,
+            max_tokens=max_tokens,
+            more=more_arguments(self.trainer),
+        )
+
+    def train_settings(self) -> dict[str, Any]:
+        """What the weights depend on."""
+        return {field.name: getattr(self, field.name) for field in fields(TrainOptions)}

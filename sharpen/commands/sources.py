@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharpen.errors import InputError
 from sharpen.models import SHIPPED, load_model, load_tokenizer
-from sharpen.records import PromptRecord, file_digest, read_prompts
+from sharpen.records import PromptRecord, Row, file_digest, read_prompts
 from sharpen.sampling.prompts import has_chat_template
 from sharpen.tasks import Example, Task, get_task
 
@@ -28,6 +28,15 @@ class Source:
         """Name of the task."""
         return self.task.name if self.task else None
 
+    def answers(self, samples: list[Row]) -> list[list[str | None]] | None:
+        """What each completion of `samples` claims; None without a task."""
+        if self.task is None or self.examples is None:
+            return None
+        return [
+            [self.task.answer(example, text) for text in row["completions"]]
+            for example, row in zip(self.examples, samples, strict=True)
+        ]
+
 
 def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase) -> Source:
     """Read the prompts that `options` name.
@@ -41,7 +50,8 @@ def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase) -> S
         return Source(records[: options.limit], None, None)
     assert options.task is not None
     task = get_task(options.task)
-    examples = task.examples(options.split)[: options.limit]
+    parts = [task.examples(split) for split in options.split.split("+")]
+    examples = [example for part in parts for example in part][: options.limit]
     chat = has_chat_template(tokenizer)
     records = [
         PromptRecord(example.id, example.id, task.prompt(example, shots=options.shots, chat=chat))

@@ -1,1 +1,1 @@
-"""Choices to weights: losses and the loops that fit them."""
+"""Choices to weights: losses of log-probs, groups of completions, the Trainer that fits them."""

@@ -15,11 +15,16 @@ MODEL = ["model", "device", "dtype", "max_tokens", "trust_remote_code", "allow_p
 PROMPTS = ["task", "split", "shots", "prompts", "limit"]
 DRAW = ["n", "temperature", "top_p", "max_new_tokens", "seed"]
 SAMPLER = ["sampler", "alpha", "steps", "particles", "ramp", "proposal_temperature"]
+FIT = ["lr", "epochs", "batch", "lora_rank", "save_every", "trainer"]
+TRAIN = [*MODEL, *PROMPTS, *DRAW, *FIT, "out", "reward"]
 OPTIONS = {
     "bon": [*MODEL, *PROMPTS, *DRAW, "out", "reward", "scores"],
+    "rlhf": [*TRAIN, "samples", "beta", "pairs", "standardise", "loss"],
     "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
+    "sft": [*TRAIN, "samples", "weights", "soft_temperature", "per"],
     "tasks": [],
+    "xpo": [*TRAIN, "beta", "alpha", "rounds", "validation"],
 }
 
 
@@ -107,7 +112,11 @@ FROM_FILE = [*BON, "--prompts", "in.jsonl"]
         pytest.param([*BON, "--task", "game25"], None, "`task` must be one of game24", id="task"),
         pytest.param(
             [*BON, "--task", "game24", "--split", "dev"], None,
-            "`split` must be one of base, sharpen, test", id="split",
+            "`split` must be one of base, sharpen, test, free", id="split",
+        ),
+        pytest.param(
+            [*BON, "--task", "game24", "--split", "sharpen+dev"], None,
+            "for task game24, got 'dev'", id="split-of-two",
         ),
         pytest.param(BON, None, "give one of `--task` and `--prompts`, got neither", id="neither"),
         pytest.param(
@@ -181,14 +190,15 @@ def test_a_file_that_is_not_ours_is_never_written_over(tmp_path, monkeypatch, ca
 
 def test_tasks_are_listed(capsys):
     assert main(["tasks"]) == 0
-    assert "splits: base 800, sharpen 250, test 312" in capsys.readouterr().out
+    assert "splits: base 800, sharpen 250, test 312, free 3000" in capsys.readouterr().out
 
 
 def test_help_and_unknown_verbs(capsys):
     assert main(["--help"]) == 0
     assert "sharpen VERB" in capsys.readouterr().out
     assert main(["bno"]) == 2
-    assert "`VERB` must be one of bon, sample, score, tasks, got 'bno'" in capsys.readouterr().err
+    verbs = ", ".join(OPTIONS)
+    assert f"`VERB` must be one of {verbs}, got 'bno'" in capsys.readouterr().err
     assert main([]) == 2
 
 

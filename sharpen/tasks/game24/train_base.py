@@ -11,7 +11,6 @@ is left for the user to measure).
 """
 
 import argparse
-import functools
 import json
 import math
 import platform
@@ -25,33 +24,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .free import other_targets, random_numbers
 from .model_card import write_card
-from .puzzles import MAX_CARD, TARGET, Numbers, Step, integer_solutions, split_puzzles, steps_from
+from .puzzles import TARGET, Numbers, Step, integer_solutions, split_puzzles
 from .tokenizer import MAX_LENGTH, build_tokenizer, special_ids
 from .traces import is_solution, prompt_text, trace_text
 
 IGNORED = -100
-MAX_TARGET = 100
 Problem = tuple[Numbers, int, tuple[Step, ...]]
 
 
-@functools.cache
-def reachable_targets(numbers: Numbers) -> tuple[int, ...]:
-    """What `numbers` can make through integers 0..MAX_NUMBER, ascending."""
-    if len(numbers) == 1:
-        return numbers
-    made = {target for _, left in steps_from(numbers) for target in reachable_targets(left)}
-    return tuple(sorted(made))
-
-
 def random_problem(rng: random.Random) -> Problem:
-    """Four random numbers, a random target in 1..MAX_TARGET but 24, and a random solution.
+    """Four random numbers, a random target in 1..100 but 24, and a random solution.
 
     Uniform over targets, so that hard ones come as often as those that many steps lead to.
     """
     while True:
-        numbers = tuple(sorted(rng.randint(1, MAX_CARD) for _ in range(4)))
-        targets = [t for t in reachable_targets(numbers) if 0 < t <= MAX_TARGET and t != TARGET]
+        numbers = random_numbers(rng)
+        targets = other_targets(numbers)
         if targets:
             target = rng.choice(targets)
             return numbers, target, rng.choice(integer_solutions(numbers, target))

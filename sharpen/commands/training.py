@@ -1,0 +1,227 @@
+"""Stages that `sft`, `rlhf` and `xpo` share: what is refused, samples and their rewards, the end.
+
+Samples are drawn once and kept (`samples.jsonl`), and so are their log-probs under the base model
+(`scores.jsonl`): they are the rewards and the reference of every later step.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sharpen.errors import InputError
+from sharpen.records import Row, file_digest, read_rows, write_text
+from sharpen.runs import Journal
+from sharpen.sampling import Prompt
+from sharpen.sampling.hf import TransformersSampler
+from sharpen.scoring import Scorer, Scores
+from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.training.fit import LOSSES, MODEL, FitOptions, fit, require_train
+from sharpen.training.groups import Group
+from sharpen.training.objectives import Objective
+
+from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions
+from .sources import Source, check_source, load, model_settings, source_settings
+from .stages import sample_into, score_samples
+
+SAMPLES, SCORES, SUMMARY, TIMINGS = "samples.jsonl", "scores.jsonl", "summary.json", "timings.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainOptions, DrawOptions, PromptOptions, ModelOptions):
+    """What every training command is told."""
+
+    def fit_options(self) -> FitOptions:
+        """How to fit.
+
+        Raises:
+            InputError: If a value is out of its range.
+        """
+        return self.fitting(seed=self.seed, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of every prompt, and what the base model thinks of them.
+
+    Attributes:
+        rows: One a prompt, as in `samples.jsonl`.
+        scores: Under the base model; cut samples are not valid.
+        reward: Of each completion, all prompts end to end.
+        reference: log pi_base of each completion, in nats.
+    """
+
+    rows: list[Row]
+    scores: Scores
+    reward: Float64[Tensor, " N"]
+    reference: Float64[Tensor, " N"]
+
+
+def check_training(config: TrainConfig, reward: str) -> FitOptions:
+    """Refuse bad options before anything is loaded or written.
+
+    Raises:
+        InputError: If an option is out of range, an extra is missing, the reward cannot be
+            computed, or this process is one of several.
+    """
+    check_source(config)
+    options = config.fit_options()
+    samples = getattr(config, "samples", None)
+    if samples is not None and not Path(samples).is_file():
+        raise InputError(f"cannot read {samples!r}: no such file; check `--samples`.")
+    require_train(lora=config.lora_rank > 0)
+    if reward not in REWARDS:
+        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")
+    if reward == "majority" and config.task is None:
+        raise InputError(
+            "`reward` majority needs answers, which only a task can extract; "
+            "give `--task`, or another reward."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "this command must run in one process, got WORLD_SIZE > 1; draw and score with it, "
+            "and run sharpen.training.trainer.GroupTrainer under `accelerate launch`."
+        )
+    if config.device is not None and ":" in config.device:
+        raise InputError(
+            f"`device` must be cpu or cuda in training, got {config.device!r}; choose a GPU with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return options
+
+
+def load_base(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to start from; in fp32 if all of its weights are trained.
+
+    Half-precision weights lose the small updates of a fine-tuning.
+    """
+    whole = config.dtype == "auto" and config.lora_rank == 0
+    return load(replace(config, dtype="float32") if whole else config)
+
+
+def training_settings(command: str, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Everything that the outputs of a training command depend on, but its own options."""
+    return {
+        "command": command,
+        **model_settings(config, device.type),
+        **source_settings(config),
+        **config.draw_settings(),
+        **config.train_settings(),
+    }
+
+
+def samples_settings(path: str | None) -> dict[str, Any]:
+    """What the outputs depend on where samples are given."""
+    return {"samples": path, "samples_digest": None if path is None else file_digest(path)}
+
+
+def draw(
+    config: TrainConfig,
+    out: Path,
+    sampler: TransformersSampler,
+    prompts: list[Prompt],
+    given: str | None,
+) -> list[Row]:
+    """Samples of every prompt: drawn once into `out`, or read from the file `given`."""
+    if given is not None:
+        return read_samples(given, prompts)
+    timings = Journal(out / TIMINGS)
+    return sample_into(
+        out / SAMPLES, sampler, prompts, config.sampling(), label="sample", timings=timings
+    )
+
+
+def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
+    """Samples that an earlier command drew, in the order of `prompts`.
+
+    Raises:
+        InputError: If a prompt has none, or its tokens were others.
+        RecordError: If the file cannot be read.
+    """
+    wanted = ("prompt_ids", "completions", "completion_ids", "finish_reasons")
+    rows: dict[str, Row] = {}
+    for place, row in read_rows(path):
+        missing = [name for name in ("prompt_id", *wanted) if name not in row]
+        if missing:
+            raise InputError(
+                f"{place}: must have the field `{missing[0]}`; give a file of `sharpen sample`."
+            )
+        rows[row["prompt_id"]] = row
+    for prompt in prompts:
+        row = rows.get(prompt.id)
+        if row is None or row["prompt_ids"] != list(prompt.ids):
+            why = "none" if row is None else "samples of other tokens"
+            raise InputError(
+                f"`samples` {path!r} must hold samples of prompt {prompt.id!r}, got {why}; "
+                "give the same prompts as when they were drawn."
+            )
+    return [rows[prompt.id] for prompt in prompts]
+
+
+def rate(out: Path, scorer: Scorer, source: Source, rows: list[Row], reward: str) -> Drawn:
+    """Log-probs and rewards of samples under the base model, kept in `out`."""
+    stats = tuple(dict.fromkeys(["logprob", *stats_needed(reward)]))
+    scores = score_samples(out / SCORES, scorer, rows, stats, Journal(out / TIMINGS))
+    scores.warn_of_nan()
+    extra = {}
+    if reward == "majority":
+        answers = source.answers(rows)
+        assert answers is not None, "refused without a task"
+        extra = {"answers": [answer for group in answers for answer in group]}
+    return Drawn(
+        rows, scores, scores.reward(reward, **extra).double(), scores.reward("logprob").double()
+    )
+
+
+def fit_into(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: list[Group],
+    objective: Objective,
+    options: FitOptions,
+) -> None:
+    """`fit`, its time kept with the others."""
+    if (out / MODEL).exists():
+        return
+    started = time.monotonic()
+    fit(model, tokenizer, groups, objective, options, out)
+    Journal(out / TIMINGS).append([{"stage": "train", "seconds": time.monotonic() - started}])
+
+
+def finish(out: Path, config: TrainConfig, found: dict[str, Any], line: str) -> None:
+    """Write the summary and say what there is now."""
+    seconds: dict[str, float] = {}
+    for path in sorted(out.glob(f"**/{TIMINGS}")):
+        for row in Journal(path).rows:
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    names = ("sharpen", "torch", "transformers", "accelerate")
+    summary = {
+        "setting": setting(config),
+        **found,
+        "seconds": seconds,
+        "versions": {name: metadata.version(name) for name in names},
+    }
+    write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(f"{line}\nmodel: {out / MODEL}\n")
+
+
+def setting(config: PromptOptions) -> str:
+    """Named "transductive" where the model is fitted on the prompts of its test."""
+    is_test = config.task is not None and "test" in config.split.split("+")
+    return "transductive" if is_test else "inductive"
+
+
+def outputs_of(out: Path) -> list[Path]:
+    """What a training command writes."""
+    return [out / name for name in (SAMPLES, SCORES, LOSSES, MODEL, SUMMARY)]

@@ -1,0 +1,167 @@
+"""`sharpen xpo`: RLHF-Sharpening that explores (XPO), in rounds.
+
+    for t = 1 ... T:
+        y ~ pi_t(x),  y' ~ pi_base(x);   add (x, y, y') to D
+        pi_{t+1} = argmin  mean_D e^2 + alpha (V + R)^2 mean_D log pi(y')
+    the pi_t of highest J_beta on prompts that were held out
+
+V and R bound |beta log pi/pi_base| and -log pi_base; here they are the largest seen in D. Writes
+into its run directory: `samples.jsonl` and `scores.jsonl` (of the base model), a folder
+`round-T/` each with its own samples, scores, losses, checkpoints and model, `validation/` beside
+them, `rounds.jsonl`, and in the end `model/` and `summary.json`.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharpen.errors import InputError
+from sharpen.records import Row, write_rows
+from sharpen.runs import Run
+from sharpen.sampling import Prompt
+from sharpen.sampling.hf import TransformersSampler
+from sharpen.sampling.prompts import render_all
+from sharpen.scoring import Scorer
+from sharpen.training.fit import MODEL, save_whole
+from sharpen.training.losses import optimism_weight
+from sharpen.training.objectives import Square, check_beta, check_optimism
+
+from .options import option, required
+from .rounds import Data, Stage
+from .sources import open_source
+from .training import (
+    TrainConfig,
+    check_training,
+    finish,
+    load_base,
+    outputs_of,
+    training_settings,
+)
+
+log = logging.getLogger("sharpen")
+
+ROUNDS = "rounds.jsonl"
+REWARDS = ("logprob", "mean_logprob", "self_certainty", "neg_entropy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class XpoConfig(TrainConfig):
+    """XPO: rounds of sampling from the model being trained, and fitting."""
+
+    out: str = required("run directory; the same command again goes on where it stopped")
+    split: str = option("split of the task, or several as A+B", "sharpen")
+    n: int = option("pairs per prompt and round", 2, ("-n",))
+    rounds: int = option("T: rounds of sampling and fitting", 3)
+    reward: str = option(f"self-reward: {', '.join(REWARDS)}", "logprob")
+    beta: float = option(
+        "weight of the KL term; of logprob the optimum is the power 1 + 1/beta of the base", 1.0
+    )
+    alpha: float = option(
+        "optimism; the loss gets alpha (V + R)^2 times the log-prob of base samples", 1e-4
+    )
+    validation: int = option("prompts held out to choose the round by", 32)
+
+
+def run(config: XpoConfig) -> None:
+    """Run the command, or go on with it."""
+    check(config)
+    options = check_training(config, config.reward)
+    draws = config.sampling()
+    base, tokenizer = load_base(config)
+    source = open_source(config, tokenizer)
+    prompts = render_all(source.records, tokenizer)
+    TransformersSampler(base, tokenizer, max_tokens=config.max_tokens).check(prompts, draws)
+    fitted, held_out = divide(prompts, config.validation, config.seed)
+    out = Path(config.out)
+    with Run(out / "run.json", settings(config, base.device), [*outputs_of(out), out / ROUNDS]):
+        scorer = Scorer(base, max_tokens=config.max_tokens)
+        stage = Stage(config, config.reward, config.beta, source, tokenizer, scorer)
+        # one stream for y', whatever the rounds do
+        base_drawn = stage.draw(out, base, fitted, replace(draws, n=config.n * config.rounds))
+        found = [{"round": 0, "value": stage.judge(out, base, held_out)}]
+        data = Data(fitted)
+        policy = base
+        for t in range(1, config.rounds + 1):
+            folder = out / f"round-{t}"
+            drawn = stage.draw(folder, policy, fitted, replace(draws, seed=config.seed + t))
+            data.add(drawn, base_drawn, t, n=config.n, beta=config.beta)
+            optimism = optimism_weight(config.alpha, data.value_bound, data.reward_bound)
+            policy = stage.fit(
+                folder, policy, data.groups(), Square(config.beta, optimism), options
+            )
+            value = stage.judge(folder, policy, held_out)
+            found.append({"round": t, "value": value, "optimism": optimism})
+            write_rows(out / ROUNDS, found)
+        best = best_round(found)
+        chosen = base if best == 0 else stage.load(out / f"round-{best}")
+        if not (out / MODEL).exists():
+            save_whole(chosen, tokenizer, out / MODEL)
+        shown = ["none" if row["value"] is None else f"{row['value']:.4f}" for row in found]
+        finish(
+            out, config, {"prompts": len(fitted), "held_out": len(held_out), "rounds": found},
+            f"J_beta on {len(held_out)} held-out prompts: base {shown[0]}, "
+            f"rounds {' '.join(shown[1:])}; kept: {f'round {best}' if best else 'the base'}",
+        )  # fmt: skip
+
+
+def check(config: XpoConfig) -> None:
+    """Refuse what has no optimum, or what J_beta cannot be estimated from.
+
+    Raises:
+        InputError: If an option is out of its range.
+    """
+    check_beta(config.beta)
+    check_optimism("alpha", config.alpha)
+    for name in ("rounds", "validation"):
+        if getattr(config, name) < 1:
+            raise InputError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+    if config.reward == "majority":
+        raise InputError(
+            f"`reward` must be one of {', '.join(REWARDS)} in xpo, got 'majority': it depends on "
+            "the other samples of a prompt, which change from round to round."
+        )
+    if (config.temperature, config.top_p) != (1.0, 1.0):
+        raise InputError(
+            "`temperature` and `top_p` must be 1 in xpo, whose samples are the model's own, got "
+            f"{config.temperature} and {config.top_p}."
+        )
+
+
+def settings(config: XpoConfig, device: torch.device) -> dict[str, Any]:
+    """Everything that the outputs depend on."""
+    names = ("reward", "beta", "alpha", "rounds", "validation")
+    return {
+        **training_settings("xpo", config, device),
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def divide(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to fit and n prompts to judge by, each in input order.
+
+    Raises:
+        InputError: If none would be left to fit.
+    """
+    if n >= len(prompts):
+        raise InputError(
+            f"`validation` must leave prompts to fit, got {n} of {len(prompts)}; lower it."
+        )
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[:n])
+    return (
+        [prompt for p, prompt in enumerate(prompts) if p not in held],
+        [prompt for p, prompt in enumerate(prompts) if p in held],
+    )
+
+
+def best_round(found: list[Row]) -> int:
+    """The round of highest J_beta; the first of equals, and the base where none can be judged."""
+    values = [-math.inf if row["value"] is None else row["value"] for row in found]
+    best = max(range(len(values)), key=values.__getitem__)
+    if best == 0:
+        log.warning("no round has a higher J_beta than the base model, which is kept.")
+    return best

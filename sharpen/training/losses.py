@@ -1,0 +1,196 @@
+"""Losses of log-probabilities: pure functions, in nats, differentiable, summed over fp64.
+
+S scored tokens, N completions of all prompts of a batch, Q pairs of completions (y, y').
+
+A loss sees a completion through l(y) = log pi(y | x), the sum of its tokens' log-probs under the
+policy, and l0(y) = log pi_base(y | x), which is constant.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+
+def sequence_sums(
+    logprob: Float[Tensor, " S"], offsets: Int64[Tensor, " bounds"]
+) -> Float64[Tensor, " bounds-1"]:
+    """Log-probability of each completion, in nats; differentiable.
+
+        l[n] = sum_s logprob[s],    s in offsets[n] ... offsets[n + 1] - 1
+
+    Example:
+        >>> sequence_sums(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 3])).tolist()
+        [-3.0, -4.0]
+    """
+    return torch.segment_reduce(logprob.double(), "sum", offsets=offsets.to(logprob.device))
+
+
+def nll(
+    logprob: Float[Tensor, " S"],
+    offsets: Int64[Tensor, " bounds"],
+    weight: Float64[Tensor, " bounds-1"],
+    *,
+    per: Literal["token", "sequence"] = "token",
+) -> Float64[Tensor, ""]:
+    """Weighted negative log-likelihood of completions, in nats.
+
+        per="sequence":  -sum_n w[n] l(y_n) / sum_n w[n]
+        per="token":     -sum_n w[n] l(y_n) / sum_n w[n] length[n]
+
+    Within one batch the two differ by a factor only: every token of a completion weighs the same
+    in both, and long completions are not played down.
+
+    With w = 1 on the best of N it is SFT-Sharpening; with w = exp(r / lambda) / sum exp(r / lambda)
+    over a prompt's samples it is power self-distillation.
+
+    Args:
+        logprob: Of each token under the policy.
+        offsets: Completion n owns the tokens offsets[n] ... offsets[n + 1] - 1.
+        weight: At least 0; one above it at least.
+        per: What the mean is over.
+
+    Source:
+        Huang et al. 2024, arXiv:2412.01951, section 2.1; Tomihari and Sato 2026, arXiv:2605.04542.
+
+    Example:
+        >>> logprob, offsets = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 3])
+        >>> weight = torch.tensor([1.0, 1.0], dtype=torch.float64)
+        >>> nll(logprob, offsets, weight, per="sequence").item()
+        3.5
+        >>> round(nll(logprob, offsets, weight, per="token").item(), 4)
+        2.3333
+    """
+    weight_N = weight.to(logprob.device)
+    size_N = offsets.diff().to(weight_N) if per == "token" else torch.ones_like(weight_N)
+    return -(weight_N * sequence_sums(logprob, offsets)).sum() / (weight_N * size_N).sum()
+
+
+def square_loss(
+    log_ratio: Float64[Tensor, " N"],
+    reward: Float64[Tensor, " N"],
+    pairs: Int64[Tensor, "Q 2"],
+    *,
+    beta: float,
+) -> Float64[Tensor, ""]:
+    """Mean squared error of implicit reward differences, in nats squared: RLHF-Sharpening.
+
+        e[q] = beta ((l - l0)(y) - (l - l0)(y')) - (r(y) - r(y')),    loss = mean_q e[q]^2
+
+    Zero where pi(y | x) is proportional to pi_base(y | x) exp(r(y | x) / beta), on every pair that
+    can be drawn; for r = log pi_base that is pi_base^(1 + 1/beta).
+
+    Args:
+        log_ratio: l - l0 of each completion.
+        reward: r of each completion.
+        pairs: Indices (y, y') of completions of one prompt.
+        beta: Weight of the KL term, above 0; small sharpens more.
+
+    Source:
+        Huang et al. 2024, arXiv:2412.01951, Eq. (8); one step of REBEL, arXiv:2404.16767.
+
+    Example:
+        >>> log_ratio = torch.tensor([0.5, -0.5], dtype=torch.float64)
+        >>> reward = torch.tensor([-1.0, -4.0], dtype=torch.float64)
+        >>> square_loss(log_ratio, reward, torch.tensor([[0, 1]]), beta=2.0).item()
+        1.0
+    """
+    implicit_Q = beta * _differences(log_ratio, pairs)
+    return (implicit_Q - _differences(reward.to(log_ratio), pairs)).square().mean()
+
+
+def xpo_loss(
+    logprob: Float64[Tensor, " N"],
+    reference: Float64[Tensor, " N"],
+    reward: Float64[Tensor, " N"],
+    pairs: Int64[Tensor, "Q 2"],
+    *,
+    beta: float,
+    optimism: float,
+) -> Float64[Tensor, ""]:
+    """`square_loss` plus optimism: XPO with explicit rewards.
+
+        loss = mean_q e[q]^2 + optimism mean_q l(y'),    y' drawn from the base model
+
+    Minimised, the second term lowers the log-prob of what the base model draws anyway, and so
+    raises what it does not: exploration. Algorithm 1 prints "-" before the squares, which would
+    maximise the error; its proof (appendix J.2) minimises
+
+        sum beta l(y') + beta / (alpha (V + R)^2) sum e^2,
+
+    which, multiplied by alpha (V + R)^2 / beta, is this loss with optimism = alpha (V + R)^2: see
+    `optimism_weight`.
+
+    Args:
+        logprob: l of each completion.
+        reference: l0 of each completion.
+        reward: r of each completion.
+        pairs: Indices (y, y'): y from the policy, y' from the base model, of one prompt.
+        beta: As in `square_loss`.
+        optimism: Weight of the second term, at least 0, in nats.
+
+    Source:
+        Huang et al. 2024, arXiv:2412.01951, Algorithm 1 and appendix J.2.
+
+    Example:
+        >>> logprob = torch.tensor([-0.5, -4.5], dtype=torch.float64)
+        >>> base = torch.tensor([-1.0, -4.0], dtype=torch.float64)
+        >>> xpo_loss(logprob, base, base, torch.tensor([[0, 1]]), beta=2.0, optimism=0.1).item()
+        0.55
+    """
+    error = square_loss(logprob - reference.to(logprob), reward, pairs, beta=beta)
+    return error + optimism * logprob[pairs[:, 1].to(logprob.device)].mean()
+
+
+def optimism_weight(alpha: float, value_bound: float, reward_bound: float) -> float:
+    """Weight of XPO's optimism on the scale of the squared loss.
+
+        alpha (V + R)^2
+
+    Args:
+        alpha: The algorithm's, at least 0. The theory's is proportional to beta / (R + V) T^(-1/2).
+        value_bound: V >= |beta log pi / pi_base|.
+        reward_bound: R >= log 1 / pi_base.
+
+    Source:
+        Huang et al. 2024, arXiv:2412.01951, appendix J.2.
+
+    Example:
+        >>> optimism_weight(0.001, 4.0, 6.0)
+        0.1
+    """
+    return alpha * (value_bound + reward_bound) ** 2
+
+
+def dpo_loss(
+    log_ratio: Float64[Tensor, " N"], pairs: Int64[Tensor, "Q 2"], *, beta: float
+) -> Float64[Tensor, ""]:
+    """Mean logistic loss of preferring y to y', in nats: DPO, the common baseline.
+
+        loss = -mean_q log sigma(beta ((l - l0)(y) - (l - l0)(y')))
+
+    Knows which of a pair is better and not by how much: it has no finite optimum where one always
+    is.
+
+    Args:
+        log_ratio: l - l0 of each completion.
+        pairs: Indices (preferred, other) of completions of one prompt.
+        beta: Above 0.
+
+    Source:
+        Rafailov et al. 2023, arXiv:2305.18290, Eq. (7).
+
+    Example:
+        >>> log_ratio = torch.tensor([0.0, 0.0], dtype=torch.float64)
+        >>> round(dpo_loss(log_ratio, torch.tensor([[0, 1]]), beta=1.0).item(), 4)
+        0.6931
+    """
+    return -torch.nn.functional.logsigmoid(beta * _differences(log_ratio, pairs)).mean()
+
+
+def _differences(
+    values: Float64[Tensor, " N"], pairs: Int64[Tensor, "Q 2"]
+) -> Float64[Tensor, " Q"]:
+    first_Q, second_Q = pairs.to(values.device).unbind(1)
+    return values[first_Q] - values[second_Q]

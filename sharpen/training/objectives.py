@@ -1,0 +1,88 @@
+"""An objective: from the token log-probs of a batch to the scalar that a step lowers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from sharpen.errors import InputError
+
+from .groups import Batch
+from .losses import dpo_loss, nll, sequence_sums, square_loss, xpo_loss
+
+# log-probs [S] of a batch under the policy, and the batch
+Objective = Callable[[Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Fit the weighted completions: SFT-Sharpening, power self-distillation. See `nll`."""
+
+    per: Literal["token", "sequence"] = "token"
+
+    def __call__(self, logprob: Float[Tensor, " S"], batch: Batch) -> Float64[Tensor, ""]:
+        """The loss of a batch."""
+        return nll(logprob, batch.offsets, batch.weight, per=self.per)
+
+
+@dataclass(frozen=True)
+class Square:
+    """Fit implicit to given reward differences: RLHF-Sharpening, and XPO. See `xpo_loss`."""
+
+    beta: float
+    optimism: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no optimum."""
+        check_beta(self.beta)
+        check_optimism("optimism", self.optimism)
+
+    def __call__(self, logprob: Float[Tensor, " S"], batch: Batch) -> Float64[Tensor, ""]:
+        """The loss of a batch."""
+        logprob_N = sequence_sums(logprob, batch.offsets)
+        if self.optimism == 0:
+            log_ratio_N = logprob_N - batch.reference.to(logprob_N)
+            return square_loss(log_ratio_N, batch.reward, batch.pairs, beta=self.beta)
+        return xpo_loss(
+            logprob_N, batch.reference, batch.reward, batch.pairs,
+            beta=self.beta, optimism=self.optimism,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Prefer the first of each pair. See `dpo_loss`."""
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        """Refuse what has no optimum."""
+        check_beta(self.beta)
+
+    def __call__(self, logprob: Float[Tensor, " S"], batch: Batch) -> Float64[Tensor, ""]:
+        """The loss of a batch."""
+        logprob_N = sequence_sums(logprob, batch.offsets)
+        return dpo_loss(logprob_N - batch.reference.to(logprob_N), batch.pairs, beta=self.beta)
+
+
+def check_beta(beta: float) -> None:
+    """Refuse a beta without an optimum.
+
+    Raises:
+        InputError: If it is not above 0 and finite.
+    """
+    if not 0 < beta < math.inf:
+        raise InputError(f"`beta` must be above 0 and finite, got {beta}; try 1.")
+
+
+def check_optimism(name: str, value: float) -> None:
+    """Refuse pessimism.
+
+    Raises:
+        InputError: If it is not at least 0 and finite.
+    """
+    if not 0 <= value < math.inf:
+        raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")

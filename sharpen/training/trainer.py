@@ -1,0 +1,181 @@
+"""A `transformers.Trainer` whose batches are whole prompt groups and whose loss sees log-probs.
+
+Everything that a Trainer does comes with it: accelerate, checkpoints and resuming, schedules, mixed
+precision, LoRA through peft, `report_to`. Log-probs come from a `Scorer`: a prompt is computed once
+for its completions and no [tokens, vocabulary] tensor is made.
+
+A batch that fits `max_tokens` runs as one graph. A larger one runs in bounded memory: slopes of the
+loss first, then the completions in batches of `max_tokens`, each forgotten before the next, at the
+price of one more forward. So memory does not grow with the number of completions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from sharpen.errors import InputError
+from sharpen.scoring import Scorer
+
+from .groups import Batch, Group
+from .objectives import Objective
+
+# Any: what a Trainer passes from its data to its steps
+Inputs = dict[str, Any]
+
+
+class GroupTrainer(Trainer):
+    """Trains a model on groups of completions.
+
+    Args:
+        model: A causal LM that `Scorer` takes, or a peft model of one.
+        groups: Examples; `per_device_train_batch_size` counts them, so it counts prompts.
+        objective: Loss of a batch, a mean over it.
+        args: Of the Trainer, with `remove_unused_columns=False`.
+        max_tokens: Most tokens in one graph.
+        callbacks: As `Trainer` takes them.
+
+    Raises:
+        InputError: If there is no group, `max_tokens` < 1, or the model is not causal.
+    """
+
+    # a mean over its batch: the Trainer divides it by the accumulated batches
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | nn.Module",
+        groups: Sequence[Group],
+        objective: Objective,
+        args: TrainingArguments,
+        *,
+        max_tokens: int = 16384,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if not groups:
+            raise InputError("`groups` must hold at least one prompt with completions, got none.")
+        # a peft model answers to everything that the scorer asks of a model
+        self.scorer = Scorer(model, max_tokens=max_tokens)  # type: ignore[arg-type]
+        # probed here, before the model is wrapped or cast
+        self.shares_prompts = self.scorer.route.sharing != "none"
+        self.objective = objective
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Groups(groups),
+            data_collator=_collate,
+            callbacks=callbacks,
+        )
+
+    # as Trainer
+    def train(self, *args: Any, **kwargs: Any):
+        """See `Trainer.train`."""
+        assert self.model is not None
+        with _answering(self.model, self.scorer):
+            return super().train(*args, **kwargs)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Add a batch's gradient; its loss."""
+        batch: Batch = inputs["batch"]
+        if self._graph_tokens(batch) <= self.scorer.max_tokens:
+            return super().training_step(model, inputs, num_items_in_batch).float()
+        return self._bounded_step(model, batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The objective of a batch, through the wrapped model: what wraps it sees a forward."""
+        batch: Batch = inputs["batch"]
+        logprob_S = model(sharpen_batch=batch)
+        loss = self.objective(logprob_S, batch)
+        return (loss, {"logprobs": logprob_S}) if return_outputs else loss
+
+    def _bounded_step(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.accelerator.num_processes > 1:
+            raise InputError(
+                f"`max_tokens` must hold a batch in more than one process, got "
+                f"{self.scorer.max_tokens} for {self._graph_tokens(batch)} tokens; raise it, or "
+                "put fewer prompts or completions into a batch."
+            )
+        model.train()
+        scaler = self.accelerator.scaler
+        found = torch.zeros((), device=self.args.device)
+
+        def loss(logprob_S: Tensor) -> Tensor:
+            nonlocal found
+            value = self.objective(logprob_S, batch) / self.current_gradient_accumulation_steps
+            found = value.detach().float()
+            return value if scaler is None else scaler.scale(value)
+
+        # a weight that was cast without a graph must not be met again with one
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            self.scorer.backward(batch.prompts, batch.completions, loss)
+        return found
+
+    def _graph_tokens(self, batch: Batch) -> int:
+        if self.shares_prompts:
+            return batch.n_tokens
+        again = zip(batch.prompts, batch.completions, strict=True)
+        return int(batch.offsets[-1]) + sum(len(prompt) * len(group) for prompt, group in again)
+
+    def floating_point_ops(self, inputs: Inputs) -> int:
+        """Of a forward and a backward, 6 a parameter and token, shared prompts once."""
+        model: Any = self.model
+        return 6 * self._graph_tokens(inputs["batch"]) * model.num_parameters()
+
+
+class _Groups(Dataset):
+    def __init__(self, groups: Sequence[Group]):
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups[index]
+
+
+def _collate(groups: list[Group]) -> Inputs:
+    return {"batch": Batch.of(groups)}
+
+
+@contextmanager
+def _answering(model: nn.Module, scorer: Scorer) -> Iterator[None]:
+    """While open, `model(sharpen_batch=batch)` is the batch's log-probs.
+
+    A forward of the model itself is what DDP, FSDP and autocast hook into.
+    """
+    own = model.forward
+    before = vars(model).get("forward")
+
+    @wraps(own)
+    # whatever the model takes
+    def forward(*args: Any, sharpen_batch: Batch | None = None, **kwargs: Any) -> Any:
+        if sharpen_batch is None:
+            return own(*args, **kwargs)
+        return scorer.logprobs(sharpen_batch.prompts, sharpen_batch.completions)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        # accelerate may have wrapped it once more
+        del model.forward
+        vars(model).pop("_original_forward", None)
+        if before is not None:
+            model.forward = before

@@ -1,0 +1,209 @@
+"""Training steps: what is fitted rises, memory stays within the budget, a kill changes no bit."""
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from sharpen import Scorer
+from sharpen.errors import InputError
+from sharpen.models import load_model
+from sharpen.training import fit as fit_module
+from sharpen.training.fit import FitOptions, fit
+from sharpen.training.groups import Batch, Group
+from sharpen.training.losses import sequence_sums
+from sharpen.training.objectives import Dpo, Likelihood, Square
+from sharpen.training.trainer import GroupTrainer
+from tiny import V, tiny
+
+
+def ids(n, seed):
+    return torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sums(model, batch):
+    with torch.no_grad():
+        logprob_S = Scorer(model, sharing="none").logprobs(batch.prompts, batch.completions)
+    return sequence_sums(logprob_S, batch.offsets)
+
+
+PROMPTS = [ids(4 + p % 3, p) for p in range(6)]
+COMPLETIONS = [[ids(3 + g, 10 * p + g) for g in range(3)] for p in range(6)]
+
+
+@pytest.fixture(scope="module")
+def likelihood():
+    pairs = zip(PROMPTS, COMPLETIONS, strict=True)
+    return [Group(prompt, group, weight=[1.0, 0.5, 0.25]) for prompt, group in pairs]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    model = tiny()
+    batch = Batch.of([Group(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    reference = sums(model, batch).reshape(6, 3).tolist()
+    return [
+        Group(p, c, reference=ref, reward=[r / 10 for r in ref], pairs=[(0, 1), (0, 2), (1, 2)])
+        for p, c, ref in zip(PROMPTS, COMPLETIONS, reference, strict=True)
+    ]
+
+
+def options(**changes):
+    given = {"lr": 3e-4, "epochs": 2.0, "batch": 2, "save_every": 2, "more": {"logging_steps": 1}}
+    return FitOptions(**given | changes)
+
+
+def fitted(out, groups, objective, **changes):
+    model = tiny()
+    fit(model, None, groups, objective, options(**changes), out)
+    return model
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def bits(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_likelihood_of_what_is_fitted_rises(tmp_path, likelihood, lora_rank):
+    batch = Batch.of(likelihood)
+    before = sums(tiny(), batch)
+    model = fitted(tmp_path, likelihood, Likelihood(), lora_rank=lora_rank, lr=1e-2)
+    assert (sums(model, batch) - before).mean() > 1
+    saved = load_model(tmp_path / "model", device="cpu")
+    torch.testing.assert_close(sums(saved, batch), sums(model, batch), atol=1e-4, rtol=0)
+    assert not model.training
+
+
+@pytest.mark.parametrize("objective", [Square(1.0), Square(1.0, optimism=0.01), Dpo(1.0)], ids=repr)
+def test_losses_of_pairs_fall(tmp_path, compared, objective):
+    fitted(tmp_path, compared, objective, epochs=4.0)
+    found = losses(tmp_path)
+    assert len(found) == 12
+    assert sum(found[-3:]) < 0.7 * sum(found[:3])
+
+
+def test_the_first_loss_is_that_of_the_base_model(tmp_path, compared):
+    fitted(tmp_path, compared, Square(1.0), epochs=1.0, batch=6)
+    # all log-ratios are 0: what is left are the squared differences of rewards
+    rewards = [group.reward for group in compared]
+    want = sum((r[i] - r[j]) ** 2 for r in rewards for i, j in ((0, 1), (0, 2), (1, 2))) / 18
+    assert losses(tmp_path)[0] == pytest.approx(want, rel=1e-4)
+
+
+def test_a_batch_beyond_the_budget_gives_the_same_accumulated_step(tmp_path, compared):
+    more = {"logging_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
+    more["gradient_accumulation_steps"] = 3
+    runs = [
+        fitted(tmp_path / str(max_tokens), compared, Square(1.0), max_tokens=max_tokens, epochs=1.0,
+               lr=1e-3, more=more)
+        for max_tokens in (16384, 12)
+    ]  # fmt: skip
+    start, whole, bounded = (bits(model) for model in (tiny(), *runs))
+    moved = (whole - start).norm()
+    assert moved > 1e-3
+    assert (whole - bounded).norm() < 1e-4 * moved
+    assert losses(tmp_path / "12") == pytest.approx(losses(tmp_path / "16384"), rel=1e-5)
+
+
+def test_the_budget_decides_how_a_step_runs(tmp_path, compared, monkeypatch):
+    called = []
+    backward = Scorer.backward
+    monkeypatch.setattr(
+        Scorer, "backward", lambda *a, **k: (called.append(1), backward(*a, **k))[1]
+    )
+    tokens = Batch.of(compared[:2]).n_tokens
+    fitted(tmp_path / "fits", compared[:2], Square(1.0), max_tokens=tokens, epochs=1.0)
+    assert called == []
+    fitted(tmp_path / "bounded", compared[:2], Square(1.0), max_tokens=tokens - 1, epochs=1.0)
+    assert called == [1]
+
+
+def test_half_precision_steps_agree_with_full_ones(tmp_path, compared):
+    for max_tokens in (16384, 12):
+        out = tmp_path / str(max_tokens)
+        more = {"logging_steps": 1, "bf16": True}
+        model = fitted(out, compared, Square(1.0), max_tokens=max_tokens, more=more)
+        assert bits(model).dtype == torch.float32
+    assert losses(tmp_path / "12") == pytest.approx(losses(tmp_path / "16384"), rel=0.2)
+    fitted(tmp_path / "full", compared, Square(1.0))
+    assert losses(tmp_path / "12") == pytest.approx(losses(tmp_path / "full"), rel=0.2)
+    assert losses(tmp_path / "12") != losses(tmp_path / "full")
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize(("step", "lora_rank"), [(3, 4), (5, 0)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, compared, monkeypatch, step, lora_rank):
+    changes = {"lora_rank": lora_rank}
+    want = fitted(tmp_path / "whole", compared, Square(1.0), **changes)
+    init = GroupTrainer.__init__
+
+    def killed(self, *args, callbacks, **kwargs):
+        init(self, *args, callbacks=[*callbacks, KillAt(step)], **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupTrainer, "__init__", killed)
+        with pytest.raises(Killed):
+            fitted(tmp_path / "cut", compared, Square(1.0), **changes)
+    assert not (tmp_path / "cut" / "model").exists()
+    # what a kill in the middle of a checkpoint leaves behind
+    torn = tmp_path / "cut" / "checkpoints" / f"checkpoint-{step + 90}"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    got = fitted(tmp_path / "cut", compared, Square(1.0), **changes)
+    assert torch.equal(bits(got), bits(want))
+    for name in ("losses.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_run_is_left_alone(tmp_path, likelihood):
+    fitted(tmp_path, likelihood, Likelihood(), epochs=1.0)
+    before = bits(tiny())
+    again = fitted(tmp_path, likelihood, Likelihood(), epochs=1.0)
+    assert torch.equal(bits(again), before)
+
+
+def test_dropout_is_off(tmp_path, compared):
+    def first_loss(name, **changes):
+        model = tiny("gpt2-tied", **changes)
+        fit(model, None, compared, Dpo(1.0), options(epochs=1.0), tmp_path / name)
+        return losses(tmp_path / name)
+
+    assert first_loss("on", attn_pdrop=0.5, resid_pdrop=0.5) == first_loss(
+        "off", attn_pdrop=0.0, resid_pdrop=0.0
+    )
+
+
+def test_the_model_is_given_back_as_it_was(tmp_path, likelihood):
+    model = tiny()
+    fit(model, None, likelihood, Likelihood(), options(epochs=1.0), tmp_path)
+    assert "forward" not in vars(model)
+    assert not hasattr(model, "_original_forward")
+
+
+def test_no_group_is_refused(tmp_path):
+    with pytest.raises(InputError, match="`groups` must hold at least one prompt"):
+        fit(tiny(), None, [], Likelihood(), options(), tmp_path)
+
+
+def test_missing_extras_name_the_command(monkeypatch):
+    monkeypatch.setattr(fit_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'needs accelerate; pip install "sharpen\[train\]"'):
+        fit_module.require_train()
