@@ -147,10 +147,10 @@ def find_mode(
 
     Example:
         >>> scorer = Scorer("game24")
-        >>> prompt = scorer.tokenizer("Numbers: 4 4 6 8 Target: 24")["input_ids"]
+        >>> prompt = scorer.tokenizer("Numbers: 4 4 6 8 Target: 24\\n")["input_ids"]
         >>> mode = find_mode(scorer, prompt, [2], SearchConfig(max_new_tokens=48))
         >>> mode.proved, scorer.tokenizer.decode(mode.sequences[0]).splitlines()[0]
-        (True, "?")
+        (True, '6 - 4 = 2 left: 2 4 8')
     """
     model = scorer.model
     _check(model, prompt, eos_ids, config)
