@@ -48,7 +48,7 @@ class Stopping:
 
 
 def mu_of(delta: float) -> float:
-    """mu = ln(2 / delta): the miss rate of y* stays within delta / 2 at this mu.
+    """Mu = ln(2 / delta): the miss rate of y* stays within delta / 2 at this mu.
 
     Raises:
         InputError: If delta is not in (0, 1).

@@ -77,7 +77,7 @@ def necessary_n(logprob: float, rho: float) -> int:
 
 
 def best_of_n_law(
-    probability: Float64[np.ndarray, " Y"], reward: Float64[np.ndarray, " Y"], n: int
+    probability: Float64[np.ndarray, " Y"], reward: Float64[np.ndarray, " _"], n: int
 ) -> Float64[np.ndarray, " Y"]:
     """What best-of-n returns: the exact law over Y completions.
 

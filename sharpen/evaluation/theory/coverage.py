@@ -45,7 +45,7 @@ def coverage(logprob: Float64[np.ndarray, " P"], *, power: float = 1.0) -> float
 
 
 def margin(
-    logprob: Float64[np.ndarray, " P"], runner_up: Float64[np.ndarray, " P"]
+    logprob: Float64[np.ndarray, " P"], runner_up: Float64[np.ndarray, " _"]
 ) -> Float64[np.ndarray, " P"]:
     """How far y* stands out from every other completion, per prompt.
 

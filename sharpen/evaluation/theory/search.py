@@ -104,7 +104,7 @@ class Mode:
 
     @property
     def logprob(self) -> float:
-        """log pi(y*|x) in nats; -inf if nothing was found."""
+        """Log pi(y*|x) in nats; -inf if nothing was found."""
         return self.logprobs[0] if self.logprobs else -math.inf
 
     @property
@@ -125,9 +125,9 @@ def find_mode(
     scorer: Scorer,
     prompt: Sequence[int],
     eos_ids: Sequence[int],
-    config: SearchConfig = SearchConfig(),  # noqa: B008 (frozen)
+    config: SearchConfig = SearchConfig(),
 ) -> Mode:
-    """The most probable completion of `prompt`, with a proof or an honest "not proved".
+    r"""The most probable completion of `prompt`, with a proof or an honest "not proved".
 
     Prefixes are read whole in padded batches; what is listed is scored once more by `scorer`.
 
@@ -147,7 +147,7 @@ def find_mode(
 
     Example:
         >>> scorer = Scorer("game24")
-        >>> prompt = scorer.tokenizer("Numbers: 4 4 6 8 Target: 24\\n")["input_ids"]
+        >>> prompt = scorer.tokenizer("Numbers: 4 4 6 8 Target: 24\n")["input_ids"]
         >>> mode = find_mode(scorer, prompt, [2], SearchConfig(max_new_tokens=48))
         >>> mode.proved, scorer.tokenizer.decode(mode.sequences[0]).splitlines()[0]
         (True, '6 - 4 = 2 left: 2 4 8')

@@ -40,7 +40,7 @@ def test_unsharpened_counts_prompts_below_one_minus_delta(delta, eps):
 
 def test_sharpening_with_fp32_rounding_above_zero_is_accepted():
     assert coverage(np.array([1e-6])) == pytest.approx(1.0)
-    with pytest.raises(InputError, match="at most 0 nats, got 0.1 for prompt 1"):
+    with pytest.raises(InputError, match=r"at most 0 nats, got 0\.1 for prompt 1"):
         coverage(np.array([-1.0, 0.1]))
 
 

@@ -7,10 +7,10 @@ from enumerated import EOS, law, ranked, small
 from sharpen.errors import InputError
 from sharpen.evaluation.theory.search import SearchConfig, find_mode
 from sharpen.models import load_tokenizer
+from sharpen.records import PromptRecord
 from sharpen.sampling import SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompts import render_all
-from sharpen.records import PromptRecord
 from sharpen.scoring import Scorer
 
 PROMPT = [1, 3, 4]
@@ -101,19 +101,25 @@ def test_a_tiny_budget_is_not_a_proof_and_its_bound_holds(seed):
     assert seed == 6 or (True, False) in states
 
 
-def test_completions_that_are_cut_never_win():
-    # EOS is so rare that nothing that ends is as probable as what is cut
+def with_logits(logits):
+    """A model that predicts the same five logits everywhere."""
     model = small(0)
     with torch.no_grad():
-        model.lm_head.weight[EOS] = 0
-        model.lm_head.weight[[0, 1, 3, 4]] *= 0.0
-        model.lm_head.weight[0] = model.lm_head.weight[1]
-    finished, cut = law(model, PROMPT, 3)
-    mode = search(model, max_new_tokens=3)
-    assert max(cut.values()) == pytest.approx(3 * math.log(1 / 5))
-    assert mode.sequences[0] == (EOS,)
-    assert mode.logprob == near(math.log(1 / 5))
+        model.lm_head.weight.zero_()
+    model.lm_head.bias = torch.nn.Parameter(torch.tensor(logits, dtype=torch.float64))
+    return model
+
+
+def test_completions_that_are_cut_never_win():
+    total = math.exp(3) + 4
+    mode = search(with_logits([3.0, 0, 0, 0, 0]), max_new_tokens=3)
     assert mode.proved
+    assert mode.sequences[0] == (EOS,)
+    assert mode.logprob == near(-math.log(total))
+    assert mode.runner_up == near(3 - 2 * math.log(total))
+    # three times token 0 is more probable by far, and never ends
+    assert mode.cut_bound == near(9 - 3 * math.log(total))
+    assert mode.cut_bound > mode.logprob
 
 
 def test_more_than_one_token_can_end_a_completion():
@@ -125,11 +131,7 @@ def test_more_than_one_token_can_end_a_completion():
 
 
 def test_nothing_that_ends_is_said_so():
-    model = small(0, tie_word_embeddings=False)
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    with torch.no_grad():
-        model.lm_head.bias[EOS] = -torch.inf
-    mode = search(model)
+    mode = search(with_logits([0.0, 0, -math.inf, 0, 0]))
     assert (mode.sequences, mode.logprob, mode.runner_up) == ([], -math.inf, -math.inf)
     assert mode.finished_mass == 0
     assert mode.cut_mass == near(1.0)
@@ -198,5 +200,5 @@ def test_bad_input_is_refused(options, message):
 
 
 def test_half_precision_is_refused():
-    with pytest.raises(InputError, match="must hold an fp32 or fp64 model, got torch.bfloat16"):
+    with pytest.raises(InputError, match=r"must hold an fp32 or fp64 model, got torch\.bfloat16"):
         search(small().bfloat16())
