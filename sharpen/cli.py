@@ -22,6 +22,7 @@ VERBS = {
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",
     "tasks": "list the tasks",
+    "theory": "prove the most probable completion of every prompt; coverage, margin, sample sizes",
 }
 USAGE = "usage: sharpen VERB [--config FILE.yaml] [--flag value ...]"
 

@@ -19,6 +19,9 @@ OPTIONS = {
     "sample": [*MODEL, *PROMPTS, *DRAW, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
     "tasks": [],
+    "theory": [
+        *MODEL, *PROMPTS, "out", "max_new_tokens", "gamma", "max_expansions", "deltas", "policy",
+    ],
 }
 
 
@@ -187,7 +190,8 @@ def test_help_and_unknown_verbs(capsys):
     assert main(["--help"]) == 0
     assert "sharpen VERB" in capsys.readouterr().out
     assert main(["bno"]) == 2
-    assert "`VERB` must be one of bon, sample, score, tasks, got 'bno'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "`VERB` must be one of bon, sample, score, tasks, theory, got 'bno'" in error
     assert main([]) == 2
 
 

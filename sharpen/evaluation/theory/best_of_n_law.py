@@ -76,6 +76,34 @@ def necessary_n(logprob: float, rho: float) -> int:
     return 1 if p == 1 else max(1, _least(math.log(rho) / math.log1p(-p)))
 
 
+def fixed_n(logprob: Float64[np.ndarray, " P"], miss: float) -> int:
+    """The least n, one for all prompts, whose mean miss rate over them is at most `miss`.
+
+        min { n : E_x[ (1 - pi(y*(x)|x))^n ] <= miss }
+
+    Args:
+        logprob: log pi(y*|x) of each prompt.
+        miss: In (0, 1).
+
+    Raises:
+        InputError: If an argument is out of its range.
+
+    Example:
+        >>> fixed_n(np.log([0.5, 0.5]), 0.25), fixed_n(np.log([1.0, 0.5]), 0.25)
+        (2, 1)
+    """
+    check_share("miss", miss)
+    if len(logprob) == 0:
+        raise InputError("`logprob` must hold at least one prompt, got none.")
+    low, high = 0, max(necessary_n(float(x), miss) for x in logprob)
+    with np.errstate(divide="ignore"):
+        rate_P = np.log1p(-np.minimum(np.exp(logprob), 1.0))
+    while high - low > 1:
+        n = (low + high) // 2
+        low, high = (low, n) if np.exp(n * rate_P).mean() <= miss * (1 + 1e-12) else (n, high)
+    return high
+
+
 def best_of_n_law(
     probability: Float64[np.ndarray, " Y"], reward: Float64[np.ndarray, " _"], n: int
 ) -> Float64[np.ndarray, " Y"]:

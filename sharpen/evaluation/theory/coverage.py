@@ -6,6 +6,7 @@ P prompts. Log-probabilities are nats.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -42,6 +43,34 @@ def coverage(logprob: Float64[np.ndarray, " P"], *, power: float = 1.0) -> float
         raise InputError(f"`power` must be positive and finite, got {power}.")
     with np.errstate(over="ignore"):
         return float(np.mean(np.exp(-power * logprob)) ** (1 / power))
+
+
+def mass_within(logprobs: Sequence[float], gamma: float = 0.0, *, tolerance: float = 1e-4) -> float:
+    """pi(y*_gamma|x): probability of all completions within (1 - gamma) of the best.
+
+        y*_gamma(x) = { y : pi(y|x) >= (1 - gamma) max_y' pi(y'|x) }
+
+    Args:
+        logprobs: Of the most probable completions of a prompt; those further down do not count.
+        gamma: In [0, 1); 0 is pi(y*|x) itself, summed over y* where it is not unique.
+        tolerance: What the log-probs are good for, in nats.
+
+    Raises:
+        InputError: If gamma is out of its range, or there is no completion.
+
+    Source:
+        Huang et al. 2024, arXiv:2412.01951, definition F.1.
+
+    Example:
+        >>> mass_within([math.log(0.5), math.log(0.25), math.log(0.125)], gamma=0.5)
+        0.75
+    """
+    if not 0 <= gamma < 1:
+        raise InputError(f"`gamma` must be in [0, 1), got {gamma}.")
+    if not logprobs:
+        raise InputError("`logprobs` must hold at least one completion, got none.")
+    level = max(logprobs) + math.log1p(-gamma) - tolerance
+    return math.fsum(math.exp(x) for x in logprobs if x >= level)
 
 
 def margin(

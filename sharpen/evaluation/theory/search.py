@@ -112,14 +112,6 @@ class Mode:
         """Log-prob of the second best completion in nats; -inf if there is none."""
         return self.logprobs[1] if len(self.logprobs) > 1 else -math.inf
 
-    def mass(self, gamma: float = 0.0, *, tolerance: float = 1e-4) -> float:
-        """pi(y*_gamma|x): probability of all listed completions within (1 - gamma) of the best.
-
-        With gamma = 0 that is pi(y*|x), ties within `tolerance` nats counted together.
-        """
-        level = self.logprob + math.log1p(-gamma) - tolerance
-        return math.fsum(math.exp(x) for x in self.logprobs if x >= level)
-
 
 def find_mode(
     scorer: Scorer,

@@ -9,11 +9,18 @@ from enumerated import EOS, law, ranked, small
 from sharpen.errors import InputError
 from sharpen.evaluation.theory.best_of_n_law import (
     best_of_n_law,
+    fixed_n,
     miss_probability,
     necessary_n,
     sufficient_n,
 )
-from sharpen.evaluation.theory.coverage import coverage, greedy_must_find, margin, unsharpened
+from sharpen.evaluation.theory.coverage import (
+    coverage,
+    greedy_must_find,
+    margin,
+    mass_within,
+    unsharpened,
+)
 
 HALF = math.log(0.5)
 
@@ -31,6 +38,20 @@ def test_margin_by_hand():
     found = margin(np.log([0.6, 0.3, 0.9]), np.array([math.log(0.2), math.log(0.3), -math.inf]))
     assert found[:2] == pytest.approx([2.0, 0.0])
     assert found[2] == math.inf
+
+
+def test_the_mass_of_all_that_is_nearly_best():
+    logprobs = [math.log(p) for p in (0.4, 0.4, 0.19, 0.01)]
+    assert mass_within(logprobs) == pytest.approx(0.8)
+    assert mass_within(logprobs, 0.5) == pytest.approx(0.8)
+    assert mass_within(logprobs, 0.53) == pytest.approx(0.99)
+
+
+def test_one_n_for_all_prompts_is_the_least_that_holds():
+    p_P = np.array([0.9, 0.3, 0.02])
+    for miss in (0.3, 0.05, 0.001):
+        n = fixed_n(np.log(p_P), miss)
+        assert np.mean((1 - p_P) ** n) <= miss < np.mean((1 - p_P) ** (n - 1))
 
 
 @pytest.mark.parametrize(("delta", "eps"), [(0.05, 0.75), (0.1, 0.5), (0.5, 0.25), (0.9, 0.0)])
@@ -117,6 +138,10 @@ def test_bad_input_is_refused():
         (lambda: miss_probability(-1.0, -1), "`n` must be at least 0"),
         (lambda: best_of_n_law(np.array([0.5]), one, 2), "sum to 1, got a sum of 0.5"),
         (lambda: best_of_n_law(np.ones(1), np.zeros(2), 2), "`reward` must hold one number"),
+        (lambda: fixed_n(one, 0.0), r"`miss` must be in \(0, 1\)"),
+        (lambda: fixed_n(np.zeros(0), 0.5), "`logprob` must hold at least one prompt"),
+        (lambda: mass_within([-1.0], 1.0), r"`gamma` must be in \[0, 1\)"),
+        (lambda: mass_within([]), "`logprobs` must hold at least one completion"),
         (lambda: best_of_n_law(np.ones(1), one, 0), "`n` must be at least 1"),
     ]:
         with pytest.raises(InputError, match=message):
