@@ -92,8 +92,8 @@ def run(config: TheoryConfig) -> None:
         ]
         if not known:
             raise InputError(
-                f"`max_new_tokens` must let some completion end, got {config.max_new_tokens}; "
-                "raise it, or `max_expansions`, in another run directory."
+                f"`model` must end some completion within {config.max_new_tokens} tokens, but its "
+                "logits are NaN or rule out every end; nothing can be said of it."
             )
         found = findings(known, gamma=config.gamma, deltas=config.deltas)
         found = {"settings": settings, "n_nothing_ended": len(prompts) - len(known), **found}

@@ -20,7 +20,14 @@ OPTIONS = {
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
     "tasks": [],
     "theory": [
-        *MODEL, *PROMPTS, "out", "max_new_tokens", "gamma", "max_expansions", "deltas", "policy",
+        *MODEL,
+        *PROMPTS,
+        "out",
+        "max_new_tokens",
+        "gamma",
+        "max_expansions",
+        "deltas",
+        "policy",
     ],
 }
 

@@ -6,11 +6,11 @@ import pytest
 
 from sharpen.cli import main
 from sharpen.scoring import Scorer
+from shipped import broken_model
 
-SMALL = [
-    "theory", "--model", "game24", "--task", "game24", "--limit", "3", "--max-new-tokens", "48",
-    "--device", "cpu",
-]  # fmt: skip
+SMALL = ["theory", "--model", "game24", "--max-new-tokens", "48", "--device", "cpu"]
+# the first three test puzzles, from a file: to list all puzzles takes longer than to search these
+PUZZLES = ["1 9 11 13", "1 5 11 12", "1 2 6 7"]
 
 
 def rows(path):
@@ -18,9 +18,18 @@ def rows(path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def small(tmp_path_factory):
+    """The command on three puzzles, but for its output."""
+    path = tmp_path_factory.mktemp("prompts") / "puzzles.jsonl"
+    prompts = [f"Numbers: {numbers} Target: 24\n" for numbers in PUZZLES]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return [*SMALL, "--prompts", str(path)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("runs") / "theory"
-    assert main([*SMALL, "--out", str(out), "--policy", "game24"]) == 0
+    assert main([*small, "--out", str(out), "--policy", "game24"]) == 0
     return out
 
 
@@ -51,7 +60,7 @@ def test_theory_json_is_of_these_rows(run, capsys):
     assert theory["n_nothing_ended"] == 0
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_files(run, tmp_path, capsys):
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(run, small, tmp_path, capsys):
     out = tmp_path / "again"
     shutil.copytree(run, out)
     whole = (out / "modes.jsonl").read_bytes()
@@ -59,7 +68,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(run, tmp_path, capsys
     # killed in the third line
     (out / "modes.jsonl").write_bytes(first + second + b'{"prompt_id": "game')
     (out / "theory.json").unlink()
-    assert main([*SMALL, "--out", str(out), "--policy", "game24"]) == 0
+    assert main([*small, "--out", str(out), "--policy", "game24"]) == 0
     assert (out / "modes.jsonl").read_bytes() == whole
     assert json.loads((out / "theory.json").read_text()) == json.loads(
         (run / "theory.json").read_text()
@@ -67,9 +76,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(run, tmp_path, capsys
     assert "C_cov = E[1/pi(y*)]" in capsys.readouterr().out
 
 
-def test_a_small_budget_is_said_to_prove_nothing(tmp_path, capsys):
+def test_a_small_budget_is_said_to_prove_nothing(small, tmp_path, capsys):
     out = tmp_path / "short"
-    assert main([*SMALL, "--max-expansions", "26", "--out", str(out)]) == 0
+    assert main([*small, "--max-expansions", "26", "--out", str(out)]) == 0
     modes = rows(out / "modes.jsonl")
     n_proved = sum(row["proved"] for row in modes)
     assert n_proved < 3
@@ -80,11 +89,11 @@ def test_a_small_budget_is_said_to_prove_nothing(tmp_path, capsys):
     assert low < high
 
 
-def test_a_limit_within_which_nothing_ends_is_refused(tmp_path, capsys):
-    out = tmp_path / "none"
-    arguments = ["--limit", "1", "--max-expansions", "3", "--max-new-tokens", "3"]
-    assert main([*SMALL, *arguments, "--out", str(out)]) == 2
-    assert "`max_new_tokens` must let some completion end, got 3" in capsys.readouterr().err
+def test_a_model_of_nan_is_refused(small, tmp_path, capsys):
+    # the first test puzzle holds a 13
+    model, out = str(broken_model(tmp_path / "model")), str(tmp_path / "out")
+    assert main([*small, "--model", model, "--limit", "1", "--out", out]) == 2
+    assert "must end some completion within 48 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_a_limit_within_which_nothing_ends_is_refused(tmp_path, capsys):
         (["--policy", "./no/such"], "where no such folder exists"),
     ],
 )
-def test_bad_options_write_nothing(extra, message, tmp_path, capsys):
-    assert main([*SMALL, "--out", str(tmp_path / "out"), *extra]) == 2
+def test_bad_options_write_nothing(extra, message, small, tmp_path, capsys):
+    assert main([*small, "--out", str(tmp_path / "out"), *extra]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
