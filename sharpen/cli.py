@@ -24,6 +24,7 @@ VERBS = {
     "score": "rate given completions under a model",
     "sft": "sample, choose the best of N, and fit it: SFT-Sharpening",
     "tasks": "list the tasks",
+    "theory": "prove the most probable completion of every prompt; coverage, margin, sample sizes",
     "xpo": "rounds of sampling from the model being trained, and fitting: XPO",
 }
 USAGE = "usage: sharpen VERB [--config FILE.yaml] [--flag value ...]"

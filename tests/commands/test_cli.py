@@ -24,6 +24,16 @@ OPTIONS = {
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
     "sft": [*TRAIN, "samples", "weights", "soft_temperature", "per"],
     "tasks": [],
+    "theory": [
+        *MODEL,
+        *PROMPTS,
+        "out",
+        "max_new_tokens",
+        "gamma",
+        "max_expansions",
+        "deltas",
+        "policy",
+    ],
     "xpo": [*TRAIN, "beta", "alpha", "rounds", "validation"],
 }
 

@@ -1,0 +1,1 @@
+"""The theory of sharpening, computed: y*(x), coverage, guarantees and small exact models."""
