@@ -25,11 +25,19 @@ from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompts import render_all
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
+from sharpen.scoring.rewards import REWARDS, stats_needed
 from sharpen.selection import best_of_n
 
 from .options import DrawOptions, ModelOptions, PromptOptions, option, required
-from .sources import Source, check_source, load, model_settings, open_source, source_settings
+from .sources import (
+    Source,
+    check_reward,
+    check_source,
+    load,
+    model_settings,
+    open_source,
+    source_settings,
+)
 from .stages import is_finished, json_numbers, sample_into, score_samples
 
 SAMPLES, GREEDY, CHOSEN = "samples.jsonl", "greedy.jsonl", "chosen.jsonl"
@@ -89,13 +97,7 @@ def check(config: BonConfig) -> None:
         InputError: If an option is out of range, or the reward cannot be computed.
     """
     check_source(config)
-    if config.reward not in REWARDS:
-        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
-    if options_needed(config.reward) and config.task is None:
-        raise InputError(
-            f"`reward` {config.reward} needs answers, which only a task can extract; "
-            "give `--task`, or another reward."
-        )
+    check_reward(config.reward, config.task)
     needs = stats_needed(config.reward)
     if config.scores == "sampler" and not set(needs) <= {"logprob"}:
         raise InputError(
@@ -129,10 +131,7 @@ def finish(
     out = Path(config.out)
     answers = source.answers(samples)
     response_PG = np.array([_numbered(row["completion_ids"]) for row in samples])
-    flat = [answer for group in answers or [] for answer in group]
-    given = {"answers": flat, "keys": response_PG.ravel().tolist()}
-    options = {name: given[name] for name in options_needed(config.reward)}
-    reward_N = scores.reward(config.reward, **options)
+    reward_N = scores.reward(config.reward, **source.reward_options(config.reward, samples))
     chosen = best_of_n(scores, reward_N).tolist()
     shape = (len(samples), config.n)
     reward, logprob = (

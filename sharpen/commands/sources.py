@@ -10,6 +10,7 @@ from sharpen.errors import InputError
 from sharpen.models import SHIPPED, load_model, load_tokenizer
 from sharpen.records import PromptRecord, Row, file_digest, read_prompts
 from sharpen.sampling.prompts import has_chat_template
+from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.tasks import Example, Task, get_task
 
 from .options import ModelOptions, PromptOptions
@@ -36,6 +37,32 @@ class Source:
             [self.task.answer(example, text) for text in row["completions"]]
             for example, row in zip(self.examples, samples, strict=True)
         ]
+
+    def reward_options(self, reward: str, samples: list[Row]) -> dict[str, Any]:
+        """What `reward` wants besides statistics; its samples' answers need a task."""
+        needed = options_needed(reward)
+        answers = (self.answers(samples) or []) if "answers" in needed else []
+        given = {
+            "answers": [answer for group in answers for answer in group],
+            # equal for equal completions of a prompt
+            "keys": [tuple(ids) for row in samples for ids in row["completion_ids"]],
+        }
+        return {name: given[name] for name in needed}
+
+
+def check_reward(reward: str, task: str | None) -> None:
+    """Refuse a reward that does not exist, or needs answers that nobody extracts.
+
+    Raises:
+        InputError: If so.
+    """
+    if reward not in REWARDS:
+        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")
+    if options_needed(reward) and task is None:
+        raise InputError(
+            f"`reward` {reward} needs answers, which only a task can extract; "
+            "give `--task`, or another reward."
+        )
 
 
 def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase) -> Source:

@@ -25,13 +25,13 @@ from sharpen.runs import Journal
 from sharpen.sampling import Prompt
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.scoring.rewards import stats_needed
 from sharpen.training.fit import LOSSES, MODEL, FitOptions, fit, require_train
 from sharpen.training.groups import Group
 from sharpen.training.objectives import Objective
 
 from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions
-from .sources import Source, check_source, load, model_settings, source_settings
+from .sources import Source, check_reward, check_source, load, model_settings, source_settings
 from .stages import sample_into, score_samples
 
 SAMPLES, SCORES, SUMMARY, TIMINGS = "samples.jsonl", "scores.jsonl", "summary.json", "timings.jsonl"
@@ -80,13 +80,7 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
     if samples is not None and not Path(samples).is_file():
         raise InputError(f"cannot read {samples!r}: no such file; check `--samples`.")
     require_train(lora=config.lora_rank > 0)
-    if reward not in REWARDS:
-        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")
-    if reward == "majority" and config.task is None:
-        raise InputError(
-            "`reward` majority needs answers, which only a task can extract; "
-            "give `--task`, or another reward."
-        )
+    check_reward(reward, config.task)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "this command must run in one process, got WORLD_SIZE > 1; draw and score with it, "
@@ -173,14 +167,8 @@ def rate(out: Path, scorer: Scorer, source: Source, rows: list[Row], reward: str
     stats = tuple(dict.fromkeys(["logprob", *stats_needed(reward)]))
     scores = score_samples(out / SCORES, scorer, rows, stats, Journal(out / TIMINGS))
     scores.warn_of_nan()
-    extra = {}
-    if reward == "majority":
-        answers = source.answers(rows)
-        assert answers is not None, "refused without a task"
-        extra = {"answers": [answer for group in answers for answer in group]}
-    return Drawn(
-        rows, scores, scores.reward(reward, **extra).double(), scores.reward("logprob").double()
-    )
+    reward_N = scores.reward(reward, **source.reward_options(reward, rows)).double()
+    return Drawn(rows, scores, reward_N, scores.reward("logprob").double())
 
 
 def fit_into(

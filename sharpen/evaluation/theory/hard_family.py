@@ -73,7 +73,7 @@ class HardFamily:
     def error(self, n_prompts: int, n_samples: int) -> float:
         """Expected P_x[y* not found] after `n_prompts` prompts of `n_samples` samples each.
 
-            Delta (1 - (Delta / d) (1 - (1 - 2 / M)^N))^n
+        Delta (1 - (Delta / d) (1 - (1 - 2 / M)^N))^n
         """
         found = -math.expm1(n_samples * math.log1p(-2 / self.size))
         return self.rare * math.exp(n_prompts * math.log1p(-self.rare / self.d * found))

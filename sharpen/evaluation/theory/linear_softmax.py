@@ -77,12 +77,12 @@ class LinearSoftmax:
         return cls(phi, beta, 2 * (1 + 1 / beta))
 
     def logprob(self, theta: Float64[Tensor, " d"]) -> Float64[Tensor, " Y"]:
-        """log pi_theta of every completion, in nats."""
+        """Log pi_theta of every completion, in nats."""
         return (self.phi @ theta).log_softmax(0)
 
     @property
     def base(self) -> Float64[Tensor, " Y"]:
-        """log pi_base, in nats."""
+        """Log pi_base, in nats."""
         return self.logprob(self.phi[0])
 
     def star(self, theta: Float64[Tensor, " d"]) -> float:
@@ -91,7 +91,7 @@ class LinearSoftmax:
 
 
 def most_likely(model: LinearSoftmax, chosen: Int64[Tensor, " n"]) -> Float64[Tensor, " d"]:
-    """theta of largest likelihood of the chosen completions, within the ball: SFT, solved."""
+    """Theta of largest likelihood of the chosen completions, within the ball: SFT, solved."""
     mean_d = model.phi[chosen].mean(0)
 
     def loss(theta: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def square_loss_fit(
     *,
     optimism: float = 0.0,
 ) -> Float64[Tensor, " d"]:
-    """theta that fits pairs of completions, and lowers the log-prob of the second ones.
+    """Theta that fits pairs of completions, and lowers the log-prob of the second ones.
 
         optimism sum_k log pi(y'_k)
           + sum_k ( beta log pi(y_k)/pi_base(y_k) - beta log pi(y'_k)/pi_base(y'_k)
@@ -199,7 +199,7 @@ def rounds_until_sharpened(
     return None
 
 
-def _in_ball(model: LinearSoftmax, loss) -> Float64[Tensor, " d"]:  # noqa: ANN001
+def _in_ball(model: LinearSoftmax, loss) -> Float64[Tensor, " d"]:
     """A minimiser of `loss` over |theta| <= B, by L-BFGS in a smooth chart of the ball."""
     free_d = torch.full(model.phi.shape[1:], 1e-3, dtype=torch.float64, requires_grad=True)
 
