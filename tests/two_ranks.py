@@ -16,9 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import interpreter_dots
 from oracle import assert_as_accurate, values, values_and_gradients
 from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import linear_logprob, vocab_parallel_linear_logprob
+from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.linear_logprob import linear_logprob_reference
 
 WORLD = 2
@@ -28,6 +30,8 @@ TIMEOUT_S = 60
 def serve(rank, folder, pipe):
     """Answer jobs until the pipe closes."""
     torch.set_num_threads(1)
+    if INTERPRETED:
+        interpreter_dots.install()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -7,6 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import interpreter_dots
+from sharpen_kernels._launch import INTERPRETED
+
+if INTERPRETED:
+    interpreter_dots.install()
+
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):

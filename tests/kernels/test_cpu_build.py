@@ -40,7 +40,7 @@ def test_without_a_compiler_pytorch_scores_and_the_log_says_so_once(
 ):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    problem = head_problem(3, 70, 8)
+    problem = head_problem(30, 70, 8)
     assert_matches_fp64(problem)
     values(problem)
     if not INTERPRETED:
@@ -112,7 +112,7 @@ def package(fresh, monkeypatch):
 def test_a_prebuilt_library_is_loaded_and_no_compiler_runs(package, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     shutil.copy(KEPT, package / KEPT.name)
-    assert_matches_fp64(head_problem(3, 70, 8))
+    assert_matches_fp64(head_problem(30, 70, 8))
     assert _cpu_library.load() is not None
     assert [path.name for path in package.parent.iterdir()] == ["package"]
 
