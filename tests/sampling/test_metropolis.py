@@ -188,16 +188,18 @@ def test_whole_sequences_where_nothing_is_shared_said_once(caplog):
 def test_nan_is_never_entered_and_is_told():
     model = tiny()
     with torch.no_grad():
-        model.get_input_embeddings().weight[200] = float("nan")
+        model.get_input_embeddings().weight[200:] = float("nan")
     poisoned = Prompt("bad", "", (5, 200, 7, 8), "rows:9")
-    got = draw_all(model, Metropolis(alpha=1.0, steps=4), [*PROMPTS, poisoned])
-    assert got["bad"].finish_reasons == ["nan"] * 4
-    assert got["bad"].accepted == [0.0] * 4
-    for prompt in PROMPTS:
-        for ids, reason in zip(
-            got[prompt.id].completion_ids, got[prompt.id].finish_reasons, strict=True
-        ):
-            assert (reason == "nan") == (200 in ids[:-1])
+    prompts, config = [*PROMPTS, poisoned], SamplingConfig(n=12, max_new_tokens=3)
+    plain = TransformersSampler(model, TOKENIZER).sample(prompts, config)
+    began = {samples.prompt_id: samples for batch in plain for samples in batch}
+    got = draw_all(model, Metropolis(alpha=1.0, steps=6), prompts, config)
+    assert got["bad"].finish_reasons == ["nan"] * 12
+    assert got["bad"].accepted == [0.0] * 12
+    for name, samples in got.items():
+        stuck = [reason == "nan" for reason in began[name].finish_reasons]
+        assert [reason == "nan" for reason in samples.finish_reasons] == stuck
+        assert name == "bad" or (any(stuck) and not all(stuck))
 
 
 @pytest.mark.parametrize(
