@@ -141,9 +141,9 @@ def _as_new(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rule: Rule) -> tuple[Tensor, Tensor]:
-    route = _Flash(rule, q, v) if _fits_flash(q, rule) else _Plain(rule, q)
+    q_scale, route = _route(q, v, rule)
     wide, masks = torch.promote_types(q.dtype, torch.float32), _Masks(rule, q.dtype)
-    q, k, v = (route.padded(x) for x in (q, k, v))
+    q, k, v = (route.padded(x) for x in (q * q_scale, k, v))
     if plan.is_one_call:
         (part,) = plan.own
         inputs = _rows(q, part), _cols(k, part), _cols(v, part)
@@ -170,9 +170,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in fp32 (fp64)."""
     q, k, v, out, lse = saved
-    route = _Flash(rule, q, v) if _fits_flash(q, rule) else _Plain(rule, q)
+    q_scale, route = _route(q, v, rule)
     masks = _Masks(rule, q.dtype)
-    q, k, v, out, dout = (route.padded(x) for x in (q, k, v, out, dout))
+    q, k, v, out, dout = (route.padded(x) for x in (q * q_scale, k, v, out, dout))
 
     def of(part: Part) -> tuple[Tensor, Tensor, Tensor]:
         at_rows = [_rows(x, part) for x in (dout, q, out, lse)]
@@ -180,7 +180,7 @@ def _gradients(
 
     if plan.is_one_call:
         dq, dk, dv = of(plan.own[0])
-        return _as_row(dq), _as_row(dk), _as_row(dv)
+        return _as_row(dq) * q_scale, _as_row(dk), _as_row(dv)
     dq, dk, dv = (_new(x, x.shape[0], x.shape[2], lse.dtype) for x in (q, k, v))
     if not plan.own_is_square:
         dk.zero_()
@@ -199,18 +199,28 @@ def _gradients(
                 _cols(total, part._replace(n=1)).add_(of_part.sum(0, keepdim=True))
             else:
                 _cols(total, part).add_(of_part)
-    return dq, dk, dv
+    return dq.mul_(q_scale), dk, dv
 
 
-def _fits_flash(q: Tensor, rule: Rule) -> bool:
-    return q.device.type == "cpu" and rule.softcap is None
+def _route(q: Tensor, v: Tensor, rule: Rule) -> tuple[float, "_Flash | _Plain"]:
+    """What scales q, and the products of the parts, which scale by the rest.
+
+    All of the scale goes into q: flash's backward rounds products times scale otherwise than its
+    forward, and exp(S - lse) would be wrong by that rounding, at the size of logits.  Half
+    precision would round q instead.
+    """
+    halves = q.dtype in (torch.bfloat16, torch.float16)
+    q_scale, scale = (1.0, rule.scale) if halves else (rule.scale, 1.0)
+    if q.device.type == "cpu" and rule.softcap is None:
+        return q_scale, _Flash(scale, max(q.shape[2], v.shape[2]))
+    return q_scale, _Plain(scale, rule.softcap, q.dtype)
 
 
 class _Flash:
     """Parts by PyTorch's flash attention for CPUs, which wants one head size for all."""
 
-    def __init__(self, rule: Rule, q: Tensor, v: Tensor):
-        self.scale, self.width = rule.scale, max(q.shape[2], v.shape[2])
+    def __init__(self, scale: float, width: int):
+        self.scale, self.width = scale, width
 
     def padded(self, x: Tensor) -> Tensor:
         """`x` with zeros behind each head: they change no logit and weigh nothing."""
@@ -232,9 +242,9 @@ class _Flash:
 class _Plain:
     """Parts by matrix products in fp32 (fp64), a block of logits at a time."""
 
-    def __init__(self, rule: Rule, q: Tensor):
-        self.scale, self.softcap = rule.scale, rule.softcap
-        self.wide = torch.promote_types(q.dtype, torch.float32)
+    def __init__(self, scale: float, softcap: float | None, dtype: torch.dtype):
+        self.scale, self.softcap = scale, softcap
+        self.wide = torch.promote_types(dtype, torch.float32)
 
     def padded(self, x: Tensor) -> Tensor:
         """`x`: any head sizes do."""
@@ -244,7 +254,7 @@ class _Plain:
         n, H, size, _ = q.shape
         k, v = k.to(self.wide), v.to(self.wide)
         out = q.new_empty((n, H, size, v.shape[3]), dtype=self.wide)
-        lse = q.new_empty((n, H, size), dtype=self.wide)
+        lse = q.new_empty((n, size, H), dtype=self.wide).transpose(1, 2)
         for rows, n_cols in self._blocks(part, n * H):
             z, _ = self._logits(q, k, rows, n_cols, part, mask)
             log_mass = z.logsumexp(-1, keepdim=True)
