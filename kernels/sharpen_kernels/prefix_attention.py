@@ -4,11 +4,14 @@
     out[b]  = sum_j softmax(z[b], and one more logit sinks)[j] v[j]
 
 The rows of a prefix are the rows of one matrix product with its keys, which are there once: with N
-rows a step reads P + N L keys, not N (P + L). Both parts give an output and a log-sum-exp, and
+rows a step reads P + N L keys, not N (P + L). Both parts give an output o, their largest logit t
+and their mass s = sum_j exp(z_j - t); with t the larger of t_1 and t_2
 
-    lse = log(exp(l_1) + exp(l_2)),    out = exp(l_1 - lse) o_1 + exp(l_2 - lse) o_2
+    s = s_1 exp(t_1 - t) + s_2 exp(t_2 - t)
+    out = (s_1 exp(t_1 - t) o_1 + s_2 exp(t_2 - t) o_2) / s
 
-(Juravsky et al. 2024, Hydragen, arXiv:2402.05099, Eq. 3-5.) For inference: no gradient.
+(Juravsky et al. 2024, Hydragen, arXiv:2402.05099, Eq. 3-5, there by log-sum-exps: as large as
+logits, these would be rounded as coarsely, and every weight with them.) For inference: no gradient.
 
 B rows, G prefixes, n rows of the largest of them, H query heads, Hkv key heads, head h reads
 h // (H / Hkv), P keys of a prefix, L own keys of a row, K head size of queries and keys, Kv of
@@ -108,33 +111,45 @@ def prefix_attention(
     (B, H, K), Hkv = q.shape, own_k.shape[1]
     of_products = K**-0.5 if scale is None else scale
     own = _part(q.reshape(B, Hkv, -1, K), own_k, own_v, of_products, softcap)
-    out_BHK, lse_BH = own[0].reshape(B, H, -1), own[1].reshape(B, H)
+    out_BHK, top_BH, mass_BH = own[0].reshape(B, H, -1), *(x.reshape(B, H) for x in own[1:])
     if prefix_k.shape[2]:
         G, n = rows.row.shape
         at_GnH = q if rows.is_even else q[rows.row.flatten()]
         # the heads of a group and the rows of a prefix are alike to a key
         grouped = at_GnH.reshape(G, n, Hkv, -1, K).transpose(1, 2).flatten(2, 3)
-        part, lse = _part(grouped, prefix_k, prefix_v, of_products, softcap)
-        part_BHK = _as_rows(part, n, rows).reshape(B, H, -1)
-        of_prefix_BH = _as_rows(lse[..., None], n, rows).reshape(B, H)
-        share_BH = torch.sigmoid(of_prefix_BH - lse_BH)
+        part = _part(grouped, prefix_k, prefix_v, of_products, softcap)
+        part_BHK = _as_rows(part[0], n, rows).reshape(B, H, -1)
+        of_prefix = (_as_rows(x[..., None], n, rows).reshape(B, H) for x in part[1:])
+        share_BH, top_BH, mass_BH = _joined(top_BH, mass_BH, *of_prefix)
         out_BHK = out_BHK.lerp(part_BHK, share_BH[..., None])
-        lse_BH = torch.logaddexp(lse_BH, of_prefix_BH)
     if sinks is not None:
-        out_BHK = out_BHK * torch.sigmoid(lse_BH - sinks.to(lse_BH.dtype))[..., None]
+        sink_BH = sinks.to(top_BH.dtype).expand(B, H)
+        share_BH, *_ = _joined(top_BH, mass_BH, sink_BH, torch.ones_like(sink_BH))
+        out_BHK = out_BHK * (1 - share_BH)[..., None]
     return out_BHK.to(q.dtype)
 
 
 def _part(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Output [..., queries, Kv] and log-sum-exp [..., queries] over the keys of one part."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [..., queries, Kv], largest logit and mass [..., queries] over the keys of a part."""
     z = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    lse = z.logsumexp(-1)
-    weight = torch.exp(z - lse[..., None])
-    return (weight.to(v.dtype) @ v).to(lse.dtype), lse
+    top = z.amax(-1, keepdim=True)
+    e = torch.exp(z - top)
+    mass = e.sum(-1, keepdim=True)
+    return ((e / mass).to(v.dtype) @ v).to(z.dtype), top[..., 0], mass[..., 0]
+
+
+def _joined(
+    top: Tensor, mass: Tensor, other_top: Tensor, other_mass: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The other part's share of the mass of both, and largest logit and mass of both."""
+    largest = torch.maximum(top, other_top)
+    other = other_mass * torch.exp(other_top - largest)
+    both = mass * torch.exp(top - largest) + other
+    return other / both, largest, both
 
 
 def _as_rows(x: Tensor, n: int, rows: PrefixRows) -> Tensor:

@@ -62,8 +62,7 @@ def test_it_is_attention_of_each_row_alone(counts, Hkv, group, P, L, widths, opt
     want = want_of(tensors, counts, group, torch.float64, **options)
     theirs = want_of(tensors, counts, group, torch.float32, **options)
     error, floor = (got - want).abs().max(), (theirs - want).abs().max()
-    # exponentials of PyTorch's flash kernel are right to 20 units in the last place
-    assert error <= 2 * floor + 2e-6 * max(1.0, want.abs().max().item())
+    assert error <= 2 * floor + 2e-6
     assert got.dtype == torch.float32
 
 
