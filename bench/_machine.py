@@ -27,11 +27,14 @@ def machine(device: str) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
+    """The processor's name as the system gives it, often vague, and what torch uses of it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    products = [flag for flag in ("avx512_bf16", "amx_tile") if flag in flags]
+    return " ".join([name, torch.backends.cpu.get_cpu_capability(), *products])
 
 
 def commit() -> str:
