@@ -24,9 +24,13 @@ demo: $(READY)
 	$(BIN)/sharpen bon --model game24 --task game24 --split test -n 50 \
 	    --reward logprob --max-new-tokens 48 --seed 0 --out runs/demo
 
+# JOBS processes side by side, each on one thread: make test JOBS=8
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
 test: $(READY)
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .
