@@ -26,6 +26,7 @@ BY_NAME = {case.name: case for case in CASES}
 def run(*command):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "PYTHON": sys.executable}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark would be off there
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
