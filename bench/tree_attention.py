@@ -77,7 +77,7 @@ def main() -> None:
         if args.heads:
             problem = dataclasses.replace(problem, heads=tuple(args.heads))
         # else FlexAttention meets the limit of shapes that torch.compile is willing to see
-        if problem.K != compiled:
+        if compiled != problem.K:
             torch.compiler.reset()
             compiled = problem.K
         for backward in (False, True):
