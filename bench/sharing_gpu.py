@@ -11,6 +11,7 @@ saving in tokens is N (P + C) over P + N C. The models are made on the device; n
 """
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
@@ -98,8 +99,9 @@ def chosen(args: argparse.Namespace) -> list[Task]:
     tasks = [task for task in TASKS if args.what in (None, task.what)]
     if args.shape:
         problem = Prompted(args.model or SMALL, *args.shape)
-        whats = dict.fromkeys((task.what, task.part) for task in tasks)
-        return [Task(what, problem, part) for what, part in whats]
+        # the first task of each kind
+        kinds = {task.what: task for task in reversed(tasks)}
+        return [dataclasses.replace(task, problem=problem) for task in kinds.values()]
     return [task for task in tasks if args.model in (None, task.problem.name)]
 
 
