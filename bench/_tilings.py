@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from bench._attention_problems import Inputs, Problem, errors, truth
+from bench._attention_problems import Problem, errors, truth
 from bench._candidates import Recorder
 from bench.peers.finding import reason
 from sharpen_kernels import _tree_attention_tiles as tiles
