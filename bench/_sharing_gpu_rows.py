@@ -7,7 +7,7 @@ from bench._machine import machine
 from bench._rows import Row
 from bench._sharing_gpu_sampling import GENERATE
 from bench._sharing_gpu_tasks import Found, Task
-from bench._sharing_gpu_ways import CACHED, PADDED
+from bench._sharing_gpu_ways import ALONE, CACHED, PADDED
 from bench._tables import table
 from bench.peers.finding import Missing
 
@@ -31,7 +31,7 @@ def rows_of(task: Task, found: Found, device: str, dtype: str) -> list[SharingGp
     problem = task.problem
     passes = 3 if task.what == "forward+backward" else 1
     for name, timing in found.timings.items():
-        whole = name in (*REFERENCES, "ours, no sharing")
+        whole = name in (*REFERENCES, ALONE)
         faster = _speedup(found, name)
         errors = found.errors.get(name)
         tokens = problem.tokens(shared=not whole)
@@ -85,7 +85,7 @@ def text_of(task: Task, rows: list[SharingGpuRow], missing: Missing) -> str:
             continue
         saving = row.speedup / row.of_tokens
         text = f"  {row.impl}: {row.speedup:.2f} x {whole.impl}, {row.tokens} tokens a call"
-        if task.what != "sampling" and row.impl != "ours, no sharing":
+        if task.what != "sampling" and row.impl != ALONE:
             text += (
                 f", {row.of_tokens:.2f} of the {saving:.2f} x in tokens"
                 f", {row.of_operations:.2f} of that in operations"

@@ -11,7 +11,14 @@ from bench._measure import Timing, measure
 from bench._sharing import by_padded_batch
 from bench._sharing_agreement import check_gradients, gradients
 from bench._sharing_gpu_sampling import sampling_calls
-from bench._sharing_gpu_ways import Calls, Setting, backward_calls, forward_calls, setting
+from bench._sharing_gpu_ways import (
+    ALONE,
+    Calls,
+    Setting,
+    backward_calls,
+    forward_calls,
+    setting,
+)
 from bench._sharing_models import Prompted
 from bench.peers.finding import Missing
 
@@ -44,6 +51,7 @@ class Task:
     problem: Prompted
     part: int  # tokens that whole sequences go in
     temperature: float = 1.0
+    alone: bool = True  # ours without sharing takes part: as long as a padded batch
 
     def __str__(self) -> str:
         return f"sharing {self.what}, {self.problem}"
@@ -55,6 +63,8 @@ class Task:
             calls = sampling_calls(at, self.temperature)
         else:
             calls = forward_calls(at) if self.what == "forward" else backward_calls(at)
+            if not self.alone:
+                calls.pop(ALONE, None)
         last: dict[str, Tensor] = {}
 
         def call(name: str) -> Tensor:

@@ -16,7 +16,7 @@ from bench._sharing import by_padded_batch, gathered
 from bench._sharing_models import Prompted, model_of, twin
 from sharpen import Scorer
 
-PADDED, CACHED = "padded batch", "DynamicCache"
+PADDED, CACHED, ALONE = "padded batch", "DynamicCache", "ours, no sharing"
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -75,7 +75,7 @@ def forward_calls(at: Setting) -> Calls:
     own = at.prompt, at.completions, at.rows
     calls: Calls = {
         "ours": functools.partial(scorer.logprobs, *at.lists),
-        "ours, no sharing": functools.partial(alone.logprobs, *at.lists),
+        ALONE: functools.partial(alone.logprobs, *at.lists),
         PADDED: functools.partial(by_padded_parts, at.plain, *own),
         CACHED: functools.partial(by_cache_parts, at.plain, *own),
     }

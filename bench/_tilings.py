@@ -69,10 +69,10 @@ def fault(key: Key, tiling: Tiling, device: str = "cuda", levels: Levels = JUDGE
         module = routes()[kernel]
         recorder = Recorder(getattr(module, f"_{kernel}_kernel"))
         patched = mock.patch.object(module, f"_{kernel}_kernel", recorder)
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     try:
         with with_tiling(key, tiling), patched:
-            out = tree_attention(*leaves, tree)
+            out = tree_attention(q, k, v, tree)
             got = out.detach(), *torch.autograd.grad(out, leaves, inputs.dout)
     except Exception as error:  # a tile too large for this GPU is no reason to stop
         return reason(error)

@@ -28,7 +28,7 @@ SMALL, LARGE = "Qwen2.5-0.5B", "Llama-3.1-8B"
 # the most telling first, for a run that is cut short
 TASKS = [
     Task("forward", Prompted(SMALL, 2048, 256, 64), 2**15),
-    Task("forward", Prompted(LARGE, 2048, 256, 64), 2**15),
+    Task("forward", Prompted(LARGE, 2048, 256, 64), 2**15, alone=False),
     Task("forward+backward", Prompted(SMALL, 2048, 256, 64), 2**14),
     # each token is a step, whatever its row: fewer of them say the same
     Task("sampling", Prompted(SMALL, 2048, 64, 64), 2**15),
