@@ -31,11 +31,14 @@ def tuned(*, quick: bool, out: Path | None) -> Iterator[tuple[Key, Tiling]]:
     n = max(1, min(8, (os.cpu_count() or 2) - 2))
     with concurrent.futures.ProcessPoolExecutor(n, spawn) as pool:
         asked = {(k, t): pool.submit(fault, k, t) for k in keys for t in tried[k]}
-        for key in keys:
-            whys = {tiling: asked[key, tiling].result() for tiling in tried[key]}
-            for tiling, why in whys.items():
-                print(f"{key} {tiling}: {why or 'sound'}", flush=True)
-            yield key, fastest(key, [t for t, why in whys.items() if not why], quick, out)
+    # all of them are judged before any is timed: the GPU is this process's own by then
+    for key in keys:
+        sound = []
+        for tiling in tried[key]:
+            why = asked[key, tiling].result()
+            print(f"{key} {tiling}: {why or 'sound'}", flush=True)
+            sound += [] if why else [tiling]
+        yield key, fastest(key, sound, quick, out)
 
 
 def fastest(key: Key, sound: list[Tiling], quick: bool, out: Path | None) -> Tiling:
