@@ -75,12 +75,15 @@ def _first(returned) -> Tensor:
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], object]], device: str, seconds: float
+    contenders: Mapping[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    min_rounds: int = MIN_ROUNDS,
 ) -> tuple[dict[str, Timing], Missing]:
     """Time the contenders in turns, so that a slow minute of the machine slows all of them.
 
-    The rounds last `seconds`, within their bounds. A contender that fails is left out, and why
-    is told.
+    The rounds last `seconds`, but there are `min_rounds` to MAX_ROUNDS. A contender that fails is
+    left out, and why is told.
     """
     times: dict[str, list[float]] = {}
     seen: dict[str, tuple[float, Tensor]] = {}
@@ -97,7 +100,7 @@ def measure(
             torch.cuda.empty_cache()
     stop = time.perf_counter() + seconds
     for i in range(MAX_ROUNDS):
-        if i >= MIN_ROUNDS and time.perf_counter() > stop:
+        if i >= min_rounds and time.perf_counter() > stop:
             break
         for name, found in times.items():
             found.append(once(contenders[name], device))

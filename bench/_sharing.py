@@ -66,8 +66,9 @@ def by_padded_batch(model: Any, prompt: Tensor, completions: Tensor) -> Tensor:
 
 
 def gathered(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-probs, row by row, of `target` [N, C] under `logits` [N, C, V]."""
-    return logits.log_softmax(-1).gather(2, target[..., None]).flatten()
+    """Log-probs, row by row, of `target` [N, C] under `logits` [N, C, V]; in fp32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.log_softmax(-1, dtype=wide).gather(2, target[..., None]).flatten()
 
 
 def truth(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,11 @@
 #
 #     bench/gpu.sh OUTDIR
 #
-# Needs Python with torch (CUDA), Triton and jaxtyping; nothing of ours need be installed. pytest
-# runs the kernel tests on the device; without it the benchmarks' own checks stand in. Peers are
-# taken from .venv/peers (`make peers`) or the environment, and named where they are missing.
-# A step that fails or runs out of its time is named in the summary and the next one runs.
+# Needs Python with torch (CUDA), Triton and jaxtyping; transformers for sharing; nothing of ours
+# need be installed. pytest runs the kernel tests on the device; without it the benchmarks' own
+# checks stand in. Peers are taken from .venv/peers (`make peers`) or the environment, and named
+# where they are missing. A step that fails or runs out of its time is named in the summary and the
+# next one runs. What is judged runs side by side, what is timed alone.
 set -u
 out=${1:?usage: bench/gpu.sh OUTDIR}
 mkdir -p "$out"
@@ -17,7 +18,6 @@ unset TRITON_INTERPRET
 python=${PYTHON:-python3}
 summary="$out/summary.txt"
 : >"$summary"
-failed=0
 END=530 # seconds after the start: where the last step is stopped
 
 has() { "$python" -c "import $1" 2>/dev/null; }
@@ -29,17 +29,15 @@ step() {
   [ "$limit" -le $((END - SECONDS)) ] || limit=$((END - SECONDS))
   if [ "$limit" -lt 5 ]; then
     echo "$name: NOT RUN, no time is left" >>"$summary"
-    failed=1
     return
   fi
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   code=$?
   case $code in
     0) echo "$name: ok, $((SECONDS - begun)) s" ;;
-    124) echo "$name: stopped after its $limit s" ;;
+    124) echo "$name: STOPPED after its $limit s" ;;
     *) echo "$name: FAILED with $code, see $name.log" ;;
   esac >>"$summary"
-  [ "$code" -eq 0 ] || failed=1
 }
 
 for module in torch triton jaxtyping; do
@@ -52,32 +50,49 @@ from bench._machine import machine
 print(json.dumps(machine("cuda")))
 PY
 
+# --- judged, side by side: none of it is timed, and compiling takes a core a process ---
 # addopts name a typing hook and plugins that are not needed here
 pytest=("$python" -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib")
+bits="bits or bitwise or same_bits"
 if has pytest; then
-  step bits 80 "${pytest[@]}" tests/kernels -k "cuda and (bits or bitwise or same_bits)"
-  step device 150 "${pytest[@]}" tests/kernels -k cuda
+  # a worker holds some 600 MiB of the GPU
+  has xdist && workers=(-n 4) || workers=()
+  step bits 150 "${pytest[@]}" "${workers[@]}" tests/kernels -k "cuda and ($bits)" &
+  # the last two choose the device themselves
+  step device 150 "${pytest[@]}" "${workers[@]}" tests/kernels \
+    -k "(cuda or any_tree or flex_is_as_accurate) and not ($bits)" &
 else
-  echo "pytest is missing: the device tests did not run, only the benchmarks' checks" >>"$summary"
-  failed=1
+  echo "pytest is MISSING: the device tests did not run, only the benchmarks' checks" >>"$summary"
 fi
-step check 40 "$python" -m bench.speed --check
-step conformance 110 "$python" -m bench.conformance --out "$out/conformance.json"
+step check 120 "$python" -m bench.speed --check &
+step check_tree 120 "$python" -m bench.tree_attention --check &
+step check_sharing 120 "$python" -m bench.sharing_gpu --check &
+step conformance 150 "$python" -m bench.conformance --out "$out/conformance.json" &
+wait
 
-# --- tune: tiles for this device, for a person to look at; nothing is written into the tree ---
-[ -f bench/tune.py ] && step tune 60 "$python" -m bench.tune --quick --out "$out/tiles.json"
+# --- tune: the best tiles of this device go into this checkout's tables, and are timed below ---
+step tune_tree 45 "$python" -m bench.tune --op tree_attention --quick --out "$out/tiles.json"
+step tune 30 "$python" -m bench.tune --op linear_logprob --quick --out "$out/tiles.json"
 
-# rows are appended as each task ends, so that a run which is stopped leaves what it measured
+# --- timed: rows are appended as each task ends, so that a run which is stopped leaves them ---
+step tree 60 "$python" -m bench.tree_attention --seconds 0.5 --out "$out/tree.jsonl"
+step sharing 130 "$python" -m bench.sharing_gpu --seconds 0.5 --out "$out/sharing.jsonl"
 if has pytest && has pytest_benchmark; then
-  step speed 540 "${pytest[@]}" bench --benchmark-only \
+  step speed 540 "${pytest[@]}" bench/test_speed.py --benchmark-only \
     --benchmark-json="$out/benchmark.json" --seconds 0.5 --out "$out/speed.jsonl"
 else
   step speed 540 "$python" -m bench.speed --seconds 0.5 --out "$out/speed.jsonl"
 fi
 
 cat "$out/conformance.log" 2>/dev/null
-grep -hE "^(linear|token)_logprob|^ .* (ms|peer) |^  missing" "$out/speed.log"
 tail -n 3 "$out"/{bits,device}.log 2>/dev/null
+grep -hE "^(linear|token)_logprob|^ .* (ms|peer) |^  missing" "$out/speed.log" 2>/dev/null
 cat "$out/machine.json" "$summary"
 [ -f "$out/speed.jsonl" ] && "$python" -m bench.speed --digest "$out/speed.jsonl"
-exit "$failed"
+# ours beside who it is compared with, and what was asked for
+grep -hE "^tree_attention|^  (ours|FlexAttention|causal) |^  (goal|missing)" "$out/tree.log" 2>/dev/null
+grep -hE "^sharing|^  (ours|padded|DynamicCache|generate)|^  (goal|missing)" "$out/sharing.log" 2>/dev/null
+# few files: what brings them back may take no more
+cp kernels/sharpen_kernels/{_tiles,_tree_attention_tiles}.py "$out"
+(cd "$out" && ls -- *.log *.py benchmark.json 2>/dev/null | tar czf logs.tar.gz -T - --remove-files)
+! grep -qE "FAILED|STOPPED|NOT RUN|MISSING" "$summary"

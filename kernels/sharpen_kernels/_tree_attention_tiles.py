@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiles import architecture
+
 SCAN = 64  # tiles that a program looks at together; chosen
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -35,8 +37,15 @@ class Lists(NamedTuple):
     lengths: Tensor
 
 
-# by kernel, whether products are fp32 on plain cores, and the larger head size.  Chosen so that
-# forward spills nothing on sm80, sm90 and sm100, and backward little; not timed: no GPU was at hand
+Key = tuple[str, str, bool, int]  # kernel, architecture, whether fp32, the larger head size
+
+# written by bench/tune.py: measured on the architecture that the key names
+# <table>
+TABLE: dict[Key, Tiling] = {}
+# </table>
+
+# where nothing was measured: by kernel, whether products are fp32 on plain cores, and the larger
+# head size.  Chosen so that forward spills nothing on sm80, sm90 and sm100, and backward little
 TILINGS: dict[tuple[str, bool, int], Tiling] = {
     ("fwd", False, 64): Tiling(128, 64, 8, 3),
     ("fwd", False, 128): Tiling(128, 64, 8, 2),
@@ -72,7 +81,9 @@ def tiling_of(kernel: str, q: Tensor, v: Tensor) -> Tiling:
             f"`q` and `v` must have head sizes of at most 256, got {q.shape[2]} and "
             f'{v.shape[2]}; use `implementation="cascade"`.'
         )
-    return TILINGS[kernel, q.dtype == torch.float32, size]
+    is_single = q.dtype == torch.float32
+    measured = TABLE.get((kernel, architecture(q.device), is_single, size)) if TABLE else None
+    return measured or TILINGS[kernel, is_single, size]
 
 
 @triton.jit
