@@ -154,6 +154,7 @@ def mode_row(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: Mode) -> 
         "finished_mass": mode.finished_mass,
         "cut_mass": mode.cut_mass,
         "cut_bound": _json(mode.cut_bound),
+        "rounding": mode.rounding,
         "listed_ids": [list(ids) for ids in mode.sequences],
         "listed_logprobs": mode.logprobs,
     }
@@ -189,6 +190,7 @@ def _known(mode: Row, greedy: Row, judged: Row | None) -> Known:
         complete=mode["complete"],
         n_expanded=mode["n_expanded"],
         cut_bound=_float(mode["cut_bound"]),
+        rounding=mode["rounding"],
         greedy_found=greedy["completion_ids"][0] == mode["completion_ids"],
         policy_logprobs=policy,
     )

@@ -19,7 +19,7 @@ from .coverage import coverage, greedy_must_find, margin, mass_within, unsharpen
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one prompt; see `search.Mode` for the first six.
+    """What is known of one prompt; see `search.Mode` for the first seven.
 
     Attributes:
         logprobs: Of the listed completions, most probable first; at least one.
@@ -28,6 +28,7 @@ class Known:
         complete: The list is complete down to its end.
         n_expanded: Prefixes that it took.
         cut_bound: No cut completion met has a larger log-prob.
+        rounding: Largest difference between two computations of a listed log-prob, in nats.
         greedy_found: Whether greedy decoding returned y*.
         policy_logprobs: Of the listed completions under the policy to be judged, or None.
     """
@@ -38,6 +39,7 @@ class Known:
     complete: bool
     n_expanded: int
     cut_bound: float
+    rounding: float
     greedy_found: bool
     policy_logprobs: Sequence[float] | None = None
 
@@ -59,6 +61,7 @@ def findings(known: Sequence[Known], *, gamma: float, deltas: Sequence[float]) -
             "mean": float(np.mean([x.n_expanded for x in known])),
             "max": max(x.n_expanded for x in known),
         },
+        "rounding": max(x.rounding for x in known),
         "coverage": _coverage(known, gamma),
     }
     if not proved:

@@ -12,7 +12,7 @@ def known(*probabilities, greedy=True, policy=None, **changes):
     logprobs = [math.log(p) for p in probabilities]
     options = {
         "logprobs": logprobs, "bound": logprobs[-1] - 1e-4, "proved": True, "complete": True,
-        "n_expanded": 10, "cut_bound": -math.inf, "greedy_found": greedy,
+        "n_expanded": 10, "cut_bound": -math.inf, "rounding": 1e-6, "greedy_found": greedy,
         "policy_logprobs": None if policy is None else [math.log(p) for p in policy],
     }  # fmt: skip
     return Known(**(options | changes))
@@ -27,10 +27,11 @@ def found(*prompts, gamma=0.0, deltas=(0.1,)):
 
 def test_proved_prompts_by_hand():
     first = known(0.8, 0.1, n_expanded=20, cut_bound=-0.1)
-    second = known(0.25, 0.2, greedy=False)
+    second = known(0.25, 0.2, greedy=False, rounding=2e-6)
     got = found(first, second)
     assert (got["n_prompts"], got["n_proved"], got["n_complete"]) == (2, 2, 2)
     assert got["n_expanded"] == {"mean": 15, "max": 20}
+    assert got["rounding"] == 2e-6
     assert got["coverage"]["c_cov"] == pytest.approx([2.625, 2.625])
     assert got["logprob"]["mean"] == pytest.approx((math.log(0.8) + math.log(0.25)) / 2)
     # the first could be beaten by a longer completion
