@@ -7,9 +7,9 @@ expanded best first, a batch at a time, after one greedy dive that finds an incu
 is left can beat what was found once the best open prefix lies below it.
 
 No child stands above its parent, rounding included (`frontier`). What the search cannot see is the
-model's own rounding: a sequence has other last bits in another batch. Every listed sequence is scored
-a second time, apart from the search, and a proof asks that the two agree to half a tolerance, while
-all that is not listed lies further below y* than that.
+model's own rounding: a sequence has other last bits in another batch. Every listed sequence is
+scored a second time, apart from the search. A proof asks that the two agree to half a tolerance,
+and that all that is not listed lies further below y* than that.
 
 The space: completions that end with an EOS token, at most T tokens with it. What reaches T tokens
 without EOS is cut, as in sampling, where it never wins; its mass is counted apart.
