@@ -216,8 +216,8 @@ def format_table(found: dict[str, Any]) -> str:
     for delta, rule in found["adaptive"].items():
         lines.append(
             f"delta {delta:14s} adaptive rule: {rule['expected_n'][1]:.4g} samples, misses y* "
-            f"{rule['miss'][1]:.3%}; fixed N as good: {rule['fixed_n']['equal_miss']}, with the same "
-            f"guarantee: {rule['fixed_n']['guarantee_on_each']}"
+            f"{rule['miss'][1]:.3%}; fixed N as good: {rule['fixed_n']['equal_miss']}, "
+            f"of equal guarantee: {rule['fixed_n']['guarantee_on_each']}"
         )
     if "policy" in found:
         eps = ", ".join(

@@ -57,8 +57,9 @@ def test_proved_prompts_by_hand():
     assert got["miss_by_n"]["2"] == pytest.approx(
         [(0.2**2 + 0.75**2) / 2, (math.exp(-1.6) + math.exp(-0.5)) / 2]
     )
-    # mu is 3: 0.8 stops from 4 on, 0.25 from 12 on
-    assert rule["certified_by"]["10"] == pytest.approx((1 - 0.2**10) / 2, abs=1e-6) or True
+    # mu is just below 3: within 10 samples only 0.8 stops the rule
+    assert rule["certified_by"]["10"] == pytest.approx((1 - 0.2**10) / 2)
+    assert rule["certified_by"]["1"] == 0
     assert "policy" not in got
 
 
