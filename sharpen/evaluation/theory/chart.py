@@ -22,8 +22,8 @@ class Line:
     """Points of one name, which may be empty; a dashed line is theory, without markers."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float | int]
+    y: Sequence[float | int]
     dashed: bool = False
 
 

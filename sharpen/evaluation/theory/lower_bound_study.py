@@ -18,7 +18,7 @@ from .study import Study, markdown, slope
 
 def lower_bound_study(*, quick: bool = False) -> Study:
     """C of 1, 4 and 16, eps from 1/32 to 1/512, d = 16; `quick` takes a part of it."""
-    coverages, halvings = ((1, 4), range(5, 8)) if quick else ((1, 4, 16), range(5, 10))
+    coverages, halvings = ((1.0, 4.0), range(5, 8)) if quick else ((1.0, 4.0, 16.0), range(5, 10))
     cases = [
         {"d": 16, "c": c, "eps": 0.5**h, "repeats": 50 if quick else 400}
         for c in coverages
@@ -76,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
         fixed, adaptive = (
             slope(log_eps, [math.log(row[key]) for row in own]) for key in ("fixed", "adaptive")
         )
-        text += f"C = {c}: m grows as (1/eps)^{fixed:.2f}, adaptive as (1/eps)^{adaptive:.2f}.\n"
+        text += f"C = {c:g}: m grows as (1/eps)^{fixed:.2f}, adaptive as (1/eps)^{adaptive:.2f}.\n"
     return text
 
 
@@ -85,15 +85,15 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     lines = []
     for c, own in _by_coverage(rows).items():
         x = [1 / row["eps"] for row in own]
-        lines.append(Line(f"fixed N, C = {c}", x, [row["fixed"] for row in own]))
-        lines.append(Line(f"adaptive, C = {c}", x, [row["adaptive"] for row in own]))
+        lines.append(Line(f"fixed N, C = {c:g}", x, [row["fixed"] for row in own]))
+        lines.append(Line(f"adaptive, C = {c:g}", x, [row["adaptive"] for row in own]))
         name = "" if c != rows[-1]["c"] else "the bound of each C"
         lines.append(Line(name, x, [row["bound"] for row in own], dashed=True))
     return [Panel("1 / eps", "samples m for an error of eps", lines)]
 
 
-def _by_coverage(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    grouped: dict[int, list[Row]] = {}
+def _by_coverage(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    grouped: dict[float, list[Row]] = {}
     for row in rows:
         grouped.setdefault(row["c"], []).append(row)
     return grouped

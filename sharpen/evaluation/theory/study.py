@@ -49,7 +49,7 @@ def _cell(x: object) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
+def slope(x: Sequence[float | int], y: Sequence[float | int]) -> float:
     """Of the least-squares line through the points.
 
     Example:

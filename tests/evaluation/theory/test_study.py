@@ -77,9 +77,9 @@ def test_the_error_shape_s_table_says_what_the_rows_hold():
 
 def test_a_table_is_markdown():
     text = markdown(["a", "b", "c"], [[1234, 0.12345, None], ["x", 1234.5, 2.0]])
-    assert (
-        text == "| a | b | c |\n| --- | --- | --- |\n| 1,234 | 0.123 | never |\n| x | 1,234 | 2 |\n"
-    )
+    head, rule, *lines = text.splitlines()
+    assert (head, rule) == ("| a | b | c |", "| --- | --- | --- |")
+    assert lines == ["| 1,234 | 0.123 | never |", "| x | 1,234 | 2 |"]
 
 
 def test_a_figure_of_one_panel_and_a_linear_axis():
