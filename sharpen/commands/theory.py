@@ -1,7 +1,8 @@
 """`sharpen theory`: the exact y*(x) of every prompt, and what the paper's bounds say with it.
 
 Writes into its run directory: `modes.jsonl` (a line a prompt: y*, its log-prob, proof and cost, as
-it is found), `greedy.jsonl`, `policy.jsonl` (with `--policy`) and `theory.json`.
+it is found), `greedy.jsonl`, `policy.jsonl` (with `--policy`) and `theory.json`. With `--study` it
+runs a small study instead: `theory_study`.
 """
 
 import json
@@ -18,6 +19,7 @@ from sharpen.errors import InputError
 from sharpen.evaluation.theory.coverage import check_share
 from sharpen.evaluation.theory.findings import Known, findings, format_table
 from sharpen.evaluation.theory.search import Mode, SearchConfig, find_mode
+from sharpen.evaluation.theory.studies import STUDIES
 from sharpen.models import load_model
 from sharpen.records import Row, write_text
 from sharpen.runs import Journal, Run
@@ -29,6 +31,7 @@ from sharpen.scoring import Scorer
 from .options import ModelOptions, PromptOptions, option, required
 from .sources import check_source, load, model_settings, open_source, source_settings
 from .stages import CHUNK, sample_into
+from .theory_study import run_study
 
 MODES, GREEDY, POLICY = "modes.jsonl", "greedy.jsonl", "policy.jsonl"
 THEORY, TIMINGS = "theory.json", "timings.jsonl"
@@ -38,6 +41,7 @@ THEORY, TIMINGS = "theory.json", "timings.jsonl"
 class TheoryConfig(PromptOptions, ModelOptions):
     """The exact theory of sharpening on a small model."""
 
+    model: str = option("game24 (ships with sharpen), a model folder, or a hub id", "")
     out: str = required("run directory; the same command again goes on where it stopped")
     max_new_tokens: int = option("completions end within so many tokens", 256)
     gamma: float = option("y*_gamma: completions within 1 - gamma of the best", 0.0)
@@ -47,10 +51,19 @@ class TheoryConfig(PromptOptions, ModelOptions):
         metadata={"help": "miss rates at which to say what best-of-N needs"},
     )
     policy: str | None = option("a second model, judged by its mass on the first one's y*")
+    study: str | None = option("without a model: lower-bound, linear-softmax or error-shape")
+    seed: int = option("of a study", 0)
+    quick: bool = option("a study with few and small cases", False)
 
 
 def run(config: TheoryConfig) -> None:
     """Run the command, or go on with it."""
+    if config.study is not None:
+        _check_study(config)
+        run_study(config.study, Path(config.out), seed=config.seed, quick=config.quick)
+        return
+    if not config.model:
+        raise InputError("`model` must be given, or `--study`, got neither.")
     check_source(config)
     search = SearchConfig(
         max_new_tokens=config.max_new_tokens,
@@ -99,6 +112,19 @@ def run(config: TheoryConfig) -> None:
         found = {"settings": settings, "n_nothing_ended": len(prompts) - len(known), **found}
         write_text(out / THEORY, json.dumps(found, indent=2, allow_nan=False) + "\n")
         sys.stdout.write(f"{format_table(found)}\ntheory: {out / THEORY}\n")
+
+
+def _check_study(config: TheoryConfig) -> None:
+    if config.study not in STUDIES:
+        raise InputError(f"`study` must be one of {', '.join(STUDIES)}, got {config.study!r}.")
+    if config.seed < 0:
+        raise InputError(f"`seed` must be at least 0, got {config.seed}.")
+    for name in ("model", "task", "prompts", "policy"):
+        if getattr(config, name):
+            raise InputError(
+                f"`{name}` must be left out with `--study`, which has its own models, "
+                f"got {getattr(config, name)!r}."
+            )
 
 
 def _policy(config: TheoryConfig) -> Scorer:
@@ -154,6 +180,7 @@ def mode_row(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: Mode) -> 
         "finished_mass": mode.finished_mass,
         "cut_mass": mode.cut_mass,
         "cut_bound": _json(mode.cut_bound),
+        "rounding": mode.rounding,
         "listed_ids": [list(ids) for ids in mode.sequences],
         "listed_logprobs": mode.logprobs,
     }
@@ -189,6 +216,7 @@ def _known(mode: Row, greedy: Row, judged: Row | None) -> Known:
         complete=mode["complete"],
         n_expanded=mode["n_expanded"],
         cut_bound=_float(mode["cut_bound"]),
+        rounding=mode["rounding"],
         greedy_found=greedy["completion_ids"][0] == mode["completion_ids"],
         policy_logprobs=policy,
     )

@@ -33,6 +33,9 @@ OPTIONS = {
         "max_expansions",
         "deltas",
         "policy",
+        "study",
+        "seed",
+        "quick",
     ],
     "xpo": [*TRAIN, "beta", "alpha", "rounds", "validation"],
 }

@@ -110,3 +110,39 @@ def test_bad_options_write_nothing(extra, message, small, tmp_path, capsys):
     assert main([*small, "--out", str(tmp_path / "out"), *extra]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["lower-bound", "linear-softmax", "error-shape"])
+def test_a_study_writes_rows_table_and_figure_and_a_killed_one_goes_on(name, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["theory", "--study", name, "--quick", "--seed", "3", "--out", str(out)]
+    assert main(command) == 0
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert (out / "figure.svg").read_text().count("<svg") == 1
+    files = {file: (out / file).read_bytes() for file in ("rows.jsonl", "table.md", "figure.svg")}
+    # killed in the last line
+    (out / "rows.jsonl").write_bytes(files["rows.jsonl"][:-20])
+    (out / "table.md").unlink()
+    n_timed = len(rows(out / "timings.jsonl"))
+    assert main(command) == 0
+    assert {file: (out / file).read_bytes() for file in files} == files
+    assert len(rows(out / "timings.jsonl")) == n_timed + 1
+    assert main([*command, "--seed", "4"]) == 2
+    assert "seed was 3, is 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "`model` must be given, or `--study`, got neither"),
+        (["--study", "upper-bound"], "`study` must be one of lower-bound, linear-softmax, error-s"),
+        (["--study", "lower-bound", "--seed", "-1"], "`seed` must be at least 0, got -1"),
+        (["--study", "lower-bound", "--model", "game24"], "`model` must be left out with `--study"),
+        (["--study", "lower-bound", "--task", "game24"], "`task` must be left out with `--study`"),
+    ],
+)
+def test_bad_options_of_a_study_write_nothing(options, message, tmp_path, capsys):
+    assert main(["theory", "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

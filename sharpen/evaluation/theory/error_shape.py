@@ -5,9 +5,12 @@
 A model of X prompts: each has one y* of probability p_x among M completions, the others equal. The
 class is finite and realisable: for each prompt, which completion is y*; so it holds the law of
 best-of-N, and its maximum-likelihood member takes the completion seen most often at each prompt.
-Masses of prompts fall by halves and the p_x are spread evenly, so both terms have long tails.
+Masses of prompts fall by halves and the p_x are spread evenly from a least one on. With a least p_x
+of 0 both terms have long tails, the worst that the bound allows; else the second one falls
+exponentially.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,19 +46,22 @@ class Prompts:
         return len(self.mass) * float(np.log(self.M))
 
 
-def spread_prompts(halvings: int = 12, levels: int = 16) -> Prompts:
-    """Masses 2^-i, each shared by `levels` prompts whose p_x are (j + 1/2) / levels.
+def spread_prompts(halvings: int = 12, levels: int = 16, least: float = 0.0) -> Prompts:
+    """Masses 2^-i, each shared by `levels` prompts: p_x = least + (1 - least) (j + 1/2) / levels.
 
     Raises:
-        InputError: If either number is below 1.
+        InputError: If either number is below 1, or `least` is not in [0, 1).
     """
     if min(halvings, levels) < 1:
         raise InputError(
             f"`halvings` and `levels` must be at least 1, got {halvings} and {levels}."
         )
+    if not 0 <= least < 1:
+        raise InputError(f"`least` must be in [0, 1), got {least}.")
     share_I = 0.5 ** np.arange(halvings)
     mass_X = np.repeat(share_I / share_I.sum() / levels, levels)
-    return Prompts(mass_X, np.tile((np.arange(levels) + 0.5) / levels, halvings), 4 * levels)
+    p_J = least + (1 - least) * (np.arange(levels) + 0.5) / levels
+    return Prompts(mass_X, np.tile(p_J, halvings), 4 * levels)
 
 
 def simulated_error(
@@ -91,6 +97,19 @@ def simulated_error(
     chosen_X = _most_seen(rng.multinomial(visits_X, law_XM), rng)
     failed_X = (chosen_X != 0) | (won_X <= 1 - delta)
     return float(prompts.mass[failed_X].sum())
+
+
+def error_bound(prompts: Prompts, n_prompts: int, n_samples: int, delta: float) -> float:
+    """What theorem 4.1 promises of the same, without its constant: may well be above 1.
+
+        (1 / delta) log|Pi| / n + C_cov / N*,   N = N* log(2 / delta)
+
+    Raises:
+        InputError: If delta is not in (0, 1).
+    """
+    check_share("delta", delta)
+    fitted = prompts.log_class / (delta * n_prompts)
+    return fitted + prompts.coverage * math.log(2 / delta) / n_samples
 
 
 def _most_seen(count: Int64[np.ndarray, "X M"], rng: np.random.Generator) -> np.ndarray:

@@ -12,14 +12,17 @@ import numpy as np
 from jaxtyping import Float64
 
 from ..bootstrap import bootstrap_ci95
-from .adaptive import mu_of, stopping
-from .best_of_n_law import fixed_n, necessary_n, sufficient_n
+from .adaptive import certified_by, mu_of, stopping
+from .best_of_n_law import fixed_n, miss_probability, necessary_n, sufficient_n
 from .coverage import coverage, greedy_must_find, margin, mass_within, unsharpened
+
+# of best-of-N and of a capped adaptive rule: where to say what they miss; chosen
+SIZES = (1, 2, 5, 10, 25, 50, 100)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one prompt; see `search.Mode` for the first six.
+    """What is known of one prompt; see `search.Mode` for the first seven.
 
     Attributes:
         logprobs: Of the listed completions, most probable first; at least one.
@@ -28,6 +31,7 @@ class Known:
         complete: The list is complete down to its end.
         n_expanded: Prefixes that it took.
         cut_bound: No cut completion met has a larger log-prob.
+        rounding: Largest difference between two computations of a listed log-prob, in nats.
         greedy_found: Whether greedy decoding returned y*.
         policy_logprobs: Of the listed completions under the policy to be judged, or None.
     """
@@ -38,6 +42,7 @@ class Known:
     complete: bool
     n_expanded: int
     cut_bound: float
+    rounding: float
     greedy_found: bool
     policy_logprobs: Sequence[float] | None = None
 
@@ -59,6 +64,7 @@ def findings(known: Sequence[Known], *, gamma: float, deltas: Sequence[float]) -
             "mean": float(np.mean([x.n_expanded for x in known])),
             "max": max(x.n_expanded for x in known),
         },
+        "rounding": max(x.rounding for x in known),
         "coverage": _coverage(known, gamma),
     }
     if not proved:
@@ -75,6 +81,15 @@ def findings(known: Sequence[Known], *, gamma: float, deltas: Sequence[float]) -
         "n_found": int(found_P.sum()),
     }
     result["margin"] = _margin(proved)
+    p_P = np.exp(star_P)
+    # what best-of-N misses, and proposition C.1's bound of it
+    result["miss_by_n"] = {
+        str(n): [
+            float(np.mean([miss_probability(x, n) for x in star_P.tolist()])),
+            float(np.exp(-n * p_P).mean()),
+        ]
+        for n in SIZES
+    }
     result["best_of_n"] = {str(delta): _best_of_n(star_P, delta) for delta in deltas}
     result["adaptive"] = {str(delta): _adaptive(proved, star_P, delta) for delta in deltas}
     if all(x.policy_logprobs is not None for x in proved):
@@ -128,19 +143,30 @@ def _adaptive(
 ) -> dict[str, Any]:
     mu = mu_of(delta)
     # in a list that is not complete only what lies above the bound is known to be all
-    rules = [stopping([p for p in x.logprobs if x.complete or p > x.bound], mu) for x in proved]
+    laws = [[p for p in x.logprobs if x.complete or p > x.bound] for x in proved]
+    rules = [stopping(law, mu) for law in laws]
     miss = [float(np.mean([getattr(r, f"miss_{side}") for r in rules])) for side in ("low", "high")]
     needed = [
         float(np.mean([getattr(r, f"expected_{side}") for r in rules])) for side in ("low", "high")
     ]
+    guarantee = math.exp(-mu)
+    fixed = {
+        "equal_miss": fixed_n(star, miss[1]) if 0 < miss[1] < 1 else None,
+        "guarantee_in_the_mean": fixed_n(star, guarantee),
+        "guarantee_on_each": max(necessary_n(x, guarantee) for x in star.tolist()),
+    }
     return {
         "mu": mu,
         "miss": miss,
         "largest_miss": max(r.miss_high for r in rules),
         "expected_n": needed,
-        # one n for all prompts: as good in the mean, and within the rule's guarantee on each
-        "fixed_n_of_equal_miss": fixed_n(star, miss[1]) if 0 < miss[1] < 1 else None,
-        "fixed_n_of_equal_guarantee": max(necessary_n(x, math.exp(-mu)) for x in star.tolist()),
+        # of one N for all prompts
+        "fixed_n": fixed,
+        "factor_saved": {k: None if n is None else n / needed[1] for k, n in fixed.items()},
+        # at least so many prompts have stopped by then
+        "certified_by": {
+            str(cap): float(np.mean([certified_by(law, mu, cap) for law in laws])) for cap in SIZES
+        },
     }
 
 
@@ -190,7 +216,8 @@ def format_table(found: dict[str, Any]) -> str:
     for delta, rule in found["adaptive"].items():
         lines.append(
             f"delta {delta:14s} adaptive rule: {rule['expected_n'][1]:.4g} samples, misses y* "
-            f"{rule['miss'][1]:.3%}; fixed N as good: {rule['fixed_n_of_equal_miss']}"
+            f"{rule['miss'][1]:.3%}; fixed N as good: {rule['fixed_n']['equal_miss']}, "
+            f"of equal guarantee: {rule['fixed_n']['guarantee_on_each']}"
         )
     if "policy" in found:
         eps = ", ".join(

@@ -88,9 +88,9 @@ class Tree:
         """Whether `listed` holds every sequence from `level` on."""
         return max(self._open, self._lost) <= self._floor
 
-    def listed(self) -> list[Ids]:
-        """Finished sequences of log-prob `level` and more, `tolerance` below it included."""
-        return [ids for logprob, ids in self._finished if logprob >= self._floor]
+    def listed(self) -> dict[Ids, float]:
+        """Log-probs of the finished sequences from `tolerance` below `level` on."""
+        return {ids: logprob for logprob, ids in self._finished if logprob >= self._floor}
 
     def take(self, n: int) -> list[Ids]:
         """Up to `n` prefixes to expand next, best first; none when the search is over.
@@ -122,7 +122,8 @@ class Tree:
                 # nothing is known of what lies below: it may be as probable as the prefix
                 self._lost = max(self._lost, start)
                 continue
-            total_V = start + step_V
+            # the bound of a prefix holds for its children even where rounding would lift one
+            total_V = np.minimum(start + step_V, start)
             self._finish(ids, total_V)
             end = max(total_V[list(self.eos_ids)])
             total_V[list(self.eos_ids)] = -math.inf

@@ -1,4 +1,4 @@
-"""The family behind the lower bound of sample-and-evaluate, and what the best learner gets on it.
+"""The family behind the lower bound of sample-and-evaluate, and what a learner pays on it.
 
 A prompt x0 of mass 1 - Delta has one certain completion. Each of d rare prompts, of mass Delta / d,
 has M completions of nearly equal probability, one of them twice as probable as the mean:
@@ -6,8 +6,10 @@ has M completions of nearly equal probability, one of them twice as probable as 
     Delta = 16 eps,   M = 1 + C / eps,   pi(y*|x_i) = 2 / M,   others  (M - 2) / (M (M - 1))
 
 A learner draws n prompts and N completions of each, m = n N. It knows the family, so one sight of
-y* settles a prompt. Its error, P_x[y* not found], is known in closed form, for samples of a fixed N
-and for those drawn until y* is seen. D rare prompts.
+y* settles a prompt, and nothing seen at one prompt tells of another. Its error, P_x[y* not found],
+is known in closed form, for samples of a fixed N and for those drawn until y* is seen. Where y* was
+not seen the best learner guesses among what was not seen either; `simulated_error` lets it, and the
+closed form is an upper bound of its error. D rare prompts.
 """
 
 import math
@@ -78,23 +80,26 @@ class HardFamily:
         found = -math.expm1(n_samples * math.log1p(-2 / self.size))
         return self.rare * math.exp(n_prompts * math.log1p(-self.rare / self.d * found))
 
-    def simulated_error(self, n_prompts: int, n_samples: int, rng: np.random.Generator) -> float:
-        """P_x[y* not found] in one run of the learner, every sample drawn."""
+    def simulated_error(
+        self, n_prompts: int, n_samples: int, rng: np.random.Generator
+    ) -> tuple[float, float]:
+        """P_x[y* not found] in one run, every sample drawn: without guesses, and with them."""
         mass = [1 - self.rare] + [self.rare / self.d] * self.d
         visits_D = rng.multinomial(n_prompts, mass)[1:]
-        law = self.law()
-        missed = sum(
-            rng.multinomial(int(visits) * n_samples, law)[0] == 0 for visits in visits_D.tolist()
-        )
-        return missed * self.rare / self.d
+        seen_DM = rng.multinomial(visits_D * n_samples, self.law()) > 0
+        missed_D = ~seen_DM[:, 0]
+        lucky_D = rng.random(self.d) < 1 / np.maximum(1, (~seen_DM).sum(1))
+        each = self.rare / self.d
+        return float(missed_D.sum()) * each, float((missed_D & ~lucky_D).sum()) * each
 
     def cost(self, target: float, *, adaptive: bool = False) -> float:
         """Fewest samples m for an expected error of at most `target`, prompts not rounded.
 
         Args:
             target: Error, in (0, 1).
-            adaptive: Draw from each prompt until its y* is seen, 1 sample at x0 and M / 2 in the
-                mean elsewhere; else the best fixed N, which x0 pays as well.
+            adaptive: Draw from each prompt until its y* is seen, also where it was seen before: 1
+                sample at x0 and M / 2 in the mean elsewhere; else N = 1, the best fixed N: more
+                samples of one prompt find its y* at a falling rate.
 
         Raises:
             InputError: If `target` is out of its range.
@@ -104,8 +109,13 @@ class HardFamily:
             return 0.0
         log_left = math.log(target / self.rare)
         if adaptive:
-            prompts = log_left / math.log1p(-self.rare / self.d)
-            return prompts * (1 - self.rare + self.rare * self.size / 2)
-        N_K = np.unique(np.geomspace(1, 20 * self.size, 400).astype(np.int64))
-        found_K = -np.expm1(N_K * math.log1p(-2 / self.size))
-        return float(np.min(N_K * log_left / np.log1p(-self.rare / self.d * found_K)))
+            return log_left / math.log1p(-self.rare / self.d) * self.coverage
+        return log_left / math.log1p(-self.rare / self.d * 2 / self.size)
+
+    def bound(self) -> float:
+        """Samples that no algorithm gets below for an error of eps, up to a constant factor.
+
+        C log|Pi| / (eps^2 (1 + log(C / eps))),   log|Pi| = d log M
+        """
+        log_class = self.d * math.log(self.size)
+        return self.c * log_class / (self.eps**2 * (1 + math.log(self.c / self.eps)))

@@ -33,14 +33,17 @@ def sphere_packing(
     Raises:
         InputError: If so many do not come together.
     """
-    points: list[Tensor] = []
+    points_Yd = torch.empty(size, d, dtype=torch.float64)
+    n_placed = 0
     for _ in range(100 * size + 1000):
-        point = torch.randn(d, generator=generator, dtype=torch.float64)
-        point = point / point.norm()
-        if not points or (torch.stack(points) - point).norm(dim=1).min() >= min_distance:
-            points.append(point)
-        if len(points) == size:
-            return torch.stack(points)
+        point_d = torch.randn(d, generator=generator, dtype=torch.float64)
+        point_d = point_d / point_d.norm()
+        apart_Y = (points_Yd[:n_placed] - point_d).norm(dim=1)
+        if (apart_Y >= min_distance).all():
+            points_Yd[n_placed] = point_d
+            n_placed += 1
+        if n_placed == size:
+            return points_Yd
     raise InputError(
         f"`size` must fit the sphere of R^{d}, got {size} points {min_distance} apart; "
         "take fewer or nearer ones."
@@ -127,7 +130,8 @@ def square_loss_fit(
         model: The instance.
         first: y of each pair.
         second: y' of each pair, of the base model.
-        optimism: On the scale of the square loss; 0 is offline RLHF-Sharpening.
+        optimism: On the scale of the square loss; 0 is RLHF-Sharpening. Above 0 the objective is
+            not convex, and what is returned is a local minimiser.
 
     Source:
         Huang et al. 2024, arXiv:2412.01951, Eq. (8) and algorithm 1. The printed algorithm
@@ -152,9 +156,12 @@ def optimism_of(model: LinearSoftmax, rounds: int, rho: float = 0.1) -> float:
 
     with R = max_y log 1/pi_base(y) and V = 2 for the optimum's own |beta log pi/pi_base|.
 
+    It falls as rounds^(-1/2), and with too few rounds it outweighs the squares.
+
     Source:
         Huang et al. 2024, arXiv:2412.01951, appendix J: the proof weighs the log-probs by beta and
-        the squares by beta / (alpha (V + R)^2).
+        the squares by beta / (alpha (V + R)^2). A cover of the ball stands for the class, its
+        logarithm d log(1 + rounds) without constants.
     """
     d = model.phi.shape[1]
     log_class = d * math.log(1 + rounds) + math.log(1 / rho)
@@ -169,6 +176,7 @@ def rounds_until_sharpened(
     *,
     max_rounds: int,
     explore: bool = True,
+    optimism: float = 1.0,
 ) -> int | None:
     """Rounds of XPO, two samples each, until pi(y*) >= 1 - delta; None if never.
 
@@ -179,12 +187,13 @@ def rounds_until_sharpened(
         max_rounds: T, which the weight of the optimism depends on.
         explore: Draw y from the current policy, with optimism; else both from the base, without:
             offline RLHF-Sharpening, refitted as pairs come in.
+        optimism: Share of the proof's weight on the optimism term.
 
     Raises:
         InputError: If delta is not in (0, 1).
     """
     check_share("delta", delta)
-    weight = optimism_of(model, max_rounds) if explore else 0.0
+    weight = optimism * optimism_of(model, max_rounds) if explore else 0.0
     theta_d = model.phi[0].clone()
     base_Y = model.base.exp()
     first: list[int] = []

@@ -6,6 +6,11 @@ The log-prob of a prefix only falls as it grows, so it bounds every completion o
 expanded best first, a batch at a time, after one greedy dive that finds an incumbent. Nothing that
 is left can beat what was found once the best open prefix lies below it.
 
+No child stands above its parent, rounding included (`frontier`). What the search cannot see is the
+model's own rounding: a sequence has other last bits in another batch. Every listed sequence is
+scored a second time, apart from the search. A proof asks that the two agree to half a tolerance,
+and that all that is not listed lies further below y* than that.
+
 The space: completions that end with an EOS token, at most T tokens with it. What reaches T tokens
 without EOS is cut, as in sampling, where it never wins; its mass is counted apart.
 
@@ -42,7 +47,8 @@ class SearchConfig:
         batch: Most prefixes in one forward; those beyond the best are a bet.
         max_tokens: Budget of one forward, in padded tokens.
         tolerance: Log-probs closer than this, in nats, are not told apart by the search: what
-            comes so near the end of the list is kept, and settled by the scorer.
+            comes so near the end of the list is kept, and settled by the scorer. At 0,
+            rounding stands against every proof.
     """
 
     max_new_tokens: int = 256
@@ -90,6 +96,8 @@ class Mode:
         cut_mass: Probability of what was met at T tokens without EOS: a lower bound too.
         cut_bound: No cut completion met has a larger log-prob; if below that of a proved y*, a
             larger T has the same y*.
+        rounding: Largest difference, in nats, between the search's log-prob of a listed completion
+            and the scorer's.
     """
 
     sequences: list[Ids]
@@ -101,6 +109,7 @@ class Mode:
     finished_mass: float
     cut_mass: float
     cut_bound: float
+    rounding: float
 
     @property
     def logprob(self) -> float:
@@ -147,7 +156,8 @@ def find_mode(
     model = scorer.model
     _check(model, prompt, eos_ids, config)
     tree = Tree(
-        eos_ids=tuple(eos_ids),
+        # named twice, a token would end every completion twice
+        eos_ids=tuple(dict.fromkeys(eos_ids)),
         depth=config.max_new_tokens,
         gamma=config.gamma,
         above=config.above,
@@ -158,27 +168,34 @@ def find_mode(
         while wanted := tree.take(min(config.batch, config.max_expansions - n_expanded)):
             tree.grow(wanted, next_logprobs(model, prompt, wanted, config.max_tokens))
             n_expanded += len(wanted)
-    listed = tree.listed()
-    logprobs: list[float] = []
-    if listed:
-        scores = scorer.score([list(prompt)], [[list(ids) for ids in listed]])
-        assert scores.tokens.logprob is not None
-        token_S, bounds = scores.tokens.logprob.double(), scores.offsets.diff().tolist()
-        logprobs = [part.sum().item() for part in token_S.split(bounds)]
-    ranked = sorted(zip(logprobs, listed, strict=True), key=lambda x: (-x[0], x[1]))
+    found = tree.listed()
+    logprobs = _scored(scorer, prompt, list(found))
+    ranked = sorted(zip(logprobs, found, strict=True), key=lambda x: (-x[0], x[1]))
+    rounding = max((abs(x - found[ids]) for x, ids in ranked), default=0.0)
     best = ranked[0][0] if ranked else -math.inf
-    bound = tree.bound
+    bound, margin = tree.bound, config.tolerance / 2
     return Mode(
         sequences=[ids for _, ids in ranked],
         logprobs=[logprob for logprob, _ in ranked],
         bound=bound,
-        proved=bound < best - config.tolerance / 2 if ranked else tree.complete,
+        proved=rounding <= margin and bound < best - margin if ranked else tree.complete,
         complete=tree.complete,
         n_expanded=n_expanded,
         finished_mass=tree.finished_mass,
         cut_mass=tree.cut_mass,
         cut_bound=tree.cut_bound,
+        rounding=rounding,
     )
+
+
+def _scored(scorer: Scorer, prompt: Sequence[int], found: Sequence[Ids]) -> list[float]:
+    """Log-prob of each completion by the scorer, in nats."""
+    if not found:
+        return []
+    scores = scorer.score([list(prompt)], [[list(ids) for ids in found]])
+    assert scores.tokens.logprob is not None
+    token_S, bounds = scores.tokens.logprob.double(), scores.offsets.diff().tolist()
+    return [part.sum().item() for part in token_S.split(bounds)]
 
 
 def _check(

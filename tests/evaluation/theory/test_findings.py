@@ -1,10 +1,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from sharpen.evaluation.theory.adaptive import mu_of, stopping
-from sharpen.evaluation.theory.best_of_n_law import necessary_n
+from sharpen.evaluation.theory.best_of_n_law import fixed_n, necessary_n
 from sharpen.evaluation.theory.findings import Known, findings, format_table
 
 
@@ -12,7 +13,7 @@ def known(*probabilities, greedy=True, policy=None, **changes):
     logprobs = [math.log(p) for p in probabilities]
     options = {
         "logprobs": logprobs, "bound": logprobs[-1] - 1e-4, "proved": True, "complete": True,
-        "n_expanded": 10, "cut_bound": -math.inf, "greedy_found": greedy,
+        "n_expanded": 10, "cut_bound": -math.inf, "rounding": 1e-6, "greedy_found": greedy,
         "policy_logprobs": None if policy is None else [math.log(p) for p in policy],
     }  # fmt: skip
     return Known(**(options | changes))
@@ -27,10 +28,11 @@ def found(*prompts, gamma=0.0, deltas=(0.1,)):
 
 def test_proved_prompts_by_hand():
     first = known(0.8, 0.1, n_expanded=20, cut_bound=-0.1)
-    second = known(0.25, 0.2, greedy=False)
+    second = known(0.25, 0.2, greedy=False, rounding=2e-6)
     got = found(first, second)
     assert (got["n_prompts"], got["n_proved"], got["n_complete"]) == (2, 2, 2)
     assert got["n_expanded"] == {"mean": 15, "max": 20}
+    assert got["rounding"] == 2e-6
     assert got["coverage"]["c_cov"] == pytest.approx([2.625, 2.625])
     assert got["logprob"]["mean"] == pytest.approx((math.log(0.8) + math.log(0.25)) / 2)
     # the first could be beaten by a longer completion
@@ -47,8 +49,17 @@ def test_proved_prompts_by_hand():
     assert rule["miss"][1] == pytest.approx(sum(s.miss_high for s in stops) / 2)
     assert rule["largest_miss"] == pytest.approx(max(s.miss_high for s in stops))
     assert rule["largest_miss"] <= 0.05
-    # 0.75^n <= 0.05 from n = 11 on
-    assert rule["fixed_n_of_equal_guarantee"] == 11
+    # 0.75^n <= 0.05 from n = 11 on, (0.2^n + 0.75^n) / 2 <= 0.05 from n = 9 on
+    assert rule["fixed_n"]["guarantee_on_each"] == 11
+    assert rule["fixed_n"]["guarantee_in_the_mean"] == 9
+    assert rule["fixed_n"]["equal_miss"] == fixed_n(np.log([0.8, 0.25]), rule["miss"][1])
+    assert rule["factor_saved"]["guarantee_on_each"] == pytest.approx(11 / rule["expected_n"][1])
+    assert got["miss_by_n"]["2"] == pytest.approx(
+        [(0.2**2 + 0.75**2) / 2, (math.exp(-1.6) + math.exp(-0.5)) / 2]
+    )
+    # mu is just below 3: within 10 samples only 0.8 stops the rule
+    assert rule["certified_by"]["10"] == pytest.approx((1 - 0.2**10) / 2)
+    assert rule["certified_by"]["1"] == 0
     assert "policy" not in got
 
 

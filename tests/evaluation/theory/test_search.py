@@ -5,7 +5,9 @@ import torch
 
 from enumerated import EOS, law, ranked, small
 from sharpen.errors import InputError
+from sharpen.evaluation.theory import search as search_module
 from sharpen.evaluation.theory.coverage import mass_within
+from sharpen.evaluation.theory.frontier import Tree
 from sharpen.evaluation.theory.search import SearchConfig, find_mode
 from sharpen.models import load_tokenizer
 from sharpen.records import PromptRecord
@@ -129,6 +131,40 @@ def test_more_than_one_token_can_end_a_completion():
     mode = search(model, eos_ids=(2, 4), max_new_tokens=3, above=-60.0)
     assert mode.sequences == [ids for ids, _ in ranked(finished)]
     assert mode.finished_mass + mode.cut_mass == near(1.0)
+
+
+def test_an_end_named_twice_is_one_end():
+    once, twice = search(small(5)), search(small(5), eos_ids=(EOS, EOS))
+    assert twice == once
+    assert twice.runner_up < twice.logprob
+
+
+def test_a_scorer_that_disagrees_is_no_proof(monkeypatch):
+    model = small(3)
+    truth = search(model)
+    assert truth.proved
+    assert 0 < truth.rounding < 1e-5
+    off = {"by": 4e-5}
+    scored = search_module._scored
+    monkeypatch.setattr(
+        search_module, "_scored", lambda *args: [x - off["by"] for x in scored(*args)]
+    )
+    assert search(model).proved
+    off["by"] = 6e-5
+    mode = search(model)
+    assert not mode.proved
+    assert mode.sequences == truth.sequences
+    assert mode.rounding == pytest.approx(6e-5, abs=1e-5)
+
+
+def test_rounding_never_lifts_a_child_above_its_parent():
+    tree = Tree(eos_ids=(0,), depth=3, gamma=0.0, above=None, tolerance=1e-4)
+    assert tree.take(1) == [()]
+    tree.grow([()], torch.tensor([[-50.0, 1e-17]], dtype=torch.float64))
+    assert tree.take(1) == [(1,)]
+    tree.grow([(1,)], torch.tensor([[1e-17, -50.0]], dtype=torch.float64))
+    assert tree.listed() == {(1, 0): 0.0, (0,): -50.0}
+    assert tree.finished_mass == 1.0 + math.exp(-50)
 
 
 def test_nothing_that_ends_is_said_so():
