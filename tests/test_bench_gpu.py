@@ -21,11 +21,16 @@ from test_layers import ROOT
 from tree_oracle import TREES
 
 TRIE = Problem("trie", ((1, 150), (2, 70), (3, 40)), (4, 2), 16)
+# subtrees end where tiles do
+COUNTED = TREES | {
+    "levels": TRIE.tree(),
+    "whole tiles": Problem("", ((1, 256), (3, 128)), (1, 1), 16).tree(),
+}
 
 
-@pytest.mark.parametrize("name", [*TREES, "the trie of the benchmark"])
+@pytest.mark.parametrize("name", COUNTED)
 def test_tiles_are_counted_where_some_query_sees_some_key(name):
-    tree = TREES.get(name) or TRIE.tree()
+    tree = COUNTED[name]
     n = -(-tree.T // TILE)
     wide = torch.zeros(n * TILE, n * TILE, dtype=torch.bool)
     wide[: tree.T, : tree.T] = tree_mask(tree)
