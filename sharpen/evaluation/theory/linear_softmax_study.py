@@ -116,4 +116,4 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             lines.append(Line(name, [row["d"] for row in own], [row[key] for row in own]))
     x = [row["d"] for row in rows]
     lines.append(Line("C_cov", x, [row["coverage"] for row in rows], dashed=True))
-    return [Panel("d", "samples m until pi(y*) >= 0.9", lines, linear_x=True)]
+    return [Panel("d", "samples m until y* has 0.9 of the mass", lines, linear_x=True)]

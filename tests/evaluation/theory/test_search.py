@@ -167,6 +167,14 @@ def test_rounding_never_lifts_a_child_above_its_parent():
     assert tree.finished_mass == 1.0 + math.exp(-50)
 
 
+def test_where_the_greedy_dive_stands_is_still_open():
+    tree = Tree(eos_ids=(0,), depth=3, gamma=0.0, above=None, tolerance=1e-4)
+    tree.grow(tree.take(1), torch.tensor([[-5.0, -0.1, -3.0]], dtype=torch.float64))
+    # the budget may end here: what lies below (1,) is the most that is left
+    assert tree.bound == -0.1
+    assert tree.take(4) == [(1,)]
+
+
 def test_nothing_that_ends_is_said_so():
     mode = search(with_logits([0.0, 0, -math.inf, 0, 0]))
     assert (mode.sequences, mode.logprob, mode.runner_up) == ([], -math.inf, -math.inf)

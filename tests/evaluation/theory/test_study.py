@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sharpen.evaluation.theory.hard_family import HardFamily
 from sharpen.evaluation.theory.studies import STUDIES
 from sharpen.evaluation.theory.study import Study, markdown
 
+DOCS = Path(__file__).parents[3] / "docs" / "algorithms"
 # the third takes a quarter of a minute; the command's test runs it
 FAST = ["lower-bound", "error-shape"]
 
@@ -98,3 +100,24 @@ def test_cases_are_drawn_apart():
     )
     assert study.row(0, 0)["draw"] != study.row(1, 0)["draw"]
     assert study.row(0, 0) == {"a": 1, "draw": np.random.default_rng([0, 0]).random()}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_page_shows_the_table_of_the_rows_that_lie_beside_it(name):
+    folder, study = DOCS / "theory" / name, STUDIES[name]()
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert all(case.items() <= row.items() for case, row in zip(study.cases, rows, strict=True))
+    text = study.table(rows)
+    assert (folder / "table.md").read_text() == text
+    page = (DOCS / "theory.md").read_text()
+    assert text in page
+    assert f"theory/{name}/figure.svg" in page
+    svg = (folder / "figure.svg").read_text()
+    assert all(panel.ylabel in svg for panel in study.panels(rows))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_row_that_lies_beside_the_page_is_measured_again(name):
+    (line, *_) = (DOCS / "theory" / name / "rows.jsonl").read_text().splitlines()
+    for key, value in STUDIES[name]().row(0, 0).items():
+        assert value == pytest.approx(json.loads(line)[key]), key
