@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sharpen.errors import InputError
 from sharpen.runs import Run
 from sharpen.sampling.hf import TransformersSampler
@@ -75,14 +77,8 @@ def fit_once(
     prompts = render_all(source.records, tokenizer)
     sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
     sampler.check(prompts, draws)
-    settings = {
-        **training_settings(command, config, model.device),
-        "reward": config.reward,
-        **own,
-        **samples_settings(config.samples),
-    }
     out = Path(config.out)
-    with Run(out / "run.json", settings, outputs_of(out)):
+    with Run(out / "run.json", settings(command, config, own, model.device), outputs_of(out)):
         rows = draw(config, out, sampler, prompts, config.samples)
         scorer = Scorer(model, max_tokens=config.max_tokens)
         drawn = rate(out, scorer, source, rows, config.reward)
@@ -96,3 +92,15 @@ def fit_once(
         found = {"prompts": len(prompts), "prompts_fitted": len(choice.groups), **choice.found}
         of = f"of {len(choice.groups)} of {len(prompts)} prompts"
         finish(out, config, found, f"fitted {choice.what} {of}")
+
+
+def settings(
+    command: str, config: OnceConfig, own: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Everything that the outputs depend on."""
+    return {
+        **training_settings(command, config, device),
+        "reward": config.reward,
+        **own,
+        **samples_settings(config.samples),
+    }

@@ -57,8 +57,12 @@ class RlhfConfig(OnceConfig):
 def run(config: RlhfConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    own: dict[str, Any] = {name: getattr(config, name) for name in OWN}
-    fit_once("rlhf", config, own, partial(choose, config))
+    fit_once("rlhf", config, own(config), partial(choose, config))
+
+
+def own(config: RlhfConfig) -> dict[str, Any]:
+    """The options that no other training command has."""
+    return {name: getattr(config, name) for name in OWN}
 
 
 def check(config: RlhfConfig) -> None:

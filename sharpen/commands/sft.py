@@ -46,8 +46,12 @@ class SftConfig(OnceConfig):
 def run(config: SftConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    own: dict[str, Any] = {name: getattr(config, name) for name in OWN}
-    fit_once("sft", config, own, partial(choose, config))
+    fit_once("sft", config, own(config), partial(choose, config))
+
+
+def own(config: SftConfig) -> dict[str, Any]:
+    """The options that no other training command has."""
+    return {name: getattr(config, name) for name in OWN}
 
 
 def check(config: SftConfig) -> None:

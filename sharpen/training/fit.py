@@ -78,7 +78,7 @@ def fit(
             )  # fmt: skip
         except InputError:
             raise
-        except (ImportError, ValueError) as error:
+        except (ImportError, KeyError, ValueError) as error:
             raise refused_arguments(error) from error
         _only_our_bar(trainer)
         sealed = last_sealed(out / CHECKPOINTS)

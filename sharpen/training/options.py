@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from sharpen.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,17 +28,28 @@ OURS = {
     "use_cpu": "--device",
 }
 # what would be ignored in silence, or break a promise
+NO_TEST = "there is nothing to evaluate on; judge the model with `sharpen bon`"
+ONE_PROCESS = "one process fits; for more, run sharpen.training.trainer.GroupTrainer yourself"
 REFUSED = {
     "auto_find_batch_size": "a step is made of whole prompts; `--max-tokens` bounds its memory",
-    "eval_strategy": "there is nothing to evaluate on; judge the model with `sharpen bon`",
+    "debug": "it looks into forwards that are not there",
+    "deepspeed": ONE_PROCESS,
+    "eval_on_start": NO_TEST,
+    "eval_strategy": NO_TEST,
+    "fsdp": ONE_PROCESS,
     "ignore_data_skip": "a resumed run must see what an unbroken one sees",
     "label_smoothing_factor": "the losses here have no labels",
-    "load_best_model_at_end": "there is nothing to evaluate on; judge the model with `sharpen bon`",
+    "load_best_model_at_end": NO_TEST,
     "neftune_noise_alpha": "a log-ratio must not be noise",
+    "parallelism_config": ONE_PROCESS,
+    "push_to_hub": "nothing is uploaded; push `model/` when it is there",
     "resume_from_checkpoint": "the same command goes on from its own last checkpoint",
     "save_only_model": "a resumed run needs the optimizer",
+    "torch_compile": "shared prompts change what a forward does",
     "train_sampling_strategy": "groups of completions have no single length",
+    "use_liger_kernel": "the losses here make no logits already",
 }
+AT_LEAST = {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,8 @@ def more_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """
     from transformers import TrainingArguments
 
-    known = {f.name for f in fields(TrainingArguments)}
-    found = {}
+    known = {f.name: f.default for f in fields(TrainingArguments)}
+    found: dict[str, Any] = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
         if not separator or name not in known:
@@ -109,20 +123,33 @@ def more_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         if name in found:
             raise InputError(f"`trainer` must set {name} once, got {pair!r} too.")
         try:
-            found[name] = json.loads(text)
+            value = json.loads(text)
         except ValueError:
-            found[name] = text
+            value = text
+        found[name] = _checked(name, value, known[name])
     return found
+
+
+# Any: fields of all types
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A switch for a switch, a number for a number, in its range."""
+    is_switch, is_number = isinstance(value, bool), type(value) in (int, float)
+    if isinstance(default, bool) and not is_switch:
+        raise InputError(f"`trainer` must set {name} to true or false, got {value!r}.")
+    if type(default) in (int, float) and not is_number:
+        raise InputError(f"`trainer` must set {name} to a number, got {value!r}.")
+    if name in AT_LEAST and value < AT_LEAST[name]:
+        raise InputError(f"`trainer` must set {name} to {AT_LEAST[name]} or more, got {value}.")
+    return value
 
 
 def trainer_arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "TrainingArguments":
     """What a Trainer is told; nothing is written.
 
     Raises:
-        InputError: If transformers refuses it, or what it reports to is not installed.
+        InputError: If transformers refuses them, or what they name is not installed.
     """
     from transformers import TrainingArguments
-    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     given: dict[str, Any] = {
         "output_dir": str(folder),
@@ -144,9 +171,8 @@ def trainer_arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "Tr
     }
     try:
         args = TrainingArguments(**given | dict(options.more))
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        _try(args)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise refused_arguments(error) from error
     if args.save_total_limit == 1:
         raise InputError(
@@ -156,6 +182,22 @@ def trainer_arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "Tr
     # one process, one device: DataParallel would cut groups apart
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def _try(args: "TrainingArguments") -> None:
+    """Make what a Trainer makes when it begins, so that it fails before anything is drawn."""
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        callback()
+    kind, given = Trainer.get_optimizer_cls_and_kwargs(args)
+    # others want a model, and may keep to it
+    if kind.__module__.startswith("torch."):
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **given)
+        more = args.lr_scheduler_kwargs
+        assert not isinstance(more, str), "parsed by TrainingArguments"
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=more)
 
 
 def refused_arguments(error: Exception) -> InputError:
