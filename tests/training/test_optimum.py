@@ -31,7 +31,7 @@ def base():
 
 def trained(out, group, objective):
     model = model_of_few()
-    options = FitOptions(lr=1e-2, epochs=200, batch=1, save_every=10**6)
+    options = FitOptions(lr=1e-2, epochs=120.0, batch=1, save_every=10**6)
     fit(model, None, [group], objective, options, out)
     return sums(model, Batch.of([group]))
 

@@ -1,4 +1,4 @@
-"""Options of a run, and fields of TrainingArguments: what is taken, and each refusal in one line."""
+"""Options of a run and fields of TrainingArguments: what is taken, and refusals in one line."""
 
 import pytest
 
