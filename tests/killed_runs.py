@@ -4,16 +4,19 @@ Reads jobs from stdin, JSON lists [argv, place, n] with `place` as MODULE:NAME.N
 fork of one warm process, so a kill costs no import.
 """
 
+import gc
 import importlib
 import json
 import os
 import signal
 import sys
 
-import accelerate  # noqa: F401 (imported before the forks)
+import accelerate  # noqa: F401 (imported before the forks, as peft)
+import peft  # noqa: F401
 import torch
 
 from sharpen.cli import main
+from sharpen.scoring import Scorer
 
 
 def kill_at(place, n):
@@ -49,5 +52,9 @@ def run(argv, place, n):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # what every fork needs is loaded once; no backward, which would start a thread
+    Scorer("game24", device="cpu").score([[1, 2, 3]], [[[4], [5]]])
+    gc.collect()
+    gc.freeze()
     for job in json.load(sys.stdin):
         run(*job)

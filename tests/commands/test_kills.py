@@ -1,4 +1,4 @@
-"""SIGKILL at any place of `sft`, `rlhf` and `xpo`; the same command then ends with the same bits."""
+"""SIGKILL anywhere in `sft`, `rlhf` and `xpo`: the same command then ends with the same bits."""
 
 import json
 import os
@@ -30,18 +30,14 @@ ARGV = {
 KILLS = {
     "sft": [
         (JOURNAL, 1),  # samples drawn, none written
-        (JOURNAL, 3),  # scored, not written
         (OPTIMIZER, 2),  # a checkpoint half there
-        (SEAL, 1),  # a whole one without its mark
         (MODEL, 1),  # trained, and the model not yet in its place
     ],
-    "rlhf": [(OPTIMIZER, 3), ("sharpen.commands.once:finish", 1)],
+    "rlhf": [(SEAL, 3)],  # a whole checkpoint without its mark
     "xpo": [
         (SEAL, 2),  # within round 1
-        (f"{STAGE}.judge", 2),  # after it, before it is judged
         (f"{STAGE}.draw", 5),  # between the rounds
         (SEAL, 2),  # within round 2
-        ("sharpen.commands.xpo:best_round", 1),  # all rounds done, none kept
     ],
 }
 
