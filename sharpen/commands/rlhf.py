@@ -92,11 +92,12 @@ def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
     reward, reference, usable = reward_N.tolist(), drawn.reference.tolist(), usable_N.tolist()
     generator = torch.Generator().manual_seed(config.seed)
     groups, preferences = [], []
-    for row, (a, b) in zip(drawn.rows, pairwise(groups_N.tolist()), strict=True):
+    bounds = pairwise(groups_N.tolist())
+    for row, prompt, (a, b) in zip(drawn.rows, drawn.prompts, bounds, strict=True):
         pairs = choose_pairs(config.pairs, reward[a:b], usable[a:b], generator)
         if config.loss == "dpo":
             pairs = preferred(pairs, reward[a:b])
-            preferences += pair_rows(row, pairs)
+            preferences += pair_rows(row, prompt, pairs)
         if pairs:
             parts = reference[a:b], reward[a:b], pairs
             groups.append(paired_group(row["prompt_ids"], row["completion_ids"], *parts))
@@ -118,16 +119,24 @@ def preferred(pairs: Pairs, reward: list[float]) -> Pairs:
     return [(i, j) for i, j in pairs if reward[i] > reward[j]]
 
 
-def pair_rows(row: Row, pairs: Pairs) -> Iterator[Row]:
-    """TRL's `prompt`, `chosen` and `rejected` of one prompt's pairs, as text, and their ids."""
-    texts, ids = row["completions"], row["completion_ids"]
+def pair_rows(row: Row, prompt: str | list[dict[str, str]], pairs: Pairs) -> Iterator[Row]:
+    """TRL's `prompt`, `chosen` and `rejected` of one prompt's pairs, and their ids.
+
+    Text beside text, an assistant's turn beside messages: a template is applied once, by TRL.
+    """
+    given, ids = row["completions"], row["completion_ids"]
+    texts = given if isinstance(prompt, str) else [[_turn(text)] for text in given]
     for i, j in pairs:
         yield {
             "prompt_id": row["prompt_id"],
-            "prompt": row["prompt"],
+            "prompt": prompt,
             "chosen": texts[i],
             "rejected": texts[j],
             "prompt_ids": row["prompt_ids"],
             "chosen_ids": ids[i],
             "rejected_ids": ids[j],
         }
+
+
+def _turn(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

@@ -63,12 +63,14 @@ class Drawn:
         scores: Under the base model; cut samples are not valid.
         reward: Of each completion, all prompts end to end.
         reference: log pi_base of each completion, in nats.
+        prompts: One a row, as they were given: text or messages.
     """
 
     rows: list[Row]
     scores: Scores
     reward: Float64[Tensor, " N"]
     reference: Float64[Tensor, " N"]
+    prompts: list[str | list[dict[str, str]]]
 
     @property
     def usable(self) -> Bool[Tensor, " N"]:
@@ -175,7 +177,7 @@ def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
 
 def _check_samples(place: str, row: Row) -> None:
     lists = ("completions", "completion_ids", "finish_reasons")
-    for name in ("prompt_id", "prompt", "prompt_ids", *lists):
+    for name in ("prompt_id", "prompt_ids", *lists):
         if name not in row:
             raise RecordError(
                 f"{place}: must have the field `{name}`; give a file of `sharpen sample`."
@@ -198,7 +200,9 @@ def rate(out: Path, scorer: Scorer, source: Source, rows: list[Row], reward: str
     scores = score_samples(out / SCORES, scorer, rows, stats, Journal(out / TIMINGS))
     scores.warn_of_nan()
     reward_N = scores.reward(reward, **source.reward_options(reward, rows)).double()
-    return Drawn(rows, scores, reward_N, scores.reward("logprob").double())
+    given = {record.id: record.prompt for record in source.records}
+    prompts = [given[row["prompt_id"]] for row in rows]
+    return Drawn(rows, scores, reward_N, scores.reward("logprob").double(), prompts)
 
 
 def fit_into(

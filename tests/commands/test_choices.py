@@ -21,19 +21,21 @@ LOGPROBS = [[[-1.0, -2.0], [-2.0], [-4.0], [-0.5]], [[-INF], [-6.0, -1.0], [-5.0
 FINISHED = [[True, True, True, False], [True, True, True]]
 ROWS = [
     {
-        "prompt_id": f"p{p}", "prompt": f"q{p}", "prompt_ids": [p],
+        "prompt_id": f"p{p}", "prompt_ids": [p],
         "completions": [f"c{p}{g}" for g in range(len(group))],
         "completion_ids": [[10 * p + g] * len(x) for g, x in enumerate(group)],
     }
     for p, group in enumerate(LOGPROBS)
 ]  # fmt: skip
+MESSAGES = [{"role": "user", "content": "q1"}]
+PROMPTS = ["q0", MESSAGES]
 
 
 def drawn(reward=None):
     scores = Scores.from_logprobs(LOGPROBS, FINISHED)
     reference = scores.reward("logprob").double()
     reward = reference if reward is None else torch.tensor(reward, dtype=torch.float64)
-    return Drawn(ROWS, scores, reward, reference)
+    return Drawn(ROWS, scores, reward, reference, PROMPTS)
 
 
 def sft(**options):
@@ -129,11 +131,13 @@ def test_preferences_are_written_as_trl_reads_them(tmp_path):
             "prompt_ids": [0], "chosen_ids": [1], "rejected_ids": [2],
         },
         {
-            "prompt_id": "p1", "prompt": "q1", "chosen": "c12", "rejected": "c11",
+            "prompt_id": "p1", "prompt": MESSAGES,
+            "chosen": [{"role": "assistant", "content": "c12"}],
+            "rejected": [{"role": "assistant", "content": "c11"}],
             "prompt_ids": [1], "chosen_ids": [12], "rejected_ids": [11, 11],
         },
     ]  # fmt: skip
-    assert list(pair_rows(ROWS[0], [])) == []
+    assert list(pair_rows(ROWS[0], "q0", [])) == []
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def drawn(name, base, own=None, finished=None, reward=None):
     scores = Scores.from_logprobs([[[x] for x in group] for group in base], finished)
     reference = scores.reward("logprob").double()
     reward = reference + 100 if reward is None else torch.tensor(reward, dtype=torch.float64)
-    return Drawn(found, scores, reward, reference)
+    return Drawn(found, scores, reward, reference, ["q0", "q1"])
 
 
 def test_pairs_of_a_round_are_of_the_policy_first_and_its_own_base_samples():
