@@ -15,3 +15,7 @@ class RecordError(InputError):
 
 class RunError(SharpenError, RuntimeError):
     """A run directory that cannot be used: made with other settings, or in use."""
+
+
+class TrainingError(SharpenError, ArithmeticError):
+    """Weights that training has spoilt: NaN or infinity."""

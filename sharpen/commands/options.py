@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sharpen.sampling import SamplingConfig
-from sharpen.training.fit import FitOptions, more_arguments
+from sharpen.training.options import FitOptions, more_arguments
 
 
 def option(help_text: str, default: Any = None, aliases: tuple[str, ...] = ()) -> Any:

@@ -4,10 +4,13 @@
     pi = argmin sum e^2,  whose optimum is pi_base exp(r / beta)
 
 Writes into its run directory: `samples.jsonl`, `scores.jsonl` (log-probs under the base model: the
-rewards and the reference), `losses.jsonl`, `checkpoints/`, `model/` and `summary.json`.
+rewards and the reference), `losses.jsonl`, `checkpoints/`, `model/` and `summary.json`; with
+`--loss dpo` also `pairs.jsonl`, the preferences as TRL's `DPOTrainer` takes them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -15,41 +18,24 @@ from typing import Any, Literal
 import torch
 
 from sharpen.errors import InputError
-from sharpen.runs import Run
-from sharpen.sampling.hf import TransformersSampler
-from sharpen.sampling.prompts import render_all
-from sharpen.scoring import Scorer
-from sharpen.scoring.rewards import REWARDS
-from sharpen.training.groups import Group, paired_group
+from sharpen.records import Row, write_rows
+from sharpen.training.groups import paired_group
 from sharpen.training.objectives import Dpo, Square, check_beta
-from sharpen.training.pairs import choose_pairs
+from sharpen.training.pairs import Pairs, choose_pairs
 from sharpen.training.scaling import standardise
 
-from .options import option, required
-from .sources import open_source
-from .training import (
-    Drawn,
-    TrainConfig,
-    check_training,
-    draw,
-    finish,
-    fit_into,
-    load_base,
-    outputs_of,
-    rate,
-    samples_settings,
-    training_settings,
-)
+from .once import Choice, OnceConfig, fit_once
+from .options import option
+from .training import PAIRS, Drawn
+
+OWN = ("beta", "pairs", "standardise", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlhfConfig(TrainConfig):
+class RlhfConfig(OnceConfig):
     """RLHF-Sharpening: sample, score, pair, fit."""
 
-    out: str = required("run directory; the same command again goes on where it stopped")
-    split: str = option("split of the task, or several as A+B", "sharpen")
     n: int = option("completions per prompt, at least 2", 8, ("-n",))
-    reward: str = option(f"self-reward: {', '.join(REWARDS)}", "logprob")
     beta: float = option(
         "weight of the KL term; of logprob the optimum is the power 1 + 1/beta of the base", 1.0
     )
@@ -66,78 +52,91 @@ class RlhfConfig(TrainConfig):
         "square: the paper's; dpo: a logistic loss of which is better, the common baseline",
         "square",
     )
-    samples: str | None = option("a file of `sharpen sample` to use instead of drawing")
 
 
 def run(config: RlhfConfig) -> None:
     """Run the command, or go on with it."""
-    options = check_training(config, config.reward)
     check(config)
-    draws = config.sampling()
-    model, tokenizer = load_base(config)
-    source = open_source(config, tokenizer)
-    prompts = render_all(source.records, tokenizer)
-    sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
-    sampler.check(prompts, draws)
-    out = Path(config.out)
-    with Run(out / "run.json", settings(config, model.device), outputs_of(out)):
-        rows = draw(config, out, sampler, prompts, config.samples)
-        drawn = rate(out, Scorer(model, max_tokens=config.max_tokens), source, rows, config.reward)
-        groups = paired_groups(config, drawn)
-        objective = Square(config.beta) if config.loss == "square" else Dpo(config.beta)
-        fit_into(out, model, tokenizer, groups, objective, options)
-        n_pairs = sum(len(group.pairs) for group in groups)
-        found = {"prompts": len(prompts), "prompts_fitted": len(groups), "pairs_fitted": n_pairs}
-        finish(
-            out, config, found,
-            f"fitted {n_pairs} pairs of {len(groups)} of {len(prompts)} prompts",
-        )  # fmt: skip
+    fit_once("rlhf", config, own(config), partial(choose, config))
+
+
+def own(config: RlhfConfig) -> dict[str, Any]:
+    """The options that no other training command has."""
+    return {name: getattr(config, name) for name in OWN}
 
 
 def check(config: RlhfConfig) -> None:
     """Refuse what has no optimum or no pairs.
 
     Raises:
-        InputError: If beta is not above 0, or N < 2.
+        InputError: If beta is not above 0, N < 2, or an option would change nothing.
     """
     check_beta(config.beta)
     if config.n < 2 and config.samples is None:
         raise InputError(f"`n` must be at least 2 for pairs, got {config.n}.")
+    if config.loss == "dpo" and config.standardise != "none":
+        raise InputError(
+            f"`standardise` must be none with `--loss dpo`, got {config.standardise}: that loss "
+            "knows which reward is higher, not by how much."
+        )
 
 
-def settings(config: RlhfConfig, device: torch.device) -> dict[str, Any]:
-    """Everything that the outputs depend on."""
-    names = ("reward", "beta", "pairs", "standardise", "loss")
-    return {
-        **training_settings("rlhf", config, device),
-        **{name: getattr(config, name) for name in names},
-        **samples_settings(config.samples),
-    }
-
-
-def paired_groups(config: RlhfConfig, drawn: Drawn) -> list[Group]:
-    """The pairs of each prompt; prompts with fewer than two eligible samples are left out.
+def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
+    """The pairs of each prompt; prompts with fewer than two usable samples are left out.
 
     Raises:
         InputError: If no prompt has a pair.
     """
-    scores = drawn.scores
-    eligible_N = scores.eligible & ~drawn.reward.isnan()
-    reward_N = standardise(drawn.reward, scores.groups, eligible_N, config.standardise)
-    reward, reference, eligible = reward_N.tolist(), drawn.reference.tolist(), eligible_N.tolist()
+    groups_N, usable_N = drawn.scores.groups, drawn.usable
+    reward_N = standardise(drawn.reward, groups_N, usable_N, config.standardise)
+    reward, reference, usable = reward_N.tolist(), drawn.reference.tolist(), usable_N.tolist()
     generator = torch.Generator().manual_seed(config.seed)
-    found = []
-    for row, (a, b) in zip(drawn.rows, pairwise(scores.groups.tolist()), strict=True):
-        pairs = choose_pairs(config.pairs, reward[a:b], eligible[a:b], generator)
+    groups, preferences = [], []
+    bounds = pairwise(groups_N.tolist())
+    for row, prompt, (a, b) in zip(drawn.rows, drawn.prompts, bounds, strict=True):
+        pairs = choose_pairs(config.pairs, reward[a:b], usable[a:b], generator)
+        if config.loss == "dpo":
+            pairs = preferred(pairs, reward[a:b])
+            preferences += pair_rows(row, prompt, pairs)
         if pairs:
-            found.append(
-                paired_group(
-                    row["prompt_ids"], row["completion_ids"], reference[a:b], reward[a:b], pairs
-                )
-            )
-    if not found:
+            parts = reference[a:b], reward[a:b], pairs
+            groups.append(paired_group(row["prompt_ids"], row["completion_ids"], *parts))
+    if not groups:
+        two = "two finished completions" + (" of unequal reward" if config.loss == "dpo" else "")
         raise InputError(
-            "`n` must leave at least two finished completions of some prompt, got none; "
-            "raise `--max-new-tokens` or `-n`."
+            f"`{'n' if config.samples is None else 'samples'}` must leave at least {two} of some "
+            "prompt, got none; raise `--max-new-tokens` or `-n`."
         )
-    return found
+    if config.loss == "dpo":
+        write_rows(Path(config.out) / PAIRS, preferences)
+    objective = Square(config.beta) if config.loss == "square" else Dpo(config.beta)
+    n_pairs = sum(len(group.pairs) for group in groups)
+    return Choice(groups, objective, {"pairs_fitted": n_pairs}, f"{n_pairs} pairs")
+
+
+def preferred(pairs: Pairs, reward: list[float]) -> Pairs:
+    """Those of unequal reward: of equals, none is to be preferred."""
+    return [(i, j) for i, j in pairs if reward[i] > reward[j]]
+
+
+def pair_rows(row: Row, prompt: str | list[dict[str, str]], pairs: Pairs) -> Iterator[Row]:
+    """TRL's `prompt`, `chosen` and `rejected` of one prompt's pairs, and their ids.
+
+    Text beside text, an assistant's turn beside messages: a template is applied once, by TRL.
+    """
+    given, ids = row["completions"], row["completion_ids"]
+    texts = given if isinstance(prompt, str) else [[_turn(text)] for text in given]
+    for i, j in pairs:
+        yield {
+            "prompt_id": row["prompt_id"],
+            "prompt": prompt,
+            "chosen": texts[i],
+            "rejected": texts[j],
+            "prompt_ids": row["prompt_ids"],
+            "chosen_ids": ids[i],
+            "rejected_ids": ids[j],
+        }
+
+
+def _turn(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

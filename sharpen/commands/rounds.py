@@ -17,9 +17,10 @@ from sharpen.runs import Journal
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.scoring import Scorer
-from sharpen.training.fit import MODEL, FitOptions
+from sharpen.training.fit import MODEL
 from sharpen.training.groups import Group
 from sharpen.training.objectives import Objective
+from sharpen.training.options import FitOptions
 from sharpen.training.value import regularised_value
 
 from .sources import Source
@@ -50,12 +51,12 @@ class Data:
     def add(self, drawn: Drawn, base: Drawn, t: int, *, n: int, beta: float) -> None:
         """Add round t >= 1: y_i of each prompt from `drawn`, y'_i from its n samples of `base`.
 
-        A pair with an ineligible side is left out.
+        A pair with an unusable side is left out.
         """
         for p, (policy_row, base_row) in enumerate(zip(_each(drawn), _each(base), strict=True)):
             for i in range(n):
                 sides = [(policy_row, i), (base_row, (t - 1) * n + i)]
-                if not all(row["eligible"][g] for row, g in sides):
+                if not all(row["usable"][g] for row, g in sides):
                     continue
                 for row, g in sides:
                     self.completions[p].append(row["completion_ids"][g])
@@ -117,7 +118,7 @@ class Stage:
         drawn = self.draw(folder / VALIDATION, policy, prompts, draws)
         own = [math.fsum(_numbers(x)) for row in drawn.rows for x in row["logprobs"]]
         log_ratio_N = torch.tensor(own, dtype=torch.float64) - drawn.reference
-        eligible_N = drawn.scores.eligible & ~log_ratio_N.isnan()
+        eligible_N = drawn.usable & log_ratio_N.isfinite()
         if not eligible_N.any():
             return None
         return regularised_value(drawn.reward, log_ratio_N, eligible_N, beta=self.beta)
@@ -154,7 +155,7 @@ def _each(drawn: Drawn) -> list[Row]:
     columns = {
         "reference": drawn.reference.tolist(),
         "reward": drawn.reward.tolist(),
-        "eligible": (drawn.scores.eligible & ~drawn.reward.isnan()).tolist(),
+        "usable": drawn.usable.tolist(),
     }
     return [
         row | {name: values[a:b] for name, values in columns.items()}

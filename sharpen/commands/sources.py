@@ -100,6 +100,9 @@ def check_source(options: PromptOptions) -> None:
         raise InputError(f"`limit` must be at least 1, got {options.limit}.")
     if options.prompts is not None and options.shots:
         raise InputError("`shots` needs `--task`; write worked examples into the prompts file.")
+    parts = options.split.split("+")
+    if options.task is not None and len(set(parts)) < len(parts):
+        raise InputError(f"`split` must name each split once, got {options.split!r}.")
 
 
 def source_settings(options: PromptOptions) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def score_samples(
     rows = list(journal.rows)
     started = time.monotonic()
     with tqdm(total=len(samples), initial=len(rows), desc="score", unit="prompt") as bar:
-        for start in range(len(rows), len(samples), CHUNK):
+        # a chunk that a crash tore is scored whole again: its bits are those of its batches
+        whole = len(rows) - len(rows) % CHUNK if len(rows) < len(samples) else len(rows)
+        for start in range(whole, len(samples), CHUNK):
             chunk = samples[start : start + CHUNK]
             scores = scorer.score(
                 [row["prompt_ids"] for row in chunk],
@@ -80,13 +82,14 @@ def score_samples(
             fresh = [
                 {"prompt_id": row["prompt_id"], **{name: nested[name][p] for name in stats}}
                 for p, row in enumerate(chunk)
+                if start + p >= len(rows)
             ]
             journal.append(fresh)
             rows += fresh
             now = time.monotonic()
             timings.append([{"stage": "score", "seconds": now - started}])
             started = now
-            bar.update(len(chunk))
+            bar.update(len(fresh))
     lengths = [[len(ids) for ids in row["completion_ids"]] for row in samples]
     columns = {
         name: torch.tensor(

@@ -15,31 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
-from sharpen.records import Row, file_digest, read_rows, write_text
+from sharpen.errors import InputError, RecordError
+from sharpen.records import Row, check_ids, file_digest, read_rows, write_text
 from sharpen.runs import Journal
 from sharpen.sampling import Prompt
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import stats_needed
-from sharpen.training.fit import LOSSES, MODEL, FitOptions, fit, require_train
+from sharpen.training.fit import LOSSES, MODEL, fit, require_train
 from sharpen.training.groups import Group
 from sharpen.training.objectives import Objective
+from sharpen.training.options import FitOptions, trainer_arguments
 
-from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions
+from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions, required
 from .sources import Source, check_reward, check_source, load, model_settings, source_settings
 from .stages import sample_into, score_samples
 
-SAMPLES, SCORES, SUMMARY, TIMINGS = "samples.jsonl", "scores.jsonl", "summary.json", "timings.jsonl"
+SAMPLES, SCORES, PAIRS = "samples.jsonl", "scores.jsonl", "pairs.jsonl"
+SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainOptions, DrawOptions, PromptOptions, ModelOptions):
     """What every training command is told."""
+
+    out: str = required("run directory; the same command again goes on where it stopped")
 
     def fit_options(self) -> FitOptions:
         """How to fit.
@@ -59,12 +63,19 @@ class Drawn:
         scores: Under the base model; cut samples are not valid.
         reward: Of each completion, all prompts end to end.
         reference: log pi_base of each completion, in nats.
+        prompts: One a row, as they were given: text or messages.
     """
 
     rows: list[Row]
     scores: Scores
     reward: Float64[Tensor, " N"]
     reference: Float64[Tensor, " N"]
+    prompts: list[str | list[dict[str, str]]]
+
+    @property
+    def usable(self) -> Bool[Tensor, " N"]:
+        """Which completions may be fitted: eligible, with a finite log-prob and reward."""
+        return self.scores.eligible & self.reference.isfinite() & self.reward.isfinite()
 
 
 def check_training(config: TrainConfig, reward: str) -> FitOptions:
@@ -91,6 +102,8 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
             f"`device` must be cpu or cuda in training, got {config.device!r}; choose a GPU with "
             "CUDA_VISIBLE_DEVICES."
         )
+    is_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    trainer_arguments(options, Path(config.out), is_cpu=is_cpu)
     return options
 
 
@@ -140,15 +153,15 @@ def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
 
     Raises:
         InputError: If a prompt has none, or its tokens were others.
-        RecordError: If the file cannot be read.
+        RecordError: If the file cannot be read, or a record is not one of `sharpen sample`.
     """
-    wanted = ("prompt_ids", "completions", "completion_ids", "finish_reasons")
     rows: dict[str, Row] = {}
     for place, row in read_rows(path):
-        missing = [name for name in ("prompt_id", *wanted) if name not in row]
-        if missing:
-            raise InputError(
-                f"{place}: must have the field `{missing[0]}`; give a file of `sharpen sample`."
+        _check_samples(place, row)
+        if row["prompt_id"] in rows:
+            raise RecordError(
+                f"{place}: `prompt_id` {row['prompt_id']!r} must be there once, got it again; "
+                "give a file of one `sharpen sample`."
             )
         rows[row["prompt_id"]] = row
     for prompt in prompts:
@@ -162,13 +175,34 @@ def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
     return [rows[prompt.id] for prompt in prompts]
 
 
+def _check_samples(place: str, row: Row) -> None:
+    lists = ("completions", "completion_ids", "finish_reasons")
+    for name in ("prompt_id", "prompt_ids", *lists):
+        if name not in row:
+            raise RecordError(
+                f"{place}: must have the field `{name}`; give a file of `sharpen sample`."
+            )
+    if not isinstance(row["prompt_id"], str):
+        raise RecordError(f"{place}: `prompt_id` must be text, got {row['prompt_id']!r}.")
+    sizes = [len(row[name]) if isinstance(row[name], list) else None for name in lists]
+    if None in sizes or len(set(sizes)) > 1:
+        raise RecordError(
+            f"{place}: {', '.join(f'`{name}`' for name in lists)} must be lists of one length, "
+            f"got {', '.join(map(str, sizes))}."
+        )
+    for ids in row["completion_ids"]:
+        check_ids(place, "completion_ids", ids)
+
+
 def rate(out: Path, scorer: Scorer, source: Source, rows: list[Row], reward: str) -> Drawn:
     """Log-probs and rewards of samples under the base model, kept in `out`."""
     stats = tuple(dict.fromkeys(["logprob", *stats_needed(reward)]))
     scores = score_samples(out / SCORES, scorer, rows, stats, Journal(out / TIMINGS))
     scores.warn_of_nan()
     reward_N = scores.reward(reward, **source.reward_options(reward, rows)).double()
-    return Drawn(rows, scores, reward_N, scores.reward("logprob").double())
+    given = {record.id: record.prompt for record in source.records}
+    prompts = [given[row["prompt_id"]] for row in rows]
+    return Drawn(rows, scores, reward_N, scores.reward("logprob").double(), prompts)
 
 
 def fit_into(
@@ -212,4 +246,4 @@ def setting(config: PromptOptions) -> str:
 
 def outputs_of(out: Path) -> list[Path]:
     """What a training command writes."""
-    return [out / name for name in (SAMPLES, SCORES, LOSSES, MODEL, SUMMARY)]
+    return [out / name for name in (SAMPLES, SCORES, PAIRS, LOSSES, MODEL, SUMMARY)]

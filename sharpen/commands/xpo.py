@@ -26,11 +26,14 @@ from sharpen.sampling import Prompt
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompts import render_all
 from sharpen.scoring import Scorer
-from sharpen.training.fit import MODEL, save_whole
+from sharpen.scoring.rewards import REWARDS as EVERY_REWARD
+from sharpen.scoring.rewards import options_needed
+from sharpen.training.fit import MODEL
 from sharpen.training.losses import optimism_weight
 from sharpen.training.objectives import Square, check_beta, check_optimism
+from sharpen.training.saving import save_whole
 
-from .options import option, required
+from .options import option
 from .rounds import Data, Stage
 from .sources import open_source
 from .training import (
@@ -45,14 +48,14 @@ from .training import (
 log = logging.getLogger("sharpen")
 
 ROUNDS = "rounds.jsonl"
-REWARDS = ("logprob", "mean_logprob", "self_certainty", "neg_entropy")
+# those that need answers depend on the other samples of a prompt
+REWARDS = tuple(name for name in EVERY_REWARD if not options_needed(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class XpoConfig(TrainConfig):
     """XPO: rounds of sampling from the model being trained, and fitting."""
 
-    out: str = required("run directory; the same command again goes on where it stopped")
     split: str = option("split of the task, or several as A+B", "sharpen")
     n: int = option("pairs per prompt and round", 2, ("-n",))
     rounds: int = option("T: rounds of sampling and fitting", 3)
@@ -119,10 +122,10 @@ def check(config: XpoConfig) -> None:
     for name in ("rounds", "validation"):
         if getattr(config, name) < 1:
             raise InputError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
-    if config.reward == "majority":
+    if config.reward in EVERY_REWARD and config.reward not in REWARDS:
         raise InputError(
-            f"`reward` must be one of {', '.join(REWARDS)} in xpo, got 'majority': it depends on "
-            "the other samples of a prompt, which change from round to round."
+            f"`reward` must be one of {', '.join(REWARDS)} in xpo, got {config.reward!r}: it "
+            "depends on the other samples of a prompt, which change from round to round."
         )
     if (config.temperature, config.top_p) != (1.0, 1.0):
         raise InputError(

@@ -9,6 +9,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sharpen.records import write_rows, write_text
 
+from .saving import flush
+
 SEAL = "complete"
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
@@ -54,7 +56,9 @@ class Seal(TrainerCallback):
     ) -> None:
         """Add the mark."""
         if state.is_world_process_zero and args.output_dir is not None:
-            write_text(_folder(Path(args.output_dir), state.global_step) / SEAL, "")
+            folder = _folder(Path(args.output_dir), state.global_step)
+            flush(folder)
+            write_text(folder / SEAL, "")
 
 
 class Bar(TrainerCallback):

@@ -13,6 +13,8 @@ from torch import Tensor
 from sharpen.errors import InputError
 
 Standardise = Literal["none", "all", "prompt"]
+# some units in the last place of fp32; chosen
+ROUNDING = 1e-6
 
 
 def standardise(
@@ -38,8 +40,8 @@ def standardise(
         over: "none" leaves rewards as they are; "all" or "prompt" as above.
 
     Returns:
-        Rewards; those of a prompt whose eligible rewards are equal stay as they are with "prompt",
-        and so do all where all are equal with "all".
+        Rewards; those of a prompt whose eligible rewards are equal, to the rounding of fp32, stay
+        as they are with "prompt", and so do all where all are equal with "all".
 
     Raises:
         InputError: If `over` is none of them.
@@ -62,9 +64,9 @@ def standardise(
         ok_G, reward_G = eligible[first:last], reward[first:last]
         if ok_G.any():
             centred_N[first:last] = reward_G - reward_G[ok_G].mean()
-            scale_N[first:last] = _deviation(centred_N[first:last][ok_G])
+            scale_N[first:last] = _deviation(centred_N[first:last][ok_G], reward_G[ok_G])
     if over == "all" and eligible.any():
-        scale_N[:] = _deviation(centred_N[eligible])
+        scale_N[:] = _deviation(centred_N[eligible], reward[eligible])
     return reward / scale_N
 
 
@@ -89,7 +91,7 @@ def tilted_weights(
         temperature: lambda, above 0, in units of the reward.
 
     Raises:
-        InputError: If `temperature` is not above 0.
+        InputError: If `temperature` is not above 0 and finite.
 
     Source:
         Verdun et al. 2025, arXiv:2505.03156.
@@ -100,8 +102,8 @@ def tilted_weights(
         >>> tilted_weights(reward, torch.tensor([0, 3]), eligible, 1.0).round(decimals=4).tolist()
         [0.3333, 0.6667, 0.0]
     """
-    if not temperature > 0:
-        raise InputError(f"`soft_temperature` must be above 0, got {temperature}.")
+    if not 0 < temperature < torch.inf:
+        raise InputError(f"`soft_temperature` must be above 0 and finite, got {temperature}.")
     weight_N = torch.zeros_like(reward)
     for first, last in pairwise(groups.tolist()):
         ok_G = eligible[first:last]
@@ -111,6 +113,9 @@ def tilted_weights(
     return weight_N
 
 
-def _deviation(centred: Float64[Tensor, " n"]) -> Float64[Tensor, ""]:
+def _deviation(
+    centred: Float64[Tensor, " n"], reward: Float64[Tensor, " n"]
+) -> Float64[Tensor, ""]:
     sigma = centred.square().mean().sqrt()
-    return sigma if sigma > 0 else torch.ones_like(sigma)
+    # rewards of equal completions differ by the model's own rounding, which must not become 1
+    return sigma if sigma > ROUNDING * reward.abs().max() else torch.ones_like(sigma)

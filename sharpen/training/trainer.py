@@ -63,7 +63,9 @@ class GroupTrainer(Trainer):
         # a peft model answers to everything that the scorer asks of a model
         self.scorer = Scorer(model, max_tokens=max_tokens)  # type: ignore[arg-type]
         # probed here, before the model is wrapped or cast
-        self.shares_prompts = self.scorer.route.sharing != "none"
+        way = self.scorer.route.sharing
+        # a checkpointed forward returns no cache: sequences go whole
+        self.shares_prompts = way == "tree" or (way == "cache" and not args.gradient_checkpointing)
         self.objective = objective
         super().__init__(
             model=model,

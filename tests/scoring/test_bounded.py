@@ -1,11 +1,10 @@
 """Gradients in bounded memory are those of one large graph."""
 
-import weakref
-
 import pytest
 import torch
 
 from families import CACHE, CONTEXT, TREE, V, family
+from saved_bytes import peak_saved_bytes
 from sharpen import Scorer
 from sharpen.errors import InputError
 from tiny import tiny
@@ -65,31 +64,6 @@ def test_slopes_need_no_second_forward():
         InputError, match=r"a slope for each of the 56 completion tokens, got shape \(3,\)"
     ):
         scorer.backward(PROMPTS, COMPLETIONS, slopes[:3])
-
-
-def peak_saved_bytes(run):
-    """The most that autograd holds for backward at any time."""
-    now = peak = 0
-
-    class Held:
-        def __init__(self, x):
-            self.x = x
-
-    def forget(n):
-        nonlocal now
-        now -= n
-
-    def pack(x):
-        nonlocal now, peak
-        held, n = Held(x), x.numel() * x.element_size()
-        now += n
-        peak = max(peak, now)
-        weakref.finalize(held, forget, n)
-        return held
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.x):
-        run()
-    return peak
 
 
 def test_memory_does_not_grow_with_n():

@@ -76,6 +76,24 @@ BATCH = Batch.of(
 )  # fmt: skip
 
 
+# sums -3 -4 | -6 -0.5, log-ratios -1 1 | -2 0.5; pairs (0, 1), (3, 2), (2, 3)
+VALUES = {
+    "nll-token": (Likelihood("token"), (0.2 * 3 + 0.8 * 4 + 6) / (0.2 * 2 + 0.8 * 1 + 3)),
+    "nll-sequence": (Likelihood("sequence"), (0.2 * 3 + 0.8 * 4 + 6) / 2),
+    "square": (Square(0.5), ((-1 - 3) ** 2 + (1.25 - 3.5) ** 2 + (-1.25 + 3.5) ** 2) / 3),
+    "xpo": (Square(0.5, 0.3), (16 + 2 * 2.25**2) / 3 + 0.3 * (-4 - 6 - 0.5) / 3),
+    "dpo": (Dpo(0.5), sum(math.log(1 + math.exp(x)) for x in (1, -1.25, 1.25)) / 3),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_objectives_of_a_batch_by_hand(name):
+    logprob = torch.tensor([-1.0, -2.0, -4.0, -1.0, -2.0, -3.0, -0.5], dtype=torch.float64)
+    objective, want = VALUES[name]
+    assert objective(logprob, BATCH).item() == pytest.approx(want, rel=1e-14)
+    assert objective(logprob.float(), BATCH).item() == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_are_those_of_finite_differences(name):
     generator = torch.Generator().manual_seed(0)

@@ -81,8 +81,13 @@ def test_soft_weights_of_samples_estimate_the_power_distribution():
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(InputError, match=r"`soft_temperature` must be above 0, got 0\.0"):
-        tilted_weights(REWARD, GROUPS, OK, 0.0)
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(
+            InputError, match=f"`soft_temperature` must be above 0 and finite, got {bad}"
+        ):
+            tilted_weights(REWARD, GROUPS, OK, bad)
+    with pytest.raises(InputError, match="`standardise` must be one of none, all, prompt, got 'x'"):
+        standardise.__wrapped__(REWARD, GROUPS, OK, "x")
 
 
 def test_value_is_highest_at_the_power_distribution():

@@ -1,72 +1,35 @@
 """Training steps: what is fitted rises, memory stays within the budget, a kill changes no bit."""
 
-import json
+import os
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from sharpen import Scorer
-from sharpen.errors import InputError
+from sharpen.errors import InputError, TrainingError
 from sharpen.models import load_model
+from sharpen.training import callbacks, saving
 from sharpen.training import fit as fit_module
-from sharpen.training.fit import FitOptions, fit
-from sharpen.training.groups import Batch, Group
-from sharpen.training.losses import sequence_sums
+from sharpen.training.callbacks import SEAL, last_sealed
+from sharpen.training.fit import fit
+from sharpen.training.groups import Batch
 from sharpen.training.objectives import Dpo, Likelihood, Square
 from sharpen.training.trainer import GroupTrainer
-from tiny import V, tiny
-
-
-def ids(n, seed):
-    return torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def sums(model, batch):
-    with torch.no_grad():
-        logprob_S = Scorer(model, sharing="none").logprobs(batch.prompts, batch.completions)
-    return sequence_sums(logprob_S, batch.offsets)
-
-
-PROMPTS = [ids(4 + p % 3, p) for p in range(6)]
-COMPLETIONS = [[ids(3 + g, 10 * p + g) for g in range(3)] for p in range(6)]
+from tiny import tiny
+from tiny_groups import bits, fitted, losses, options, sums
+from tiny_groups import compared as compared_groups
+from tiny_groups import likelihood as likelihood_groups
 
 
 @pytest.fixture(scope="module")
 def likelihood():
-    pairs = zip(PROMPTS, COMPLETIONS, strict=True)
-    return [Group(prompt, group, weight=[1.0, 0.5, 0.25]) for prompt, group in pairs]
+    return likelihood_groups()
 
 
 @pytest.fixture(scope="module")
 def compared():
-    model = tiny()
-    batch = Batch.of([Group(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-    reference = sums(model, batch).reshape(6, 3).tolist()
-    return [
-        Group(p, c, reference=ref, reward=[r / 10 for r in ref], pairs=[(0, 1), (0, 2), (1, 2)])
-        for p, c, ref in zip(PROMPTS, COMPLETIONS, reference, strict=True)
-    ]
-
-
-def options(**changes):
-    given = {"lr": 3e-4, "epochs": 2.0, "batch": 2, "save_every": 2, "more": {"logging_steps": 1}}
-    return FitOptions(**given | changes)
-
-
-def fitted(out, groups, objective, **changes):
-    model = tiny()
-    fit(model, None, groups, objective, options(**changes), out)
-    return model
-
-
-def losses(out):
-    rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def bits(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return compared_groups()
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -124,18 +87,6 @@ def test_the_budget_decides_how_a_step_runs(tmp_path, compared, monkeypatch):
     assert called == [1]
 
 
-def test_half_precision_steps_agree_with_full_ones(tmp_path, compared):
-    for max_tokens in (16384, 12):
-        out = tmp_path / str(max_tokens)
-        more = {"logging_steps": 1, "bf16": True}
-        model = fitted(out, compared, Square(1.0), max_tokens=max_tokens, more=more)
-        assert bits(model).dtype == torch.float32
-    assert losses(tmp_path / "12") == pytest.approx(losses(tmp_path / "16384"), rel=0.2)
-    fitted(tmp_path / "full", compared, Square(1.0))
-    assert losses(tmp_path / "12") == pytest.approx(losses(tmp_path / "full"), rel=0.2)
-    assert losses(tmp_path / "12") != losses(tmp_path / "full")
-
-
 class Killed(BaseException):
     pass
 
@@ -173,22 +124,77 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, compared, monkeypatch, s
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("place", ["checkpoint", "model"])
+def test_a_kill_while_something_is_saved_costs_no_bit(tmp_path, compared, monkeypatch, place):
+    """Of the last of all: every step is done, and nothing is left but to save."""
+    want = fitted(tmp_path / "whole", compared, Square(1.0))
+    module = saving if place == "model" else callbacks
+    with monkeypatch.context() as patch:
+        flushed = []
+
+        def killed(folder):
+            flushed.append(folder)
+            if len(flushed) == {"checkpoint": 3, "model": 1}[place]:
+                raise Killed
+
+        patch.setattr(module, "flush", killed)
+        with pytest.raises(Killed):
+            fitted(tmp_path / "cut", compared, Square(1.0))
+    assert not (tmp_path / "cut" / "model").exists()
+    sealed = {"checkpoint": "checkpoint-4", "model": "checkpoint-6"}[place]
+    assert last_sealed(tmp_path / "cut" / "checkpoints").name == sealed
+    got = fitted(tmp_path / "cut", compared, Square(1.0))
+    assert torch.equal(bits(got), bits(want))
+    whole, again = (tmp_path / x / "losses.jsonl" for x in ("whole", "cut"))
+    assert whole.read_bytes() == again.read_bytes()
+
+
+def test_a_checkpoint_is_sealed_once_its_bytes_are_on_disk(tmp_path, likelihood, monkeypatch):
+    synced = set()
+    fsync = os.fsync
+
+    def seen(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.basename(path).startswith(f".{SEAL}"):
+            folder = os.path.dirname(path)
+            names = {os.path.join(folder, name) for name in os.listdir(folder)} - {path}
+            assert len(names) > 5
+            assert names <= synced
+        synced.add(path)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    fitted(tmp_path, likelihood, Likelihood(), epochs=1.0)
+    assert any(path.endswith("/.model.part/model.safetensors") for path in synced)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    assert last_sealed(tmp_path) is None
+    for step in (2, 10, 9, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_sealed(tmp_path) is None
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}" / SEAL).touch()
+    assert last_sealed(tmp_path).name == "checkpoint-10"
+
+
+@pytest.mark.filterwarnings("ignore:.*non-finite")
+def test_weights_that_are_spoilt_are_not_saved(tmp_path, compared):
+    with pytest.raises(TrainingError, match=r"training diverged: \d+ weights, .* hold NaN"):
+        fitted(tmp_path, compared, Square(1.0), lr=1e30, more={"optim": "sgd"})
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_a_trainer_refuses_is_an_input_error(tmp_path, compared):
+    with pytest.raises(InputError, match="`trainer`: transformers refuses these arguments"):
+        fitted(tmp_path, compared, Square(1.0), more={"log_level": "loud"})
+
+
 def test_a_finished_run_is_left_alone(tmp_path, likelihood):
     fitted(tmp_path, likelihood, Likelihood(), epochs=1.0)
     before = bits(tiny())
     again = fitted(tmp_path, likelihood, Likelihood(), epochs=1.0)
     assert torch.equal(bits(again), before)
-
-
-def test_dropout_is_off(tmp_path, compared):
-    def first_loss(name, **changes):
-        model = tiny("gpt2-tied", **changes)
-        fit(model, None, compared, Dpo(1.0), options(epochs=1.0), tmp_path / name)
-        return losses(tmp_path / name)
-
-    assert first_loss("on", attn_pdrop=0.5, resid_pdrop=0.5) == first_loss(
-        "off", attn_pdrop=0.0, resid_pdrop=0.0
-    )
 
 
 def test_the_model_is_given_back_as_it_was(tmp_path, likelihood):
