@@ -107,3 +107,9 @@ def test_a_policy_is_judged_by_its_mass_on_the_base_model_s_y_star():
     assert got["policy"]["eps_gamma"] == pytest.approx({"0.5": 1 / 3, "0.08": 2 / 3})
     masses = [0.6, 0.2, 0.95]
     assert got["policy"]["logprob_mean"] == pytest.approx(sum(map(math.log, masses)) / 3)
+
+
+def test_an_unproved_tie_counts_once_in_the_upper_end():
+    # the real best may be a single completion just above the two
+    unproved = known(0.1, 0.1, proved=False, complete=False, bound=-0.5)
+    assert found(unproved)["coverage"]["c_cov"] == pytest.approx([1, 10])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sharpen.evaluation.theory.chart import Line, Panel, chart_svg
+from sharpen.evaluation.theory.error_shape import error_bound, spread_prompts
 from sharpen.evaluation.theory.hard_family import HardFamily
 from sharpen.evaluation.theory.studies import STUDIES
 from sharpen.evaluation.theory.study import Study, markdown
@@ -73,6 +74,9 @@ def test_the_error_shape_s_table_says_what_the_rows_hold():
     for row in rows:
         line = next(x for x in text.splitlines() if x.startswith(f"| {row['n']:,} |"))
         assert row["least"] > 0 or f"{row['error']:.3g}" in line
+        prompts = spread_prompts(12, 64, row["least"])
+        assert row["coverage"] == pytest.approx(prompts.coverage)
+        assert row["bound"] == pytest.approx(error_bound(prompts, row["n"], row["N"], 0.1))
     # only where both tails are long
     assert text.count("Fitted") == 1
 
