@@ -66,7 +66,14 @@ class RlhfConfig(TrainConfig):
         "square: the paper's; dpo: a logistic loss of which is better, the common baseline",
         "square",
     )
-    samples: str | None = option("a file of `sharpen sample` to use instead of drawing")
+    samples: str | None = option(
+        "a file of `sharpen sample`, of which the first N a prompt are used instead of drawing"
+    )
+    scores: Literal["scorer", "sampler"] = option(
+        "log-probs of the base: scorer: a forward pass over all samples; "
+        "sampler: those kept while drawing, which cost nothing",
+        "scorer",
+    )
 
 
 def run(config: RlhfConfig) -> None:
@@ -82,7 +89,8 @@ def run(config: RlhfConfig) -> None:
     out = Path(config.out)
     with Run(out / "run.json", settings(config, model.device), outputs_of(out)):
         rows = draw(config, out, sampler, prompts, config.samples)
-        drawn = rate(out, Scorer(model, max_tokens=config.max_tokens), source, rows, config.reward)
+        scorer = Scorer(model, max_tokens=config.max_tokens)
+        drawn = rate(out, scorer, source, rows, config.reward, config.scores)
         groups = paired_groups(config, drawn)
         objective = Square(config.beta) if config.loss == "square" else Dpo(config.beta)
         fit_into(out, model, tokenizer, groups, objective, options)
@@ -107,7 +115,7 @@ def check(config: RlhfConfig) -> None:
 
 def settings(config: RlhfConfig, device: torch.device) -> dict[str, Any]:
     """Everything that the outputs depend on."""
-    names = ("reward", "beta", "pairs", "standardise", "loss")
+    names = ("reward", "beta", "pairs", "standardise", "loss", "scores")
     return {
         **training_settings("rlhf", config, device),
         **{name: getattr(config, name) for name in names},

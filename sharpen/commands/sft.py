@@ -59,7 +59,14 @@ class SftConfig(TrainConfig):
         "lambda of soft weights; of logprob towards the power 1 + 1/lambda", 1.0
     )
     per: Literal["token", "sequence"] = option("what a step's likelihood is a mean over", "token")
-    samples: str | None = option("a file of `sharpen sample` to use instead of drawing")
+    samples: str | None = option(
+        "a file of `sharpen sample`, of which the first N a prompt are used instead of drawing"
+    )
+    scores: Literal["scorer", "sampler"] = option(
+        "log-probs of the base: scorer: a forward pass over all samples; "
+        "sampler: those kept while drawing, which cost nothing",
+        "scorer",
+    )
 
 
 def run(config: SftConfig) -> None:
@@ -75,7 +82,8 @@ def run(config: SftConfig) -> None:
     out = Path(config.out)
     with Run(out / "run.json", settings(config, model.device), outputs_of(out)):
         rows = draw(config, out, sampler, prompts, config.samples)
-        drawn = rate(out, Scorer(model, max_tokens=config.max_tokens), source, rows, config.reward)
+        scorer = Scorer(model, max_tokens=config.max_tokens)
+        drawn = rate(out, scorer, source, rows, config.reward, config.scores)
         weight_N = choose(config, drawn)
         groups = weighted_groups(
             [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], weight_N
@@ -107,7 +115,7 @@ def check(config: SftConfig) -> None:
 
 def settings(config: SftConfig, device: torch.device) -> dict[str, Any]:
     """Everything that the outputs depend on."""
-    names = ("reward", "weights", "soft_temperature", "per")
+    names = ("reward", "weights", "soft_temperature", "per", "scores")
     return {
         **training_settings("sft", config, device),
         **{name: getattr(config, name) for name in names},
