@@ -20,7 +20,7 @@ from sharpen.training.fit import require_train
 from .options import ModelOptions, option, required
 from .sources import model_settings
 from .study_plan import Sizes, plan, sizes_of
-from .study_stages import STAGES, run_stages, stage_rows
+from .study_stages import STAGES, run_stages
 from .study_tables import tables
 
 STUDY, PAGE = "study.json", "study.md"
@@ -59,7 +59,6 @@ def run(config: StudyConfig) -> None:
         if not (out / STUDY).exists():
             found = {
                 "settings": settings(config, sizes),
-                "stages": stage_rows(out, stages),
                 **tables(config, sizes, stages),
             }
             write_text(out / STUDY, json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharpen.errors import InputError
 from sharpen.evaluation.study.selectors import REWARDS
 
 from .rlhf import RlhfConfig
@@ -82,11 +83,24 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def sizes_of(config: "StudyConfig") -> Sizes:
-    """The sizes that the flags ask for."""
+    """The sizes that the flags ask for.
+
+    Raises:
+        InputError: If one is out of its range.
+    """
     base = QUICK if config.quick else FULL
     names = ("seeds", "limit", "n", "few", "train_limit", "train_n")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     sizes = replace(base, **given)
+    least = {"seeds": 1, "limit": 1, "n": 2, "few": 1, "train_n": 2}
+    for name, at_least in least.items():
+        if name in given and given[name] < at_least:
+            raise InputError(f"`{name}` must be at least {at_least}, got {given[name]}.")
+    if sizes.train_limit is not None and sizes.train_limit <= sizes.validation:
+        raise InputError(
+            f"`train_limit` must be above {sizes.validation}, the prompts that XPO chooses its "
+            f"round by, got {sizes.train_limit}."
+        )
     return replace(
         sizes,
         budgets=tuple(k for k in sizes.budgets if k <= sizes.n) or (sizes.n,),

@@ -51,7 +51,7 @@ def command_line(verb: str, config: Any) -> str:
             continue
         flag = "-n" if field.name == "n" else f"--{field.name.replace('_', '-')}"
         values = value if isinstance(value, list) else [value]
-        parts += [flag, *(f"{x:g}" if isinstance(x, float) else str(x) for x in values)]
+        parts += [flag, *map(str, values)]
     return " ".join(parts)
 
 

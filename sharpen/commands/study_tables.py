@@ -21,7 +21,7 @@ from sharpen.records import Row, read_rows
 from sharpen.tasks import get_task
 
 from .study_plan import ALPHA, METHODS, TEMPERATURES, TEST, Sizes, samples_file
-from .study_stages import Stage
+from .study_stages import STAGES, Stage, stage_rows
 from .training import SUMMARY
 
 if TYPE_CHECKING:
@@ -43,11 +43,15 @@ def tables(config: "StudyConfig", sizes: Sizes, stages: Sequence[Stage]) -> dict
     outcomes = [pool.outcome for pool in pools]
     target_n = max(k for k in sizes.grid() if k <= max(TARGET_N, sizes.grid()[0]))
     rows = table_rows(entries, target_n=target_n)
-    commands = {stage.name: stage.command for stage in stages}
+    ran = {row["stage"]: row for row in stage_rows(reader.out, stages)}
+    for row in rows:
+        row["command"] = ran[row["stages"][0]]["command"]
+        row["seconds"] = round(sum(ran[name]["seconds"] for name in row["stages"]), 2)
     return {
+        "stages": list(ran.values()),
         "prompts": pools[0].outcome.n_prompts,
         "target_n": target_n,
-        "rows": [row | {"command": commands[row["stages"][0]]} for row in rows],
+        "rows": rows,
         "auroc": auroc_rows(outcomes),
         "covariance": covariance_rows(outcomes),
         "under_power": power_rows(outcomes),
@@ -153,7 +157,7 @@ class _Reader:
         summaries = [json.loads((run / SUMMARY).read_text()) for run in runs]
         drawn = [self._drawn(path) for run in runs for path in sorted(run.rglob("samples.jsonl"))]
         pool = 0 if method == "xpo" else self._drawn(samples_file(self.out, "train/pool"))
-        stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / "stages.jsonl")}
+        stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / STAGES)}
         own = [sum(summary["seconds"].values()) for summary in summaries]
         shared = 0.0 if method == "xpo" else stages["train/pool"]
         return {

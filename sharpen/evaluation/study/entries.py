@@ -89,7 +89,7 @@ def of_samples(pool: Pool, *, has_kl: bool = True) -> Measured:
     )
 
 
-def of_power(pool: Pool, *, tokens_each: float, alpha: float) -> Measured:
+def of_power(pool: Pool, *, tokens_each: int, alpha: float) -> Measured:
     """One sample of a sampler of p^alpha. Its KL is that of the target, where Z was estimated.
 
     KL(p^alpha / Z || p) = (alpha - 1) E[log p] - log Z,   E under p^alpha / Z, here the samples.

@@ -72,7 +72,8 @@ def table_rows(
         if entry.group == "training":
             row["training"] = entry.training
             row["gap_closed"] = _share(mean, mean_B, key, goal)
-        rows.append(row | {"seeds": len(entry.measured), "stages": list(entry.stages)})
+        seeds = list(range(len(entry.measured)))
+        rows.append(row | {"seeds": seeds, "stages": list(entry.stages)})
     return rows
 
 

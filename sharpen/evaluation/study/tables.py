@@ -17,7 +17,7 @@ def decoding_table(study: Study) -> str:
             [
                 row["name"], percent(row["accuracy"]), band(row["ci95"]), _gain(row),
                 _fixed(row["logprob"]), _fixed(row["length"], 1), _passed(row),
-                _seconds(study, row),
+                _fixed(row["seconds"], 1),
             ]
             for row in study["rows"] if row["group"] == "decoding"
         ],
@@ -85,7 +85,7 @@ def power_table(study: Study) -> str:
                 percent(rival["accuracy"]),
                 f"{rival['difference_points']:+.1f} ({band(rival['ci95'], 1)})", _p(rival["p"]),
                 _fixed(row["logprob"]), _fixed(row["tokens"], 0), _fixed(row["kl"]),
-                _seconds(study, row),
+                _fixed(row["seconds"], 1),
             ]
         )  # fmt: skip
     return _table(heads, lines)
@@ -212,9 +212,3 @@ def _p(p: float) -> str:
 def _passed(row: Row) -> str:
     passed: dict[str, Any] | None = row["pass"]
     return DASH if passed is None else f"{percent(passed['share'])} @{passed['n']}"
-
-
-def _seconds(study: Study, row: Row) -> str:
-    """Wall time of the runs behind a row."""
-    of = {stage["stage"]: stage["seconds"] for stage in study["stages"]}
-    return _fixed(sum(of[name] for name in row["stages"]), 1)
