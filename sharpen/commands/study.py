@@ -39,7 +39,7 @@ class StudyConfig(ModelOptions):
     quick: bool = option("the same study in small: a few minutes, and no figure to rely on", False)
     seeds: int | None = option("runs of everything that is random; 3, quick 1")
     limit: int | None = option("only the first LIMIT test prompts; quick 24")
-    n: int | None = option("samples of a test prompt to choose from; 50, quick 10")
+    n: int | None = option("samples of a test prompt to choose from; 50, quick 10", None, ("-n",))
     few: int | None = option("samples of low temperature, and chains; 8, quick 2")
     train_limit: int | None = option("only the first TRAIN_LIMIT training prompts; quick 24")
     train_n: int | None = option("samples of a training prompt; 25, quick 4")

@@ -151,7 +151,7 @@ class _Reader:
         rows = self._rows(samples_file(self.out, name, scored=scored))
         return pool_of(rows, self.task, self.examples)
 
-    def training_cost(self, method: str) -> dict[str, float]:
+    def training_cost(self, method: str) -> dict[str, int | float]:
         """Tokens and seconds of one training, mean over seeds; the pool counts as a whole."""
         runs = [self.out / "train" / f"{method}-{seed}" for seed in range(self.sizes.seeds)]
         summaries = [json.loads((run / SUMMARY).read_text()) for run in runs]

@@ -4,7 +4,7 @@ P prompts, G completions per prompt. Nats.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,7 +59,7 @@ class Entry:
     n: int | None
     measured: Sequence[Measured]
     stages: Sequence[str]
-    training: dict[str, float] | None = None
+    training: Mapping[str, int | float] | None = None
     tokens_as: int | None = None
     bound_of_kl: float | None = None
 

@@ -188,7 +188,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def band(ci95: Sequence[float | None], scale: float = 100.0) -> str:
+def band(ci95: Sequence[float | None], scale: int = 100) -> str:
     """Low to high, in percent."""
     return " to ".join(DASH if x is None else f"{scale * x:.1f}" for x in ci95)
 
