@@ -47,9 +47,7 @@ def format_page(study: Study) -> str:
     """The whole page."""
     settings = study["settings"]
     total = sum(stage["seconds"] for stage in study["stages"])
-    quick = (
-        " This is a quick run: too few prompts and samples to rely on." if settings["quick"] else ""
-    )
+    quick = " This is a quick run, too small to rely on." if settings["quick"] else ""
     machine = study["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     command = f"sharpen study {settings['task']}{' --quick' if settings['quick'] else ''} --out OUT"
