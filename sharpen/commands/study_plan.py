@@ -1,8 +1,9 @@
 """Which runs a study is made of, in what order: each is one of the other commands.
 
+train/pool samples of the training prompts, for all objectives that take given ones
 base       a pool of N samples of each test prompt for every seed, scored; greedy; low temperature
 power      Metropolis-Hastings and particles, at the token cost of best-of-N
-train      one pool of samples of the training prompts, and all objectives on it, every seed
+train      every objective, for every seed
 judge      of each trained model: N samples and greedy, scored by the base model
 """
 
@@ -78,7 +79,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "soft-sft": ("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1), "lr": 1e-4}),
     "rlhf": ("rlhf", {"beta": 1 / (ALPHA - 1), "lr": 1e-5}),
     "dpo": ("rlhf", {"loss": "dpo", "pairs": "best_worst", "beta": 0.1, "lr": 1e-5}),
-    "xpo": ("xpo", {"beta": 1 / (ALPHA - 1), "lr": 1e-5, "n": 2}),
+    "xpo": ("xpo", {"beta": 1 / (ALPHA - 1), "lr": 1e-5, "n": 1}),
 }
 
 
@@ -111,7 +112,10 @@ def sizes_of(config: "StudyConfig") -> Sizes:
 def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
     """The runs, in order."""
     runs = _Runs(config, sizes)
-    stages = [runs.sample("base/greedy", n=1, temperature=0.0)]
+    stages = [
+        runs.sample("train/pool", n=sizes.train_n, split=TRAIN, limit=sizes.train_limit),
+        runs.sample("base/greedy", n=1, temperature=0.0),
+    ]
     for seed in range(sizes.seeds):
         stages += [
             runs.sample(f"base/pool-{seed}", n=sizes.n, seed=seed),
@@ -132,7 +136,6 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
                     sampler="smc", alpha=ALPHA, particles=budget,
                 ),
             ]  # fmt: skip
-    stages.append(runs.sample("train/pool", n=sizes.train_n, split=TRAIN, limit=sizes.train_limit))
     for seed in range(sizes.seeds):
         for method in METHODS:
             name = f"{method}-{seed}"
