@@ -23,6 +23,7 @@ VERBS = {
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",
     "sft": "sample, choose the best of N, and fit it: SFT-Sharpening",
+    "study": "compare every selector, sampler and trained model on one task",
     "tasks": "list the tasks",
     "theory": "prove the most probable completion of every prompt; coverage, margin, sample sizes",
     "xpo": "rounds of sampling from the model being trained, and fitting: XPO",
@@ -99,6 +100,9 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
 
     command = importlib.import_module(f"sharpen.commands.{verb}")
     config_class = getattr(command, f"{verb.capitalize()}Config")
+    first = getattr(command, "POSITIONAL", None)
+    if first is not None and argv and not argv[0].startswith("-"):
+        argv = [f"--{first}", *argv]
     types = {field: field.type for field in fields(config_class)}
     parser = HfArgumentParser(
         [config_class], prog=f"sharpen {verb}", description=VERBS[verb], allow_abbrev=False

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,7 +39,14 @@ class OnceConfig(TrainConfig):
 
     split: str = option("split of the task, or several as A+B", "sharpen")
     reward: str = option(f"self-reward: {', '.join(REWARDS)}", "logprob")
-    samples: str | None = option("a file of `sharpen sample` to use instead of drawing")
+    samples: str | None = option(
+        "a file of `sharpen sample`, of which the first N a prompt are used instead of drawing"
+    )
+    scores: Literal["scorer", "sampler"] = option(
+        "log-probs of the base: scorer: a forward pass over all samples; "
+        "sampler: those kept while drawing, which cost nothing",
+        "scorer",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def fit_once(
     with Run(out / "run.json", settings(command, config, own, model.device), outputs_of(out)):
         rows = draw(config, out, sampler, prompts, config.samples)
         scorer = Scorer(model, max_tokens=config.max_tokens)
-        drawn = rate(out, scorer, source, rows, config.reward)
+        drawn = rate(out, scorer, source, rows, config.reward, config.scores)
         if not drawn.usable.any():
             raise InputError(
                 f"no sample can be fitted: none of {len(drawn.usable)} was ended by the model with "
@@ -101,6 +108,7 @@ def settings(
     return {
         **training_settings(command, config, device),
         "reward": config.reward,
+        "scores": config.scores,
         **own,
         **samples_settings(config.samples),
     }

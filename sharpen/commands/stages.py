@@ -106,6 +106,26 @@ def score_samples(
     return Scores.of(TokenStats(**columns), lengths, [is_finished(row) for row in samples])
 
 
+def first_samples(row: Row, n: int) -> Row:
+    """A record of samples without those after the first n.
+
+    Example:
+        >>> first_samples({"prompt_id": "p", "completions": ["a", "b"]}, 1)
+        {'prompt_id': 'p', 'completions': ['a']}
+    """
+    names = {"completions", "completion_ids", "logprobs", "finish_reasons"} & row.keys()
+    return row | {name: row[name][:n] for name in names}
+
+
+def kept_scores(samples: list[Row]) -> Scores:
+    """Scores without a forward: of the log-probs in the records of samples, null being NaN."""
+    logprobs = [
+        [[float("nan") if x is None else x for x in tokens] for tokens in row["logprobs"]]
+        for row in samples
+    ]
+    return Scores.from_logprobs(logprobs, [is_finished(row) for row in samples])
+
+
 def samples_row(prompt: Prompt, samples: Samples) -> Row:
     """The record of one prompt's samples."""
     return {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float64
@@ -33,7 +33,7 @@ from sharpen.training.options import FitOptions, trainer_arguments
 
 from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions, required
 from .sources import Source, check_reward, check_source, load, model_settings, source_settings
-from .stages import sample_into, score_samples
+from .stages import first_samples, kept_scores, sample_into, score_samples
 
 SAMPLES, SCORES, PAIRS = "samples.jsonl", "scores.jsonl", "pairs.jsonl"
 SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
@@ -139,9 +139,9 @@ def draw(
     prompts: list[Prompt],
     given: str | None,
 ) -> list[Row]:
-    """Samples of every prompt: drawn once into `out`, or read from the file `given`."""
+    """Samples of every prompt: drawn once into `out`, or the first n in the file `given`."""
     if given is not None:
-        return read_samples(given, prompts)
+        return [first_samples(row, config.n) for row in read_samples(given, prompts)]
     timings = Journal(out / TIMINGS)
     return sample_into(
         out / SAMPLES, sampler, prompts, config.sampling(), label="sample", timings=timings
@@ -194,10 +194,29 @@ def _check_samples(place: str, row: Row) -> None:
         check_ids(place, "completion_ids", ids)
 
 
-def rate(out: Path, scorer: Scorer, source: Source, rows: list[Row], reward: str) -> Drawn:
-    """Log-probs and rewards of samples under the base model, kept in `out`."""
+def rate(
+    out: Path,
+    scorer: Scorer,
+    source: Source,
+    rows: list[Row],
+    reward: str,
+    scores_of: Literal["scorer", "sampler"] = "scorer",
+) -> Drawn:
+    """Log-probs and rewards of samples under the base model, kept in `out`.
+
+    Raises:
+        InputError: If the sampler's log-probs are wanted and are not there, or not enough.
+    """
     stats = tuple(dict.fromkeys(["logprob", *stats_needed(reward)]))
-    scores = score_samples(out / SCORES, scorer, rows, stats, Journal(out / TIMINGS))
+    if scores_of == "sampler":
+        if set(stats) != {"logprob"} or any("logprobs" not in row for row in rows):
+            raise InputError(
+                f"`scores` sampler must come with samples that hold `logprobs`, and a reward of "
+                f"them alone, got {reward}; leave it out."
+            )
+        scores = kept_scores(rows)
+    else:
+        scores = score_samples(out / SCORES, scorer, rows, stats, Journal(out / TIMINGS))
     scores.warn_of_nan()
     reward_N = scores.reward(reward, **source.reward_options(reward, rows)).double()
     given = {record.id: record.prompt for record in source.records}

@@ -1,66 +1,22 @@
 """The figures of the report as inline SVG: text stays text, colours follow the page.
 
-Every figure is a string that stands inside HTML. Ink and series colours are CSS variables with
-a fallback (`var(--s0, #0072b2)`), so one figure serves light, dark and paper. Series differ in
-marker as well as in colour. The same input gives the same bytes. matplotlib's settings are
-changed only while a figure is drawn; its pyplot state and backend are not touched.
+Every figure is a string that stands inside HTML.
 """
 
-import io
-import re
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from .curves import order_by
 from .headline import headline_rows
 from .outcome import Outcome
+from .panel import INK, RC, SERIES, End, against_n, look, name_ends, panel, svg
 from .summary import Summary
 
-# after Okabe and Ito 2008, safe for colour-blind readers; the page holds lighter ones for dark
-SERIES = ("#0072b2", "#c2500a", "#007d5c", "#8250b0", "#846600", "#4a6674")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, RULE = "#1a1a19", "#dededb"
-VARIABLES = {
-    INK: "var(--ink, #1a1a19)",
-    RULE: "var(--rule, #dededb)",
-    **{color: f"var(--s{i}, {color})" for i, color in enumerate(SERIES)},
-}
-SIZE_INCHES = (5.2, 3.4)
-LEFT, BOTTOM, HEIGHT = 0.09, 0.15, 0.73  # of the axes, as a share of the figure
-CHAR_WIDTH = 0.0185  # of a letter at 10 points, as a share of the figure's width
 N_BINS = 48
-RC = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.unicode_minus": True,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "ytick.major.size": 0,
-}
-
-
-class _End(NamedTuple):
-    """The name of a curve, and where on the y axis the curve ends."""
-
-    y: float
-    text: str
-    color: str
 
 
 def accuracy_svg(summary: Summary, *, with_pass: bool) -> str:
@@ -72,17 +28,17 @@ def accuracy_svg(summary: Summary, *, with_pass: bool) -> str:
     """
     rewards = list(summary["mean_logprob_by_reward"])
     with style.context(["default", RC]):
-        figure, axes = _panel("Accuracy, %")
+        figure, axes = panel("Accuracy, %")
         ends = []
         for row in headline_rows(summary):
             if row.key in ("greedy", "sample"):
                 y = 100 * row.accuracy["1"]
                 axes.axhline(y, color=INK, lw=0.9, ls="--" if row.key == "greedy" else ":")
-                ends.append(_End(y, f"{row.name.split(',')[0].lower()} {y:.1f}", INK))
+                ends.append(End(y, f"{row.name.split(',')[0].lower()} {y:.1f}", INK))
                 continue
             color, marker, bands = INK, "", summary["ci95_of_baselines"]["pass_at_n"]
             if row.key in rewards:
-                color, marker = _look(rewards.index(row.key))
+                color, marker = look(rewards.index(row.key))
                 bands = summary["ci95"][row.key]
             elif not with_pass:
                 continue
@@ -91,27 +47,27 @@ def accuracy_svg(summary: Summary, *, with_pass: bool) -> str:
             low_N, high_N = 100 * np.array([bands[k] for k in row.accuracy]).T
             axes.fill_between(_n(summary), low_N, high_N, color=color, alpha=0.13, lw=0)
             name = row.key if row.key in rewards else "pass@N"
-            ends.append(_End(y_N[-1], f"{name} {y_N[-1]:.1f}", color))
-        _against_n(axes, summary)
-        _name_ends(axes, ends)
-        return _svg(figure, "coverage" if with_pass else "accuracy")
+            ends.append(End(y_N[-1], f"{name} {y_N[-1]:.1f}", color))
+        against_n(axes, _n(summary))
+        name_ends(axes, ends)
+        return svg(figure, "coverage" if with_pass else "accuracy")
 
 
 def logprob_svg(summary: Summary) -> str:
     """Mean log-probability of the chosen response against N, for each reward."""
     with style.context(["default", RC]):
-        figure, axes = _panel("Mean log-probability of the chosen, nats")
+        figure, axes = panel("Mean log-probability of the chosen, nats")
         ends = []
         for i, (reward, by_n) in enumerate(summary["mean_logprob_by_reward"].items()):
             y_N = [np.nan if y is None else y for y in by_n.values()]
-            color, marker = _look(i)
+            color, marker = look(i)
             _curve(axes, summary, y_N, color, marker)
             if np.isfinite(y_N[-1]):
                 text = f"{reward} {y_N[-1]:.1f}".replace("-", "\N{MINUS SIGN}")
-                ends.append(_End(y_N[-1], text, color))
-        _against_n(axes, summary)
-        _name_ends(axes, ends)
-        return _svg(figure, "logprob")
+                ends.append(End(y_N[-1], text, color))
+        against_n(axes, _n(summary))
+        name_ends(axes, ends)
+        return svg(figure, "logprob")
 
 
 def histogram_svg(outcome: Outcome, *, reward: str) -> str:
@@ -133,7 +89,7 @@ def histogram_svg(outcome: Outcome, *, reward: str) -> str:
         np.put_along_axis(chosen_PG, order_by(outcome, reward)[:, :1], True, axis=1)
         groups = {"chosen": chosen_PG & outcome.eligible(reward), "all": np.ones_like(shown_PG)}
     with style.context(["default", RC]):
-        figure, axes = _panel("Responses, % of their class")
+        figure, axes = panel("Responses, % of their class")
         axes.set_xlabel("Log-probability of the response, nats")
         all_X = logprob_PG[shown_PG]
         low, high = (np.quantile(all_X, 0.005), all_X.max()) if all_X.size else (-1.0, 0.0)
@@ -153,79 +109,12 @@ def histogram_svg(outcome: Outcome, *, reward: str) -> str:
             axes.text(0.02, 0.97 - 0.085 * i, text, color=color, va="top", transform=axes.transAxes)
         axes.set_ylim(0, 1.06 * top if top else 1)
         axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-        return _svg(figure, "histogram")
-
-
-def _look(i: int) -> tuple[str, str]:
-    return SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+        return svg(figure, "histogram")
 
 
 def _n(summary: Summary) -> list[int]:
     return [int(k) for k in summary["mean_logprob_of_chosen"]]
 
 
-def _panel(ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES)
-    axes = figure.add_axes((LEFT, BOTTOM, 0.97 - LEFT, HEIGHT))
-    # above the axis and level: nobody reads a title on its side
-    figure.text(0.01, 0.94, ylabel)
-    axes.grid(axis="y", color=RULE, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    return figure, axes
-
-
 def _curve(axes: Axes, summary: Summary, y_N: Sequence[float], color: str, marker: str) -> None:
     axes.plot(_n(summary), y_N, color=color, marker=marker, ms=4.5, lw=1.6)
-
-
-def _against_n(axes: Axes, summary: Summary) -> None:
-    n_N = _n(summary)
-    axes.set_xscale("log")
-    axes.set_xticks(n_N)
-    # a name gives way to the next where the two would touch
-    is_crowded = [b < 1.35 * a for a, b in pairwise(n_N)] + [False]
-    axes.set_xticklabels(
-        ["" if crowded else str(n) for n, crowded in zip(n_N, is_crowded, strict=True)]
-    )
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(0.92 * n_N[0], 1.08 * n_N[-1])
-    axes.set_xlabel("N, samples chosen from")
-
-
-def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
-    """Write each name right of where its curve ends, moved apart where they would touch."""
-    room = CHAR_WIDTH * max((len(end.text) for end in ends), default=0)
-    axes.set_position((LEFT, BOTTOM, 1 - LEFT - room - 0.02, HEIGHT))
-    low, high = axes.get_ylim()
-    for y, end in zip(_apart(sorted(ends), 0.075 * (high - low)), sorted(ends), strict=True):
-        axes.text(
-            1.02, y, end.text, color=end.color, va="center", transform=axes.get_yaxis_transform()
-        )
-
-
-def _apart(ends: Sequence[_End], gap: float) -> list[float]:
-    """Heights nearest to those wanted (least squares) that keep `gap`; `ends` sorted upwards."""
-    # with gap * i taken off they need only not decrease: isotonic regression, by pooling
-    pools: list[list[float]] = []
-    for i, end in enumerate(ends):
-        pools.append([end.y - gap * i])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    level = [float(np.mean(pool)) for pool in pools for _ in pool]
-    return [y + gap * i for i, y in enumerate(level)]
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as one `<svg>` element whose ids begin with `name`, without date or metadata."""
-    with style.context({"svg.hashsalt": name}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r" *<metadata>.*?</metadata>\n", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    for color, variable in VARIABLES.items():
-        text = text.replace(color, variable)
-    return text.strip()

@@ -19,10 +19,23 @@ FIT = ["lr", "epochs", "batch", "lora_rank", "save_every", "trainer"]
 TRAIN = [*MODEL, *PROMPTS, *DRAW, *FIT, "out", "reward"]
 OPTIONS = {
     "bon": [*MODEL, *PROMPTS, *DRAW, "out", "reward", "scores"],
-    "rlhf": [*TRAIN, "samples", "beta", "pairs", "standardise", "loss"],
+    "rlhf": [*TRAIN, "samples", "scores", "beta", "pairs", "standardise", "loss"],
     "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
-    "sft": [*TRAIN, "samples", "weights", "soft_temperature", "per"],
+    "sft": [*TRAIN, "samples", "scores", "weights", "soft_temperature", "per"],
+    "study": [
+        *MODEL,
+        "task",
+        "out",
+        "quick",
+        "seeds",
+        "limit",
+        "n",
+        "few",
+        "train_limit",
+        "train_n",
+        "max_new_tokens",
+    ],
     "tasks": [],
     "theory": [
         *MODEL,
@@ -43,7 +56,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("verb", OPTIONS)
 def test_options_are_frozen(verb):
-    given = [f"--{name}=x" for name in ("model", "out", "input") if name in OPTIONS[verb]]
+    given = [f"--{name}=x" for name in ("model", "out", "input", "task") if name in OPTIONS[verb]]
     assert sorted(vars(parse(verb, given))) == sorted(OPTIONS[verb])
 
 

@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 
 from sharpen.evaluation import Outcome
-from sharpen.evaluation.figures import (
-    _apart,
-    _End,
-    accuracy_svg,
-    histogram_svg,
-    logprob_svg,
-)
+from sharpen.evaluation.figures import accuracy_svg, histogram_svg, logprob_svg
+from sharpen.evaluation.panel import End, apart
 
 
 @pytest.fixture
@@ -103,7 +98,7 @@ def test_improbable_responses_do_not_set_the_scale(draw):
 
 
 def test_names_move_apart_as_little_as_needed():
-    ends = [_End(1.0, "a", ""), _End(1.0, "b", ""), _End(5.0, "c", "")]
-    assert _apart(ends, 1.0) == pytest.approx([0.5, 1.5, 5.0])
-    assert _apart(ends[:1], 1.0) == [1.0]
-    assert np.diff(_apart(ends, 3.0)).min() == pytest.approx(3.0)
+    ends = [End(1.0, "a", ""), End(1.0, "b", ""), End(5.0, "c", "")]
+    assert apart(ends, 1.0) == pytest.approx([0.5, 1.5, 5.0])
+    assert apart(ends[:1], 1.0) == [1.0]
+    assert np.diff(apart(ends, 3.0)).min() == pytest.approx(3.0)

@@ -12,7 +12,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..figures import INK, MARKERS, RC, RULE, SERIES
+from ..panel import INK, MARKERS, RC, RULE, SERIES
 
 SIZE_INCHES = (4.8, 3.2)
 

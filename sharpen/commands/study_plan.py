@@ -1,0 +1,198 @@
+"""Which runs a study is made of, in what order: each is one of the other commands.
+
+train/pool samples of the training prompts, for all objectives that take given ones
+base       a pool of N samples of each test prompt for every seed, scored; greedy; low temperature
+power      Metropolis-Hastings and particles, at the token cost of best-of-N
+train      every objective, for every seed
+judge      of each trained model: N samples and greedy, scored by the base model
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sharpen.errors import InputError
+from sharpen.evaluation.study.selectors import REWARDS
+
+from .rlhf import RlhfConfig
+from .sample import SampleConfig
+from .score import ScoreConfig
+from .sft import SftConfig
+from .study_stages import Stage
+from .xpo import XpoConfig
+
+if TYPE_CHECKING:
+    from .study import StudyConfig
+
+TEST, TRAIN = "test", "sharpen+free"
+ALPHA = 4.0
+TEMPERATURES = (0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a study is.
+
+    Attributes:
+        seeds: Runs of everything that is random.
+        limit: Test prompts; None for all.
+        n: Samples of each to choose from.
+        few: Samples of low temperature, and chains, of each.
+        budgets: Plain samples that a sample of a power sampler may cost; each at most n.
+        train_limit: Training prompts; None for all.
+        train_n: Samples of each.
+        pairs_n: Of these, those that `rlhf` pairs and power self-distillation weighs.
+        rounds: Of XPO.
+        validation: Prompts that XPO chooses its round by.
+        save_every: Steps between checkpoints.
+    """
+
+    seeds: int
+    limit: int | None
+    n: int
+    few: int
+    budgets: tuple[int, ...]
+    train_limit: int | None
+    train_n: int
+    pairs_n: int
+    rounds: int
+    validation: int
+    save_every: int
+
+    def grid(self) -> list[int]:
+        """N at which selectors are compared."""
+        return sorted({*(k for k in (5, 10, 25, 50) if k <= self.n), self.n})
+
+
+FULL = Sizes(
+    seeds=3, limit=None, n=50, few=8, budgets=(10, 25),
+    train_limit=None, train_n=25, pairs_n=8, rounds=2, validation=32, save_every=500,
+)  # fmt: skip
+QUICK = Sizes(
+    seeds=1, limit=24, n=10, few=2, budgets=(5,),
+    train_limit=24, train_n=4, pairs_n=4, rounds=1, validation=4, save_every=500,
+)  # fmt: skip
+
+# verb, and what differs from its defaults; learning rates were chosen on the sharpening split
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sft", {"lr": 1e-4}),
+    "soft-sft": ("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1), "lr": 1e-4}),
+    "rlhf": ("rlhf", {"beta": 1 / (ALPHA - 1), "lr": 1e-5}),
+    "dpo": ("rlhf", {"loss": "dpo", "pairs": "best_worst", "beta": 0.1, "lr": 1e-5}),
+    "xpo": ("xpo", {"beta": 1 / (ALPHA - 1), "lr": 1e-5, "n": 1}),
+}
+
+
+def sizes_of(config: "StudyConfig") -> Sizes:
+    """The sizes that the flags ask for.
+
+    Raises:
+        InputError: If one is out of its range.
+    """
+    base = QUICK if config.quick else FULL
+    names = ("seeds", "limit", "n", "few", "train_limit", "train_n")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    sizes = replace(base, **given)
+    least = {"seeds": 1, "limit": 1, "n": 2, "few": 1, "train_n": 2}
+    for name, at_least in least.items():
+        if name in given and given[name] < at_least:
+            raise InputError(f"`{name}` must be at least {at_least}, got {given[name]}.")
+    if sizes.train_limit is not None and sizes.train_limit <= sizes.validation:
+        raise InputError(
+            f"`train_limit` must be above {sizes.validation}, the prompts that XPO chooses its "
+            f"round by, got {sizes.train_limit}."
+        )
+    return replace(
+        sizes,
+        budgets=tuple(k for k in sizes.budgets if k <= sizes.n) or (sizes.n,),
+        pairs_n=min(sizes.pairs_n, sizes.train_n),
+    )
+
+
+def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
+    """The runs, in order."""
+    runs = _Runs(config, sizes)
+    stages = [
+        runs.sample("train/pool", n=sizes.train_n, split=TRAIN, limit=sizes.train_limit),
+        runs.sample("base/greedy", n=1, temperature=0.0),
+    ]
+    for seed in range(sizes.seeds):
+        stages += [
+            runs.sample(f"base/pool-{seed}", n=sizes.n, seed=seed),
+            runs.score(f"base/pool-{seed}", list(REWARDS)),
+        ]
+        stages += [
+            runs.sample(f"base/T{t:g}-{seed}", n=sizes.few, temperature=t, seed=seed)
+            for t in TEMPERATURES
+        ]
+        for budget in sizes.budgets:
+            stages += [
+                runs.sample(
+                    f"power/mh{budget}-{seed}", n=max(1, sizes.few // 4), seed=seed,
+                    sampler="mh", alpha=ALPHA, steps=max(1, budget - 1),
+                ),
+                runs.sample(
+                    f"power/smc{budget}-{seed}", n=budget, seed=seed,
+                    sampler="smc", alpha=ALPHA, particles=budget,
+                ),
+            ]  # fmt: skip
+    for seed in range(sizes.seeds):
+        for method in METHODS:
+            name = f"{method}-{seed}"
+            model = str(runs.out / "train" / name / "model")
+            stages += [
+                runs.train(method, seed),
+                runs.sample(f"judge/{name}", model=model, n=sizes.n, seed=seed),
+                runs.score(f"judge/{name}", ["logprob"]),
+                runs.sample(f"judge/{name}-greedy", model=model, n=1, temperature=0.0),
+                runs.score(f"judge/{name}-greedy", ["logprob"]),
+            ]
+    return stages
+
+
+def samples_file(out: Path, name: str, *, scored: bool = False) -> Path:
+    """Where the samples of a stage are."""
+    return out / f"{name}{'.scored' if scored else ''}.jsonl"
+
+
+class _Runs:
+    """Makes stages of what all runs of a study share."""
+
+    def __init__(self, config: "StudyConfig", sizes: Sizes):
+        self.config, self.sizes, self.out = config, sizes, Path(config.out)
+        names = ("model", "device", "dtype", "max_tokens", "trust_remote_code", "allow_pickle")
+        self.common: dict[str, Any] = {name: getattr(config, name) for name in names}
+        self.prompts: dict[str, Any] = {
+            "task": config.task, "split": TEST, "limit": sizes.limit,
+            "max_new_tokens": config.max_new_tokens,
+        }  # fmt: skip
+
+    # flags of the commands, by name
+    def sample(self, name: str, **flags: Any) -> Stage:
+        out = str(samples_file(self.out, name))
+        given: dict[str, Any] = self.common | self.prompts | {"out": out} | flags
+        config = SampleConfig(**given)
+        return Stage(name, "sample", config)
+
+    def score(self, name: str, rewards: list[str]) -> Stage:
+        config = ScoreConfig(
+            **self.common,
+            input=str(samples_file(self.out, name)),
+            out=str(samples_file(self.out, name, scored=True)),
+            rewards=rewards,
+        )
+        return Stage(f"{name}/scored", "score", config)
+
+    def train(self, method: str, seed: int) -> Stage:
+        verb, own = METHODS[method]
+        name = f"train/{method}-{seed}"
+        flags = self.common | self.prompts
+        flags |= {"out": str(self.out / name), "seed": seed, "save_every": self.sizes.save_every}
+        flags |= {"split": TRAIN, "limit": self.sizes.train_limit}
+        if verb == "xpo":
+            flags |= {"rounds": self.sizes.rounds, "validation": self.sizes.validation}
+            return Stage(name, verb, XpoConfig(**flags | own))
+        # the best of all samples costs no more to fit than that of a few
+        n = self.sizes.train_n if method in ("sft", "dpo") else self.sizes.pairs_n
+        flags |= {"samples": str(samples_file(self.out, "train/pool")), "scores": "sampler", "n": n}
+        return Stage(name, verb, (SftConfig if verb == "sft" else RlhfConfig)(**flags | own))

@@ -1,0 +1,185 @@
+"""From what the stages left on disk to the tables of `study.json`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sharpen.evaluation.study.entries import Entry, best_of_n_bound, of_choice, of_power, of_samples
+from sharpen.evaluation.study.pool import Pool, pool_of
+from sharpen.evaluation.study.rewards import auroc_rows, covariance_rows, power_rows, prompt_rows
+from sharpen.evaluation.study.rows import table_rows
+from sharpen.evaluation.study.selectors import BEST_BY, selectors
+from sharpen.models import load_model
+from sharpen.records import Row, read_rows
+from sharpen.tasks import get_task
+
+from .study_plan import ALPHA, METHODS, TEMPERATURES, TEST, Sizes, samples_file
+from .study_stages import STAGES, Stage, stage_rows
+from .training import SUMMARY
+
+if TYPE_CHECKING:
+    from .study import StudyConfig
+
+TARGET_N = 25  # of the gap that a trained model should close
+
+
+def tables(config: "StudyConfig", sizes: Sizes, stages: Sequence[Stage]) -> dict[str, Any]:
+    """All figures, as JSON values."""
+    reader = _Reader(config, sizes)
+    pools = [reader.pool(f"base/pool-{seed}", scored=True) for seed in range(sizes.seeds)]
+    entries = [
+        *decoding_entries(reader, pools),
+        *selection_entries(pools, sizes.grid(), sizes.budgets),
+        *power_entries(reader),
+        *training_entries(reader),
+    ]
+    outcomes = [pool.outcome for pool in pools]
+    target_n = max(k for k in sizes.grid() if k <= max(TARGET_N, sizes.grid()[0]))
+    rows = table_rows(entries, target_n=target_n)
+    ran = {row["stage"]: row for row in stage_rows(reader.out, stages)}
+    for row in rows:
+        row["command"] = ran[row["stages"][0]]["command"]
+        row["seconds"] = round(sum(ran[name]["seconds"] for name in row["stages"]), 2)
+    return {
+        "stages": list(ran.values()),
+        "prompts": pools[0].outcome.n_prompts,
+        "target_n": target_n,
+        "rows": rows,
+        "auroc": auroc_rows(outcomes),
+        "covariance": covariance_rows(outcomes),
+        "under_power": power_rows(outcomes),
+        "by_prompt": prompt_rows(outcomes, [example.id for example in reader.examples]),
+        "machine": {
+            "threads": torch.get_num_threads(),
+            "versions": {n: metadata.version(n) for n in ("sharpen", "torch", "transformers")},
+        },
+    }
+
+
+def decoding_entries(reader: "_Reader", pools: Sequence[Pool]) -> list[Entry]:
+    """Greedy, one sample, low temperature."""
+    seeds = range(reader.sizes.seeds)
+    greedy = of_samples(reader.pool("base/greedy"), has_kl=False)
+    found = [
+        Entry("decoding", "greedy", None, [greedy], ["base/greedy"]),
+        Entry(
+            "decoding", "T = 1", None,
+            [of_samples(pool) for pool in pools], [f"base/pool-{seed}" for seed in seeds],
+        ),
+    ]  # fmt: skip
+    for t in TEMPERATURES:
+        names = [f"base/T{t:g}-{seed}" for seed in seeds]
+        measured = [of_samples(reader.pool(name), has_kl=False) for name in names]
+        found.append(Entry("decoding", f"T = {t:g}", None, measured, names))
+    return found
+
+
+def selection_entries(
+    pools: Sequence[Pool], grid: Sequence[int], budgets: Sequence[int]
+) -> list[Entry]:
+    """Every selector at every N, from the same pools; best-of-N at the other budgets too."""
+    seeds = range(len(pools))
+    stages = [f"base/pool-{seed}{part}" for seed in seeds for part in ("", "/scored")]
+    every = selectors()
+    pairs = [(name, k) for name in every for k in sorted({*grid, *budgets})]
+    found = []
+    for name, k in tqdm(pairs, desc="select", unit="row", file=sys.stderr):
+        if k not in grid and name != f"best-of-N, {BEST_BY[0]}":
+            continue
+        measured = [
+            of_choice(pool, every[name](pool.outcome, k, seed), k)
+            for seed, pool in zip(seeds, pools, strict=True)
+        ]
+        bound = best_of_n_bound(k) if name.startswith("best-of-N") else None
+        found.append(Entry("selection", name, k, measured, stages, bound_of_kl=bound))
+    return found
+
+
+def power_entries(reader: "_Reader") -> list[Entry]:
+    """Samplers of p^alpha, each beside best-of-N of as many tokens."""
+    found = []
+    titles = {"mh": "Metropolis-Hastings", "smc": "particles"}
+    for budget in reader.sizes.budgets:
+        for kind, title in titles.items():
+            names = [f"power/{kind}{budget}-{seed}" for seed in range(reader.sizes.seeds)]
+            # a chain's first sample and its moves; all particles: see docs/algorithms/power.md
+            each = max(2, budget) if kind == "mh" else budget
+            measured = [of_power(reader.pool(x), tokens_each=each, alpha=ALPHA) for x in names]
+            found.append(
+                Entry(
+                    "power", f"{title}, power {ALPHA:g}", budget, measured, names, tokens_as=budget
+                )
+            )
+    return found
+
+
+def training_entries(reader: "_Reader") -> list[Entry]:
+    """Every trained model, one sample and greedy."""
+    found = []
+    for method in METHODS:
+        runs = [f"{method}-{seed}" for seed in range(reader.sizes.seeds)]
+        cost = reader.training_cost(method)
+        for decode, suffix in (("T = 1", ""), ("greedy", "-greedy")):
+            pools = [reader.pool(f"judge/{run}{suffix}", scored=True) for run in runs]
+            measured = [of_samples(pool, has_kl=not suffix) for pool in pools]
+            stages = [f"train/{run}" for run in runs]
+            if method != "xpo":
+                stages.append("train/pool")
+            stages += [f"judge/{run}{suffix}" for run in runs]
+            found.append(Entry("training", f"{method}, {decode}", None, measured, stages, cost))
+    return found
+
+
+class _Reader:
+    """Reads what the stages wrote."""
+
+    def __init__(self, config: "StudyConfig", sizes: Sizes):
+        self.config, self.sizes, self.out = config, sizes, Path(config.out)
+        self.task = get_task(config.task)
+        self.examples = self.task.examples(TEST)[: sizes.limit]
+        self.n_parameters = load_model(config.model, device="cpu").num_parameters()
+
+    def pool(self, name: str, *, scored: bool = False) -> Pool:
+        """The samples of a stage."""
+        rows = self._rows(samples_file(self.out, name, scored=scored))
+        return pool_of(rows, self.task, self.examples)
+
+    def training_cost(self, method: str) -> dict[str, int | float]:
+        """Tokens and seconds of one training, mean over seeds; the pool counts as a whole."""
+        runs = [self.out / "train" / f"{method}-{seed}" for seed in range(self.sizes.seeds)]
+        summaries = [json.loads((run / SUMMARY).read_text()) for run in runs]
+        drawn = [self._drawn(path) for run in runs for path in sorted(run.rglob("samples.jsonl"))]
+        pool = 0 if method == "xpo" else self._drawn(samples_file(self.out, "train/pool"))
+        stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / STAGES)}
+        own = [sum(summary["seconds"].values()) for summary in summaries]
+        shared = 0.0 if method == "xpo" else stages["train/pool"]
+        return {
+            "tokens_drawn": round(pool + sum(drawn) / len(runs)),
+            "tokens_fitted": round(float(np.mean([self._fitted(run) for run in runs]))),
+            "seconds": round(shared + float(np.mean(own)), 1),
+            "seconds_of_fitting": round(
+                float(np.mean([summary["seconds"].get("train", 0.0) for summary in summaries])), 1
+            ),
+        }
+
+    def _fitted(self, run: Path) -> float:
+        """Tokens that fitting read, prompts once; the Trainer counts 6 flops a weight and token."""
+        total = 0.0
+        for folder in sorted(run.rglob("checkpoints")):
+            states = folder.glob("checkpoint-*/trainer_state.json")
+            last = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
+            total += json.loads(last.read_text())["total_flos"] / (6 * self.n_parameters)
+        return total
+
+    def _drawn(self, path: Path) -> int:
+        return sum(len(ids) for row in self._rows(path) for ids in row["completion_ids"])
+
+    def _rows(self, path: Path) -> list[Row]:
+        return [row for _, row in read_rows(path)]
