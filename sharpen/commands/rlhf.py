@@ -72,7 +72,7 @@ def check(config: RlhfConfig) -> None:
         InputError: If beta is not above 0, N < 2, or an option would change nothing.
     """
     check_beta(config.beta)
-    if config.n < 2 and config.samples is None:
+    if config.n < 2:
         raise InputError(f"`n` must be at least 2 for pairs, got {config.n}.")
     if config.loss == "dpo" and config.standardise != "none":
         raise InputError(

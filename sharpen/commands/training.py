@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +18,8 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharpen.errors import InputError, RecordError
-from sharpen.records import Row, check_ids, file_digest, read_rows, write_text
+from sharpen.errors import InputError
+from sharpen.records import Row, file_digest, write_text
 from sharpen.runs import Journal
 from sharpen.sampling import Prompt
 from sharpen.sampling.hf import TransformersSampler
@@ -31,6 +30,7 @@ from sharpen.training.groups import Group
 from sharpen.training.objectives import Objective
 from sharpen.training.options import FitOptions, trainer_arguments
 
+from .given_samples import read_samples
 from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions, required
 from .sources import Source, check_reward, check_source, load, model_settings, source_settings
 from .stages import first_samples, kept_scores, sample_into, score_samples
@@ -146,52 +146,6 @@ def draw(
     return sample_into(
         out / SAMPLES, sampler, prompts, config.sampling(), label="sample", timings=timings
     )
-
-
-def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
-    """Samples that an earlier command drew, in the order of `prompts`.
-
-    Raises:
-        InputError: If a prompt has none, or its tokens were others.
-        RecordError: If the file cannot be read, or a record is not one of `sharpen sample`.
-    """
-    rows: dict[str, Row] = {}
-    for place, row in read_rows(path):
-        _check_samples(place, row)
-        if row["prompt_id"] in rows:
-            raise RecordError(
-                f"{place}: `prompt_id` {row['prompt_id']!r} must be there once, got it again; "
-                "give a file of one `sharpen sample`."
-            )
-        rows[row["prompt_id"]] = row
-    for prompt in prompts:
-        row = rows.get(prompt.id)
-        if row is None or row["prompt_ids"] != list(prompt.ids):
-            why = "none" if row is None else "samples of other tokens"
-            raise InputError(
-                f"`samples` {path!r} must hold samples of prompt {prompt.id!r}, got {why}; "
-                "give the same prompts as when they were drawn."
-            )
-    return [rows[prompt.id] for prompt in prompts]
-
-
-def _check_samples(place: str, row: Row) -> None:
-    lists = ("completions", "completion_ids", "finish_reasons")
-    for name in ("prompt_id", "prompt_ids", *lists):
-        if name not in row:
-            raise RecordError(
-                f"{place}: must have the field `{name}`; give a file of `sharpen sample`."
-            )
-    if not isinstance(row["prompt_id"], str):
-        raise RecordError(f"{place}: `prompt_id` must be text, got {row['prompt_id']!r}.")
-    sizes = [len(row[name]) if isinstance(row[name], list) else None for name in lists]
-    if None in sizes or len(set(sizes)) > 1:
-        raise RecordError(
-            f"{place}: {', '.join(f'`{name}`' for name in lists)} must be lists of one length, "
-            f"got {', '.join(map(str, sizes))}."
-        )
-    for ids in row["completion_ids"]:
-        check_ids(place, "completion_ids", ids)
 
 
 def rate(

@@ -22,7 +22,7 @@ OTHER = {
     "lora_rank": 7, "save_every": 7, "trainer": ["bf16=true"], "reward": "mean_logprob",
     "weights": "soft", "soft_temperature": 0.5, "per": "sequence", "beta": 0.5,
     "pairs": "all", "standardise": "all", "loss": "dpo", "alpha": 0.5, "rounds": 7,
-    "validation": 7,
+    "validation": 7, "scores": "sampler",
 }  # fmt: skip
 
 
