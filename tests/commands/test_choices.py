@@ -10,9 +10,11 @@ from sharpen.commands.rlhf import RlhfConfig, check, pair_rows, preferred
 from sharpen.commands.rlhf import choose as choose_pairs
 from sharpen.commands.sft import SftConfig, weights
 from sharpen.commands.sft import choose as choose_best
-from sharpen.commands.training import PAIRS, Drawn
+from sharpen.commands.sources import Source
+from sharpen.commands.training import PAIRS, Drawn, rate
 from sharpen.errors import InputError
-from sharpen.scoring import Scores
+from sharpen.records import PromptRecord
+from sharpen.scoring import Scorer, Scores
 from sharpen.training.objectives import Dpo, Likelihood, Square
 
 INF, NAN = math.inf, math.nan
@@ -36,6 +38,20 @@ def drawn(reward=None):
     reference = scores.reward("logprob").double()
     reward = reference if reward is None else torch.tensor(reward, dtype=torch.float64)
     return Drawn(ROWS, scores, reward, reference, PROMPTS)
+
+
+def test_the_reference_is_the_log_prob_whatever_the_reward(tmp_path):
+    rows = [
+        {"prompt_id": "p", "prompt_ids": [1], "completion_ids": [[2, 3], [4]],
+         "finish_reasons": ["stop", "stop"]}
+    ]  # fmt: skip
+    # all are scored: the scorer is not called
+    scored = {"prompt_id": "p", "logprob": [[-1.0, -2.0], [-4.0]]}
+    (tmp_path / "scores.jsonl").write_text(json.dumps(scored) + "\n")
+    source = Source([PromptRecord("here", "p", "q")], None, None)
+    found = rate(tmp_path, Scorer("game24", device="cpu"), source, rows, "mean_logprob")
+    assert (found.reference.tolist(), found.reward.tolist()) == ([-3.0, -4.0], [-1.5, -4.0])
+    assert found.prompts == ["q"]
 
 
 def sft(**options):

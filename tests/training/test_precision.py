@@ -61,7 +61,7 @@ def test_a_half_precision_gradient_is_as_good_as_that_of_pytorch(tmp_path, pairs
     assert bits(model).dtype == torch.float32
     error, own = (moved(model) / -lr - truth).norm(), (low - truth).norm()
     assert own > 0.01 * truth.norm(), "autocast was off"
-    assert error <= 1.5 * own
+    assert 0.3 * own < error <= 1.5 * own
 
 
 def test_half_precision_steps_agree_with_full_ones(tmp_path, pairs):
@@ -127,6 +127,20 @@ def test_checkpointing_counts_what_no_cache_can_share(tmp_path):
         apart = sum(3 * len(prompt) for prompt in PROMPTS) + int(batch.offsets[-1])
         want = apart if is_checkpointed else batch.n_tokens
         assert trainer._graph_tokens(batch) == want
+
+
+def test_adapters_begin_by_the_seed_alone(tmp_path, pairs):
+    found = []
+    for at, seed in enumerate((5, 5, 6)):
+        model = tiny()
+        torch.manual_seed(at)
+        asked = {"lora_rank": 2, "epochs": 0.5, "seed": seed, "batch": 6}
+        found.append(bits(fitted(tmp_path / str(at), pairs, Square(1.0), model=model, **asked)))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    # nothing half saved is left
+    left = sorted(p.name for p in (tmp_path / "0").iterdir())
+    assert left == ["checkpoints", "losses.jsonl", "model"]
 
 
 def test_adapters_have_the_rank_that_was_asked_for_and_end_in_the_weights(tmp_path, pairs):

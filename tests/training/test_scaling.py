@@ -41,6 +41,21 @@ def test_nan_of_an_ineligible_completion_touches_no_other():
     assert got[OK].isfinite().all()
 
 
+def test_rounding_is_not_made_a_difference():
+    # of three equal completions, scored apart
+    close = torch.tensor([-20.0, -20.000002, -19.999998, -3.0, -5.0, -7.0], dtype=torch.float64)
+    groups, every = torch.tensor([0, 3, 6]), torch.ones(6, dtype=torch.bool)
+    got = standardise(close, groups, every, "prompt")
+    assert got[:3].tolist() == close[:3].tolist()
+    torch.testing.assert_close(got[3:], close[3:] / math.sqrt(8 / 3), rtol=1e-15, atol=0)
+
+
+def test_what_is_ineligible_has_no_weight_whatever_its_reward():
+    reward = torch.tensor([0.0, 5.0, 0.0], dtype=torch.float64)
+    ok = torch.tensor([True, False, True])
+    assert tilted_weights(reward, torch.tensor([0, 3]), ok, 1.0).tolist() == [0.5, 0, 0.5]
+
+
 def test_standardising_changes_the_power_and_nothing_else():
     base = torch.tensor([-0.3, -1.0, -2.0, 0.5], dtype=torch.float64).log_softmax(0)
     groups, ok = torch.tensor([0, 4]), torch.ones(4, dtype=torch.bool)
