@@ -53,7 +53,7 @@ def format_page(study: Study) -> str:
     command = f"sharpen study {settings['task']}{' --quick' if settings['quick'] else ''} --out OUT"
     parts = [
         f"# Study: {settings['task']}",
-        f"`{command}` on {study['prompts']} test prompts and {settings['seeds']} seeds: "
+        f"`{command}` on {study['prompts']} test prompts and {settings['seeds']} seeds (training: {settings['train_seeds']}): "
         f"{len(study['stages'])} runs, {total / 60:.1f} minutes with {machine['threads']} threads "
         f"({versions}). Accuracies are in % with 95 % bands: a bootstrap over prompts of their "
         f"mean over seeds. Log-probs are those of the base model, in nats.{quick}",
