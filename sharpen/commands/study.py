@@ -38,6 +38,7 @@ class StudyConfig(ModelOptions):
     model: str = option("the base: game24 (ships with sharpen), or a model folder", "game24")
     quick: bool = option("the same study in small: a few minutes, and no figure to rely on", False)
     seeds: int | None = option("runs of everything that is random; 3, quick 1")
+    train_seeds: int | None = option("runs of each training; 3, quick 1")
     limit: int | None = option("only the first LIMIT test prompts; quick 24")
     n: int | None = option("samples of a test prompt to choose from; 50, quick 10", None, ("-n",))
     few: int | None = option("samples of low temperature, and chains; 8, quick 2")

@@ -34,7 +34,8 @@ class Sizes:
     """How large a study is.
 
     Attributes:
-        seeds: Runs of everything that is random.
+        seeds: Runs of everything that is random, but training.
+        train_seeds: Runs of each training, judged by samples of the same seed.
         limit: Test prompts; None for all.
         n: Samples of each to choose from.
         few: Samples of low temperature, and chains, of each.
@@ -48,6 +49,7 @@ class Sizes:
     """
 
     seeds: int
+    train_seeds: int
     limit: int | None
     n: int
     few: int
@@ -65,15 +67,15 @@ class Sizes:
 
 
 FULL = Sizes(
-    seeds=3, limit=None, n=50, few=8, budgets=(10, 25),
+    seeds=3, train_seeds=3, limit=None, n=50, few=8, budgets=(10, 25),
     train_limit=None, train_n=25, pairs_n=8, rounds=2, validation=32, save_every=500,
 )  # fmt: skip
 QUICK = Sizes(
-    seeds=1, limit=24, n=10, few=2, budgets=(5,),
+    seeds=1, train_seeds=1, limit=24, n=10, few=2, budgets=(5,),
     train_limit=24, train_n=4, pairs_n=4, rounds=1, validation=4, save_every=500,
 )  # fmt: skip
 
-# verb, and what differs from its defaults; learning rates were chosen on the sharpening split
+# verb, and what differs from its defaults; learning rates chosen, not tuned
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {"lr": 1e-4}),
     "soft-sft": ("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1), "lr": 1e-4}),
@@ -90,10 +92,10 @@ def sizes_of(config: "StudyConfig") -> Sizes:
         InputError: If one is out of its range.
     """
     base = QUICK if config.quick else FULL
-    names = ("seeds", "limit", "n", "few", "train_limit", "train_n")
+    names = ("seeds", "train_seeds", "limit", "n", "few", "train_limit", "train_n")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     sizes = replace(base, **given)
-    least = {"seeds": 1, "limit": 1, "n": 2, "few": 1, "train_n": 2}
+    least = {"seeds": 1, "train_seeds": 1, "limit": 1, "n": 2, "few": 1, "train_n": 2}
     for name, at_least in least.items():
         if name in given and given[name] < at_least:
             raise InputError(f"`{name}` must be at least {at_least}, got {given[name]}.")
@@ -136,7 +138,7 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
                     sampler="smc", alpha=ALPHA, particles=budget,
                 ),
             ]  # fmt: skip
-    for seed in range(sizes.seeds):
+    for seed in range(sizes.train_seeds):
         for method in METHODS:
             name = f"{method}-{seed}"
             model = str(runs.out / "train" / name / "model")

@@ -124,7 +124,7 @@ def training_entries(reader: "_Reader") -> list[Entry]:
     """Every trained model, one sample and greedy."""
     found = []
     for method in METHODS:
-        runs = [f"{method}-{seed}" for seed in range(reader.sizes.seeds)]
+        runs = [f"{method}-{seed}" for seed in range(reader.sizes.train_seeds)]
         cost = reader.training_cost(method)
         for decode, suffix in (("T = 1", ""), ("greedy", "-greedy")):
             pools = [reader.pool(f"judge/{run}{suffix}", scored=True) for run in runs]
@@ -153,7 +153,7 @@ class _Reader:
 
     def training_cost(self, method: str) -> dict[str, int | float]:
         """Tokens and seconds of one training, mean over seeds; the pool counts as a whole."""
-        runs = [self.out / "train" / f"{method}-{seed}" for seed in range(self.sizes.seeds)]
+        runs = [self.out / "train" / f"{method}-{seed}" for seed in range(self.sizes.train_seeds)]
         summaries = [json.loads((run / SUMMARY).read_text()) for run in runs]
         drawn = [self._drawn(path) for run in runs for path in sorted(run.rglob("samples.jsonl"))]
         pool = 0 if method == "xpo" else self._drawn(samples_file(self.out, "train/pool"))

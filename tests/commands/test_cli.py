@@ -28,6 +28,7 @@ OPTIONS = {
         "task",
         "out",
         "quick",
+        "train_seeds",
         "seeds",
         "limit",
         "n",

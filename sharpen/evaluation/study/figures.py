@@ -71,7 +71,7 @@ def power_figure(study: Study) -> Figure:
         color, marker = look(i)
         _band(axes, rows, "tokens", color, marker)
         ends.append(End(100 * rows[-1]["accuracy"], name.partition(",")[0], color))
-    axes.set_xscale("log")
+    against_n(axes, [round(row["tokens"]) for row in best])
     axes.set_xlabel("Completion tokens for one answer")
     name_ends(axes, ends)
     return figure
@@ -144,7 +144,7 @@ def _band(axes: Axes, rows: Sequence[Row], x: str, color: str, marker: str) -> N
 def _dots(names: Sequence[str], xlabel: str) -> tuple[Figure, Axes]:
     """A panel of one line a name, downwards."""
     figure, axes = panel("")
-    axes.set_position((0.26, 0.15, 0.7, 0.73))
+    axes.set_position((0.32, 0.15, 0.64, 0.73))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")

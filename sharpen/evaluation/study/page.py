@@ -50,10 +50,12 @@ def format_page(study: Study) -> str:
     quick = " This is a quick run, too small to rely on." if settings["quick"] else ""
     machine = study["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    command = f"sharpen study {settings['task']}{' --quick' if settings['quick'] else ''} --out OUT"
+    flags = " --quick" if settings["quick"] else ""
+    command = f"sharpen study {settings['task']}{flags} --train-seeds {settings['train_seeds']}"
     parts = [
         f"# Study: {settings['task']}",
-        f"`{command}` on {study['prompts']} test prompts and {settings['seeds']} seeds: "
+        f"`{command}` on {study['prompts']} test prompts, {settings['seeds']} seeds of samples and "
+        f"{settings['train_seeds']} of training: "
         f"{len(study['stages'])} runs, {total / 60:.1f} minutes with {machine['threads']} threads "
         f"({versions}). Accuracies are in % with 95 % bands: a bootstrap over prompts of their "
         f"mean over seeds. Log-probs are those of the base model, in nats.{quick}",

@@ -61,3 +61,11 @@ def test_the_same_seed_gives_the_same_figures_and_another_others(make_outcome):
     first, again, other = (select(outcome, 3, seed).weight_PG for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
+
+
+def test_the_sets_of_an_order_share_no_sample(make_outcome):
+    def at_random(subset, generator):
+        return Choice(torch.full((5 * subset.k,), 1 / subset.k, dtype=torch.float64), {})
+
+    weight_PG, _ = expected_choice(make_outcome(), at_random, 2, seed=0, n_orders=1)
+    np.testing.assert_allclose(weight_PG, 1 / 6)
