@@ -13,6 +13,11 @@ from sharpen_kernels._launch import INTERPRETED
 if INTERPRETED:
     interpreter_dots.install()
 
+# torch lists its constructors once: a poisoned one in that list would make `with torch.device(...)`
+# blind to the true one, for every later test of the process
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
