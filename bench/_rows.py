@@ -82,5 +82,7 @@ def write(rows: list[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows that `write` left there."""
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    """The rows that `write` left there, without what those of sharing say beside."""
+    names = {field.name for field in dataclasses.fields(Row)}
+    lines = map(json.loads, path.read_text().splitlines())
+    return [Row(**{name: x for name, x in line.items() if name in names}) for line in lines]

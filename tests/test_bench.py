@@ -1,5 +1,7 @@
 """No benchmark rots: each runs tiny, and what judges and prints them is itself right."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from bench._cases import CASES
 from bench._clock import RecordedClock
 from bench._judge import judged
 from bench._problems import build
-from bench._rows import Row
+from bench._rows import Row, read
 from bench._shapes import all_tasks
 from bench._tables import digest, table
 from bench.peers.finding import Peer, available
@@ -83,6 +85,13 @@ def test_ratios_are_to_the_fastest_exact_peer_and_floor():
     assert "2.00 x" in ours
     assert "missing, no module: g, h" in text
     assert "2.00 ms   3.00 x b, 2.00 x floor" in digest(rows)
+
+
+def test_rows_of_sharing_may_stand_in_the_same_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    given = {f.name: None for f in dataclasses.fields(Row)}
+    path.write_text(json.dumps(given | {"op": "a", "saved_mib": 3.0}) + "\n" + json.dumps(given))
+    assert [row.op for row in read(path)] == ["a", None]
 
 
 def test_a_package_that_is_not_there_is_named_with_the_reason():
