@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-kernels lint types wheel check peers bench conformance clean
+.PHONY: setup demo test lint types wheel check peers bench conformance hosts vllm test-hosts clean
 
 setup: $(READY)
 
@@ -62,6 +62,35 @@ $(PEERS)/.ready: $(READY) constraints.txt
 	rm -rf $(PEERS)/tests $(PEERS)/scripts $(PEERS)/hopper; \
 	if [ -z "$$missing" ]; then touch $@; else echo "make peers: not to be had:$$missing"; fi
 
+# the hosts of sharpen/integrations, in an environment of their own: what `make test` runs in
+# stays free of them
+HOSTS := .venv-hosts
+hosts: $(HOSTS)/.ready
+
+$(HOSTS)/.ready: pyproject.toml setup.py constraints.txt constraints-hosts.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet $(TORCH)
+	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints.txt \
+	    --constraint constraints-hosts.txt --editable ".[dev,hosts]"
+	touch $@
+
+# vLLM pins another transformers; its own torchvision cannot load beside a CPU torch
+VLLM := .venv-vllm
+vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# real runs of every host; those of vLLM too where `make vllm` was run
+test-hosts: $(HOSTS)/.ready
+	SHARPEN_HOSTS=1 OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -q -n $(JOBS) \
+	    --dist worksteal tests/hosts
+
 # every task; make bench OUT=bench/results/FILE.jsonl appends the rows to a file
 bench: $(READY) peers
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-quiet $(if $(OUT),--out $(OUT))
@@ -70,4 +99,4 @@ conformance: $(READY) peers
 	$(BIN)/python -m bench.conformance
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) $(HOSTS) $(VLLM) build dist runs *.egg-info

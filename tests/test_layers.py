@@ -13,6 +13,7 @@ PACKAGES = {"sharpen": ROOT / "sharpen", "sharpen_kernels": ROOT / "kernels" / "
 LAYERS = [
     ("sharpen.cli", "sharpen.__main__"),
     ("sharpen.commands",),
+    ("sharpen.integrations", "sharpen.server"),
     ("sharpen.evaluation",),
     ("sharpen.training",),
     ("sharpen.sampling",),

@@ -1,0 +1,1 @@
+"""sharpen inside other programs: one file or folder a host, which alone imports it."""
