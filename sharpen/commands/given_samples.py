@@ -1,14 +1,21 @@
 """Samples that an earlier command drew, read for training."""
 
+import logging
 from collections.abc import Sequence
 
 from sharpen.errors import InputError, RecordError
 from sharpen.records import Row, check_ids, read_rows
 from sharpen.sampling import Prompt
 
+from .stages import first_samples
 
-def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
-    """Samples that an earlier command drew, in the order of `prompts`.
+log = logging.getLogger("sharpen")
+
+
+def read_samples(path: str, prompts: Sequence[Prompt], n: int) -> list[Row]:
+    """The first n samples of each prompt that an earlier command drew, in the order of `prompts`.
+
+    A prompt with fewer has all of its own, which is said once.
 
     Raises:
         InputError: If a prompt has none, or its tokens were others.
@@ -31,7 +38,13 @@ def read_samples(path: str, prompts: Sequence[Prompt]) -> list[Row]:
                 f"`samples` {path!r} must hold samples of prompt {prompt.id!r}, got {why}; "
                 "give the same prompts as when they were drawn."
             )
-    return [rows[prompt.id] for prompt in prompts]
+    few = [k for prompt in prompts if (k := len(rows[prompt.id]["completions"])) < n]
+    if few:
+        log.warning(
+            "`n` is %d, but %d of %d prompts in %s have fewer samples, the least %d; all of "
+            "theirs are taken.", n, len(few), len(prompts), path, min(few),
+        )  # fmt: skip
+    return [first_samples(rows[prompt.id], n) for prompt in prompts]
 
 
 def _check_samples(place: str, row: Row) -> None:

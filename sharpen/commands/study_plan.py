@@ -42,7 +42,8 @@ class Sizes:
         budgets: Plain samples that a sample of a power sampler may cost; each at most n.
         train_limit: Training prompts; None for all.
         train_n: Samples of each.
-        pairs_n: Of these, those that `rlhf` pairs and power self-distillation weighs.
+        equal_limit: Of these prompts, those that the objectives are compared on; None for all.
+        equal_n: Samples of each, in every objective; a multiple of 4.
         rounds: Of XPO.
         validation: Prompts that XPO chooses its round by.
         save_every: Steps between checkpoints.
@@ -56,7 +57,8 @@ class Sizes:
     budgets: tuple[int, ...]
     train_limit: int | None
     train_n: int
-    pairs_n: int
+    equal_limit: int | None
+    equal_n: int
     rounds: int
     validation: int
     save_every: int
@@ -68,20 +70,25 @@ class Sizes:
 
 FULL = Sizes(
     seeds=3, train_seeds=3, limit=None, n=50, few=8, budgets=(10, 25),
-    train_limit=None, train_n=25, pairs_n=8, rounds=2, validation=32, save_every=500,
+    train_limit=None, train_n=25, equal_limit=3250, equal_n=8,
+    rounds=2, validation=32, save_every=500,
 )  # fmt: skip
 QUICK = Sizes(
     seeds=1, train_seeds=1, limit=24, n=10, few=2, budgets=(5,),
-    train_limit=24, train_n=4, pairs_n=4, rounds=1, validation=4, save_every=500,
+    train_limit=24, train_n=4, equal_limit=24, equal_n=4,
+    rounds=1, validation=4, save_every=500,
 )  # fmt: skip
 
-# verb, and what differs from its defaults; learning rates chosen, not tuned
+# verb, and what differs from its defaults. Learning rates: that of the command for `sft`, those of
+# `rlhf` chosen by accuracy on other targets, that of `xpo` by J_beta; never on test prompts
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("sft", {"lr": 1e-4}),
-    "soft-sft": ("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1), "lr": 1e-4}),
-    "rlhf": ("rlhf", {"beta": 1 / (ALPHA - 1), "lr": 1e-5}),
+    "sft": ("sft", {}),
+    "sft-transductive": ("sft", {"epochs": 10.0}),
+    "sft-equal": ("sft", {}),
+    "soft-sft": ("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1)}),
+    "rlhf": ("rlhf", {"beta": 1 / (ALPHA - 1), "lr": 3e-5}),
     "dpo": ("rlhf", {"loss": "dpo", "pairs": "best_worst", "beta": 0.1, "lr": 1e-5}),
-    "xpo": ("xpo", {"beta": 1 / (ALPHA - 1), "lr": 1e-5, "n": 1}),
+    "xpo": ("xpo", {"beta": 1 / (ALPHA - 1), "lr": 1e-5}),
 }
 
 
@@ -107,7 +114,8 @@ def sizes_of(config: "StudyConfig") -> Sizes:
     return replace(
         sizes,
         budgets=tuple(k for k in sizes.budgets if k <= sizes.n) or (sizes.n,),
-        pairs_n=min(sizes.pairs_n, sizes.train_n),
+        equal_limit=_least(sizes.equal_limit, sizes.train_limit),
+        equal_n=min(sizes.equal_n, sizes.train_n),
     )
 
 
@@ -190,11 +198,43 @@ class _Runs:
         name = f"train/{method}-{seed}"
         flags = self.common | self.prompts
         flags |= {"out": str(self.out / name), "seed": seed, "save_every": self.sizes.save_every}
-        flags |= {"split": TRAIN, "limit": self.sizes.train_limit}
         if verb == "xpo":
-            flags |= {"rounds": self.sizes.rounds, "validation": self.sizes.validation}
+            # a round draws n of the base and n of the policy
+            n = max(1, self.sizes.equal_n // (2 * self.sizes.rounds))
+            flags |= {"rounds": self.sizes.rounds, "validation": self.sizes.validation, "n": n}
+            flags |= {"split": TRAIN, "limit": self.sizes.equal_limit}
             return Stage(name, verb, XpoConfig(**flags | own))
-        # the best of all samples costs no more to fit than that of a few
-        n = self.sizes.train_n if method in ("sft", "dpo") else self.sizes.pairs_n
-        flags |= {"samples": str(samples_file(self.out, "train/pool")), "scores": "sampler", "n": n}
+        pool = pool_name(method, seed)
+        assert pool is not None
+        flags |= {"samples": str(samples_file(self.out, pool)), "scores": "sampler"}
+        flags |= vars(given(self.sizes, method))
         return Stage(name, verb, (SftConfig if verb == "sft" else RlhfConfig)(**flags | own))
+
+
+@dataclass(frozen=True)
+class Given:
+    """The samples that a training takes: the first n of each of the first `limit` prompts."""
+
+    split: str
+    limit: int | None
+    n: int
+
+
+def given(sizes: Sizes, method: str) -> Given:
+    """Of the pool of a method that does not draw its own samples."""
+    if method == "sft":
+        return Given(TRAIN, sizes.train_limit, sizes.train_n)
+    if method == "sft-transductive":
+        return Given(TEST, sizes.limit, min(sizes.train_n, sizes.n))
+    return Given(TRAIN, sizes.equal_limit, sizes.equal_n)
+
+
+def pool_name(method: str, seed: int) -> str | None:
+    """The stage whose samples a training takes; None where it draws its own."""
+    if METHODS[method][0] == "xpo":
+        return None
+    return f"base/pool-{seed}" if method == "sft-transductive" else "train/pool"
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return min((x for x in (a, b) if x is not None), default=None)

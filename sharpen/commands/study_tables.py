@@ -20,7 +20,17 @@ from sharpen.models import load_model
 from sharpen.records import Row, read_rows
 from sharpen.tasks import get_task
 
-from .study_plan import ALPHA, METHODS, TEMPERATURES, TEST, Sizes, samples_file
+from .study_plan import (
+    ALPHA,
+    METHODS,
+    TEMPERATURES,
+    TEST,
+    Given,
+    Sizes,
+    given,
+    pool_name,
+    samples_file,
+)
 from .study_stages import STAGES, Stage, stage_rows
 from .training import SUMMARY
 
@@ -130,8 +140,9 @@ def training_entries(reader: "_Reader") -> list[Entry]:
             pools = [reader.pool(f"judge/{run}{suffix}", scored=True) for run in runs]
             measured = [of_samples(pool, has_kl=not suffix) for pool in pools]
             stages = [f"train/{run}" for run in runs]
-            if method != "xpo":
-                stages.append("train/pool")
+            stages += dict.fromkeys(
+                pool for seed in range(len(runs)) if (pool := pool_name(method, seed)) is not None
+            )
             stages += [f"judge/{run}{suffix}" for run in runs]
             found.append(Entry("training", f"{method}, {decode}", None, measured, stages, cost))
     return found
@@ -152,18 +163,25 @@ class _Reader:
         return pool_of(rows, self.task, self.examples)
 
     def training_cost(self, method: str) -> dict[str, int | float]:
-        """Tokens and seconds of one training, mean over seeds; the pool counts as a whole."""
+        """Tokens and seconds of one training, mean over seeds; of a pool, the share it takes."""
         runs = [self.out / "train" / f"{method}-{seed}" for seed in range(self.sizes.train_seeds)]
         summaries = [json.loads((run / SUMMARY).read_text()) for run in runs]
-        drawn = [self._drawn(path) for run in runs for path in sorted(run.rglob("samples.jsonl"))]
-        pool = 0 if method == "xpo" else self._drawn(samples_file(self.out, "train/pool"))
         stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / STAGES)}
-        own = [sum(summary["seconds"].values()) for summary in summaries]
-        shared = 0.0 if method == "xpo" else stages["train/pool"]
+        drawn = [
+            sum(self._tokens(path) for path in sorted(run.rglob("samples.jsonl"))) for run in runs
+        ]
+        seconds = [sum(summary["seconds"].values()) for summary in summaries]
+        for seed in range(len(runs)):
+            pool = pool_name(method, seed)
+            if pool is not None:
+                path = samples_file(self.out, pool)
+                taken = self._tokens(path, given(self.sizes, method))
+                drawn[seed] += taken
+                seconds[seed] += stages[pool] * taken / self._tokens(path)
         return {
-            "tokens_drawn": round(pool + sum(drawn) / len(runs)),
+            "tokens_drawn": round(float(np.mean(drawn))),
             "tokens_fitted": round(float(np.mean([self._fitted(run) for run in runs]))),
-            "seconds": round(shared + float(np.mean(own)), 1),
+            "seconds": round(float(np.mean(seconds)), 1),
             "seconds_of_fitting": round(
                 float(np.mean([summary["seconds"].get("train", 0.0) for summary in summaries])), 1
             ),
@@ -178,8 +196,19 @@ class _Reader:
             total += json.loads(last.read_text())["total_flos"] / (6 * self.n_parameters)
         return total
 
-    def _drawn(self, path: Path) -> int:
-        return sum(len(ids) for row in self._rows(path) for ids in row["completion_ids"])
+    def _tokens(self, path: Path, part: Given | None = None) -> int:
+        """Of all samples in a file, or of those that a training takes."""
+        rows = self._rows(path)
+        if part is None:
+            return sum(len(ids) for row in rows for ids in row["completion_ids"])
+        examples = [x for split in part.split.split("+") for x in self.task.examples(split)]
+        taken = {example.id for example in examples[: part.limit]}
+        return sum(
+            len(ids)
+            for row in rows
+            if row["prompt_id"] in taken
+            for ids in row["completion_ids"][: part.n]
+        )
 
     def _rows(self, path: Path) -> list[Row]:
         return [row for _, row in read_rows(path)]

@@ -33,7 +33,7 @@ from sharpen.training.options import FitOptions, trainer_arguments
 from .given_samples import read_samples
 from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions, required
 from .sources import Source, check_reward, check_source, load, model_settings, source_settings
-from .stages import first_samples, kept_scores, sample_into, score_samples
+from .stages import kept_scores, sample_into, score_samples
 
 SAMPLES, SCORES, PAIRS = "samples.jsonl", "scores.jsonl", "pairs.jsonl"
 SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
@@ -141,7 +141,7 @@ def draw(
 ) -> list[Row]:
     """Samples of every prompt: drawn once into `out`, or the first n in the file `given`."""
     if given is not None:
-        return [first_samples(row, config.n) for row in read_samples(given, prompts)]
+        return read_samples(given, prompts, config.n)
     timings = Journal(out / TIMINGS)
     return sample_into(
         out / SAMPLES, sampler, prompts, config.sampling(), label="sample", timings=timings

@@ -217,7 +217,7 @@ def test_a_file_that_is_not_ours_is_never_written_over(tmp_path, monkeypatch, ca
 
 def test_tasks_are_listed(capsys):
     assert main(["tasks"]) == 0
-    assert "splits: base 800, sharpen 250, test 312, free 3000" in capsys.readouterr().out
+    assert "splits: base 800, sharpen 250, test 312, free 12000" in capsys.readouterr().out
 
 
 def test_help_and_unknown_verbs(capsys):

@@ -17,7 +17,9 @@ from .tables import (
 )
 
 TITLES = {
-    "sft": "SFT-Sharpening: the best of N samples by log-prob, fitted",
+    "sft": "SFT-Sharpening: the best of N samples by log-prob, fitted; all prompts and samples",
+    "sft-transductive": "the same, transductive: fitted on the test prompts themselves",
+    "sft-equal": "SFT-Sharpening on as many samples as the objectives below",
     "soft-sft": "power self-distillation: all samples, by p^(alpha - 1)",
     "rlhf": "RLHF-Sharpening: square loss of Eq. (8) on random pairs",
     "dpo": "DPO on the best and the worst sample",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .puzzles import MAX_CARD, TARGET, Numbers, split_puzzles, steps_from
 
 FREE_SEED = 2412
-FREE_SIZE = 3000
+FREE_SIZE = 12000
 MAX_TARGET = 100
 
 
