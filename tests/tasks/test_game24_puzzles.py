@@ -6,6 +6,7 @@ import pytest
 from sharpen.tasks.game24.puzzles import (
     MAX_NUMBER,
     SPLIT_SIZES,
+    apply,
     integer_solutions,
     is_solvable,
     solvable_puzzles,
@@ -33,6 +34,26 @@ def test_there_are_1362_solvable_puzzles_of_1820():
 )
 def test_known_puzzles(numbers, solvable):
     assert is_solvable(numbers) is solvable
+
+
+def by_single_steps(numbers, target):
+    """Solvable by joining two numbers left until one is left."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        made = [apply(op, numbers[i], numbers[j]) for op in "+-*/"]
+        if any(by_single_steps([*rest, x], target) for x in made if x is not None):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("target", [0, 1, 5, 24])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_solvable_is_what_a_search_by_single_steps_finds(count, target):
+    for numbers in itertools.combinations_with_replacement((0, 1, 2, 5, 12), count):
+        found = by_single_steps([Fraction(n) for n in numbers], target)
+        assert is_solvable(numbers, target) is found, numbers
 
 
 def test_splits_are_disjoint_and_cover_everything():

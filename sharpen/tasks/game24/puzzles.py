@@ -69,20 +69,53 @@ def solvable_puzzles() -> tuple[Numbers, ...]:
 
 def is_solvable(numbers: Numbers, target: int = TARGET) -> bool:
     """Whether some expression over all of `numbers` equals `target`, fractions allowed."""
-    return _reaches(tuple(sorted(Fraction(n) for n in numbers)), Fraction(target))
+    exact, goal = tuple(sorted(Fraction(n) for n in numbers)), Fraction(target)
+    if len(exact) == 1:
+        return exact[0] == goal
+    # the last step joins two values; a look-up tells whether the other one can be made
+    return any(
+        value == goal == 0 or not _values(more).isdisjoint(_partners(value, goal))
+        for few, more in _halves(exact)
+        for value in _values(few)
+    )
 
 
-@functools.lru_cache(maxsize=1 << 18)
-def _reaches(numbers: tuple[Fraction, ...], target: Fraction) -> bool:
+@functools.cache
+def _values(numbers: tuple[Fraction, ...]) -> frozenset[Fraction]:
+    """What expressions over all of `numbers`, sorted ascending, can equal."""
     if len(numbers) == 1:
-        return numbers[0] == target
-    for i, j in itertools.permutations(range(len(numbers)), 2):
-        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
-        for op in "+-*/":
-            result = apply(op, numbers[i], numbers[j])
-            if result is not None and _reaches(tuple(sorted([*rest, result])), target):
-                return True
-    return False
+        return frozenset(numbers)
+    made = {
+        apply(op, *pair)
+        for few, more in _halves(numbers)
+        for x, y in itertools.product(_values(few), _values(more))
+        for pair in ((x, y), (y, x))
+        for op in "+-*/"
+    }
+    return frozenset(value for value in made if value is not None)
+
+
+def _halves(
+    numbers: tuple[Fraction, ...],
+) -> Iterator[tuple[tuple[Fraction, ...], tuple[Fraction, ...]]]:
+    """Every way to part `numbers` in two, the smaller part first."""
+    for size in range(1, len(numbers) // 2 + 1):
+        for taken in itertools.combinations(range(len(numbers)), size):
+            rest = [n for k, n in enumerate(numbers) if k not in taken]
+            yield tuple(numbers[k] for k in taken), tuple(rest)
+
+
+def _partners(value: Fraction, target: Fraction) -> set[Fraction]:
+    """The y for which one of + - * / makes `target` of `value` and y, in either order.
+
+    Where both are 0 every y does, and is not listed.
+    """
+    found = {target - value, value - target, value + target}
+    if value:
+        found |= {target / value, target * value}
+        if target:
+            found.add(value / target)
+    return found
 
 
 @functools.cache
