@@ -19,6 +19,7 @@ FIT = ["lr", "epochs", "batch", "lora_rank", "save_every", "trainer"]
 TRAIN = [*MODEL, *PROMPTS, *DRAW, *FIT, "out", "reward"]
 OPTIONS = {
     "bon": [*MODEL, *PROMPTS, *DRAW, "out", "reward", "scores"],
+    "export": ["input", "shape", "reward", "out"],
     "rlhf": [*TRAIN, "samples", "scores", "beta", "pairs", "standardise", "loss"],
     "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
@@ -53,6 +54,10 @@ OPTIONS = {
     ],
     "xpo": [*TRAIN, "beta", "alpha", "rounds", "validation"],
 }
+
+
+# verbs that hand their arguments to another program
+FORWARDED = ["lm-eval"]
 
 
 @pytest.mark.parametrize("verb", OPTIONS)
@@ -224,7 +229,7 @@ def test_help_and_unknown_verbs(capsys):
     assert main(["--help"]) == 0
     assert "sharpen VERB" in capsys.readouterr().out
     assert main(["bno"]) == 2
-    verbs = ", ".join(OPTIONS)
+    verbs = ", ".join(sorted([*OPTIONS, *FORWARDED]))
     assert f"`VERB` must be one of {verbs}, got 'bno'" in capsys.readouterr().err
     assert main([]) == 2
 

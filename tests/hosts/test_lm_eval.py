@@ -16,8 +16,6 @@ from lm_eval_runs import (
 )
 from lm_eval_tasks import prose
 
-pytestmark = pytest.mark.filterwarnings("ignore:Passing `generation_config` together")
-
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
