@@ -1,4 +1,4 @@
-"""One of two processes that share an evaluation: `python lm_eval_rank.py MODEL TASKS OUT TASK...`."""
+"""One of the processes that share an evaluation: `lm_eval_rank.py MODEL TASKS OUT TASK...`."""
 
 import json
 import sys

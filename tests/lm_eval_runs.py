@@ -89,9 +89,7 @@ def assert_same(found, wanted, task: str, within: float = 1e-5):
 
 def request(kind: str, *arguments, task: str = "t", doc: int = 0) -> Instance:
     """A request as a task builds it."""
-    return Instance(
-        request_type=kind, doc={}, arguments=arguments, idx=0, metadata=(task, doc, 1)
-    )
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=(task, doc, 1))
 
 
 def loglikelihoods(lm, pairs) -> list[tuple[float, bool]]:

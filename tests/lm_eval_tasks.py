@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "the cat sat on a mat and saw many odd birds fly over green hills at dawn".split()
+TEXT = "the cat sat on a mat and saw many odd birds fly over green hills at dawn"
 
 YAML = """\
 task: {name}
@@ -62,10 +62,10 @@ metric_list:
 
 def prose(n: int, seed: int) -> str:
     """About `n` characters of words."""
-    draw = random.Random(seed)
+    draw, words = random.Random(seed), TEXT.split()
     text = ""
     while len(text) < n:
-        text += draw.choice(WORDS) + " "
+        text += draw.choice(words) + " "
     return text[:n].rstrip()
 
 

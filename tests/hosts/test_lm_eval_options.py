@@ -186,7 +186,7 @@ def test_batches_shrink_where_memory_runs_out(paths, plain, monkeypatch):
     ("options", "message"),
     [
         ({"softmax_dtype": "bfloat16"}, "`softmax_dtype` must be float32, got torch.bfloat16"),
-        ({"max_length": CONTEXT + 1}, f"`max_length` must be at most the model's context of {CONTEXT}"),
+        ({"max_length": CONTEXT + 1}, f"`max_length` must be at most .* context of {CONTEXT}"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1, got 0"),
         ({"backend": "seq2seq"}, "`backend` must be causal"),
         ({"sharing": "some"}, "`sharing` must be 'auto', tree, cache, none, got 'some'"),
@@ -204,7 +204,7 @@ def test_what_cannot_be_done_is_refused(paths, options, message):
         ("", "", "task 't', document 0: context and continuation must not both be empty"),
         ("abc", "", "request 1 .* got no token in the continuation"),
         (" ", "b", "request 1 .* got no token in the context"),
-        ("abc", "x" * (CONTEXT + 1), "the continuation must fit `max_length` of 512 tokens, got 513"),
+        ("abc", "x" * (CONTEXT + 1), "the continuation must fit .* 512 tokens, got 513"),
     ],
     ids=["nothing", "continuation", "context", "long"],
 )  # fmt: skip

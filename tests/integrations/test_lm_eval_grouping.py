@@ -1,6 +1,7 @@
 """Requests cut, regrouped and dealt out: each once, whatever their order."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_what_cannot_be_read_is_refused(context, continuation, message):
 def requests(n):
     draw = random.Random(0)
     shots = [[5, 6, 7], [5, 6], [9]]
-    return [(draw.choice(shots) + [draw.randrange(3)], [draw.randrange(9)]) for _ in range(n)]
+    return [([*draw.choice(shots), draw.randrange(3)], [draw.randrange(9)]) for _ in range(n)]
 
 
 def test_every_request_is_in_the_group_of_its_context():
@@ -60,7 +61,7 @@ def test_stretches_hold_neighbours_up_to_the_budget():
     found = list(stretches(groups, 40))
     assert [group for stretch in found for group in stretch] == groups
     assert len(found) > 1
-    for stretch, following in zip(found, found[1:], strict=False):
+    for stretch, following in pairwise(found):
         held = sum(group.tokens for group in stretch)
         assert held <= 40 or len(stretch) == 1
         assert held + following[0].tokens > 40

@@ -199,9 +199,7 @@ def _named(text: tuple[str, str] | None, number: int) -> str:
     return f"request {number} (continuation {end!r})"
 
 
-def _tell_of_cuts(
-    requests: list[Request], pairs: list[tuple[Ids, Ids]], max_length: int
-) -> None:
+def _tell_of_cuts(requests: list[Request], pairs: list[tuple[Ids, Ids]], max_length: int) -> None:
     cut = sum(
         len(context) < len(request[1])
         for request, (context, _) in zip(requests, pairs, strict=True)
