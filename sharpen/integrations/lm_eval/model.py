@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sharpen.errors import InputError
 from sharpen.limits import ModelLimits
+from sharpen.models import SHIPPED
 from sharpen.scoring import Scorer, Scores
 
 from .grouping import Group, Ids, fitted, grouped, stretches
@@ -44,7 +45,8 @@ class SharpenLM(HFLM):
     """The harness's `hf`, with log-likelihoods from the scorer.
 
     Args:
-        pretrained: As `hf` takes it: a hub id, a folder, or a loaded model.
+        pretrained: As `hf` takes it: a hub id, a folder, or a loaded model; or "game24", which
+            ships with sharpen.
         max_tokens: Tokens of one forward. Default: `batch_size` times the longest request, as `hf`
             reads in one batch, and at least 4096; 16384 with `batch_size=auto`, halved for as
             long as memory runs out.
@@ -71,6 +73,8 @@ class SharpenLM(HFLM):
             raise InputError(
                 "`backend` must be causal, got 'seq2seq'; take `--model hf` for encoder-decoders."
             )
+        if isinstance(pretrained, str) and pretrained in SHIPPED:
+            pretrained = str(SHIPPED[pretrained])
         super().__init__(pretrained, **options)
         if self.softmax_dtype not in (None, torch.float32):
             raise InputError(

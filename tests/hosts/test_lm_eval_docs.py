@@ -1,0 +1,24 @@
+"""docs/hosts/lm-eval.md does what it says."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from documented import blocks, ran
+
+PAGE = "docs/hosts/lm-eval.md"
+
+
+def test_the_page_runs(tmp_path):
+    (shell,), (python,) = blocks(PAGE, "bash"), blocks(PAGE, "python")
+    done = ran(shell, "bash", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("results/*/results_*.json")
+    found = json.loads(path.read_text())["results"]["steps"]["acc,none"]
+    # the model that ships knows arithmetic
+    assert found == 1.0
+    again = ran(python, "python", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == "1.0"
