@@ -15,7 +15,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def ran(block: str, language: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """`block` in a process of its own in `folder`; `sharpen` and `python` are this environment's."""
+    """`block` in a process of its own in `folder`, with this environment's `sharpen`."""
     commands = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     first = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
