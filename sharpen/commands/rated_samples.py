@@ -146,6 +146,12 @@ def _rewards(place: str, row: Row, reward: str, single: bool, n: int) -> list[fl
             f"({', '.join(stats) or 'none'}); run `sharpen score --rewards {reward}` first."
         )
     needed = {name: stats[name] for name in stats_needed(reward)}
+    for name, nested in needed.items():
+        if not all(isinstance(x, list) and all(map(_is_number, x)) for x in nested):
+            raise RecordError(
+                f"{place}: `{name}` must hold a list for each completion, of a number or null for "
+                "each token."
+            )
     lengths = [len(tokens) for tokens in next(iter(needed.values()))]
     for name, nested in needed.items():
         if [len(tokens) for tokens in nested] != lengths:
@@ -165,14 +171,7 @@ def _statistics(place: str, row: Row, single: bool, n: int) -> dict[str, list[li
     found = dict(kept) if isinstance(kept, dict) else {}
     if "logprob" not in found and row.get("logprobs") is not None:
         found["logprob"] = row["logprobs"]
-    lists = {name: _listed(place, name, value, single, n) for name, value in found.items()}
-    for name, nested in lists.items():
-        if not all(isinstance(x, list) and all(map(_is_number, x)) for x in nested):
-            raise RecordError(
-                f"{place}: `{name}` must hold a list for each completion, of a number or null for "
-                "each token."
-            )
-    return lists
+    return {name: _listed(place, name, value, single, n) for name, value in found.items()}
 
 
 def _is_number(x: object) -> bool:
