@@ -156,7 +156,7 @@ def test_bad_options_are_refused(export, flags, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": {"mine": [1.0]}}, "`rewards.mine` must be a list of 4 entries, one a completion"),
+        ({"rewards": {"mine": [1.0]}}, "`rewards.mine` must be a list of 4 entries, one a"),
         ({"rewards": {"mine": ["x", 1, 2, 3]}}, "`rewards.mine` must hold numbers or null"),
         ({"finish_reasons": ["stop"]}, "`finish_reasons` must be a list of 4 entries"),
         ({"completion_ids": [["x"]] * 4}, "`completion_ids` must be a list of integers"),
