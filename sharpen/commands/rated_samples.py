@@ -6,6 +6,7 @@ it holds: `token_stats`, or the `logprobs` that a sampler kept.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -84,7 +85,7 @@ def with_prompts(
                 f"{group.place}: `prompt_id` {group.prompt_id!r} must be in {path!r}; give the "
                 "file that the samples were drawn from."
             )
-        found.append(Rated(**vars(group) | {"prompt": given[group.prompt_id]}))
+        found.append(replace(group, prompt=given[group.prompt_id]))
     return found
 
 

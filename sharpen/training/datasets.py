@@ -13,7 +13,7 @@ G completions of one prompt.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def unique(group: Rated) -> Rated:
         eligible.append(ok and key not in seen)
         if ok:
             seen.add(key)
-    return Rated(**vars(group) | {"eligible": eligible})
+    return replace(group, eligible=eligible)
 
 
 def _source(group: Rated, g: int) -> Row:
