@@ -4,7 +4,7 @@
     python -m bench.lm_eval_tasks --threads 1 --out FILE.jsonl              # sharpen[lm-eval]
     python -m bench.lm_eval_tasks --check                     # tiny shapes, agreement alone
 
-`loglikelihood` from text to answers, of a random Llama of 4 layers x 256, V = 8192, fp32 on a CPU,
+`loglikelihood` from text to answers, of a random Llama of 4 layers x 256, V = 8192, fp32,
 a token a character. "choices": contexts of 600 tokens, 8 choices of 24 each. "shots": 600 tokens of
 worked examples before 16 questions of 40 tokens, 4 choices of 8 each. Batches hold as many tokens:
 those of 8 sequences of `hf`, and as large a budget of ours.
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5  # nats a token, of the sums over a choice
 
 
 # the harness's own classes
-def measured(task: Task, seconds: float) -> tuple[list[Row], dict[str, Timing]]:
+def measured(task: Task, device: str, seconds: float) -> tuple[list[Row], dict[str, Timing]]:
     """Rows and timings; a RuntimeError if the answers differ."""
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import get_model  # pyright: ignore[reportMissingImports]
@@ -45,22 +45,22 @@ def measured(task: Task, seconds: float) -> tuple[list[Row], dict[str, Timing]]:
         found = lm.loglikelihood(asked, disable_tqdm=True)
         return torch.tensor([x for x, _ in found], dtype=torch.float64) / task.C
 
-    made = functools.partial(dict, tokenizer=tokenizer(), device="cpu", batch_size=BATCH)
+    made = functools.partial(dict, tokenizer=tokenizer(), device=device, batch_size=BATCH)
     ways = {
-        "ours": get_model("sharpen")(llama(), **made(max_tokens=task.max_tokens)),
+        "ours": get_model("sharpen")(llama().to(device), **made(max_tokens=task.max_tokens)),
         "ours, sharing=none": get_model("sharpen")(
-            llama(), **made(max_tokens=task.max_tokens, sharing="none")
+            llama().to(device), **made(max_tokens=task.max_tokens, sharing="none")
         ),
-        "hf": get_model("hf")(llama(), **made()),
+        "hf": get_model("hf")(llama().to(device), **made()),
     }
     truth = answers(ways["hf"])
     errors = {name: (answers(lm) - truth).abs().max().item() for name, lm in ways.items()}
     timings, failed = measure(
-        {name: functools.partial(answers, lm) for name, lm in ways.items()}, "cpu", seconds
+        {name: functools.partial(answers, lm) for name, lm in ways.items()}, device, seconds
     )
     if failed or max(errors.values()) > TOLERANCE:
         raise RuntimeError(f"a contender failed or differs: {failed} {errors}")
-    facts = machine("cpu")
+    facts = machine(device)
     rows = [
         Row(
             op=f"lm-eval {task.name}", impl=name, shape=str(task), dtype="float32",
@@ -77,6 +77,7 @@ def measured(task: Task, seconds: float) -> tuple[list[Row], dict[str, Timing]]:
 def main() -> int:
     """Parse the flags and measure."""
     parser = argparse.ArgumentParser(description="lm-eval's many-choice tasks, ours beside hf")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=20.0, help="of rounds, for each task")
     parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
@@ -92,7 +93,7 @@ def main() -> int:
         print(f"missing, {error}")
         return 0 if args.check else 2
     for task in CHECKED if args.check else TASKS:
-        rows, timings = measured(task, 0.0 if args.check else args.seconds)
+        rows, timings = measured(task, args.device, 0.0 if args.check else args.seconds)
         times = zip(timings["hf"].seconds, timings["ours"].seconds, strict=True)
         ratio = statistics.median(hf / ours for hf, ours in times)
         print(f"{table(f'lm-eval {task.name}, {task}', rows, {})}\n  ours: {ratio:.2f} x hf")

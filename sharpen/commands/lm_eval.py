@@ -37,6 +37,9 @@ def forward(argv: Sequence[str]) -> int:
         importlib.import_module("lm_eval.__main__").cli_evaluate()
     except SystemExit as ended:
         return _code(ended)
+    except KeyboardInterrupt:
+        # what a shell sees of lm-eval; only --use_cache lets the same command go on
+        return 130
     finally:
         sys.argv = ours
     return 0
