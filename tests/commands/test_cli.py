@@ -17,23 +17,10 @@ DRAW = ["n", "temperature", "top_p", "max_new_tokens", "seed"]
 SAMPLER = ["sampler", "alpha", "steps", "particles", "ramp", "proposal_temperature"]
 FIT = ["lr", "epochs", "batch", "lora_rank", "save_every", "trainer"]
 TRAIN = [*MODEL, *PROMPTS, *DRAW, *FIT, "out", "reward"]
+EXPORT = ["input", "shape", "out", "reward", "top", "unique", "cut", "prompts"]
 OPTIONS = {
     "bon": [*MODEL, *PROMPTS, *DRAW, "out", "reward", "scores"],
-    "export": [
-        "input",
-        "shape",
-        "out",
-        "reward",
-        "top",
-        "pairs",
-        "margin",
-        "seed",
-        "threshold",
-        "share",
-        "unique",
-        "cut",
-        "prompts",
-    ],
+    "export": [*EXPORT, "pairs", "margin", "seed", "threshold", "share"],
     "rlhf": [*TRAIN, "samples", "scores", "beta", "pairs", "standardise", "loss"],
     "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
