@@ -35,7 +35,8 @@ def prepared(folder: Path) -> tuple[Path, Path]:
         if len(last) == 3:
             break
     assert len(last) == 3
-    last += [{"context": row["context"], "target": "q" + row["target"]} for row in last]
+    # the first token of these is greedy, and the next is not
+    last += [{"context": row["context"], "target": row["target"] + "q"} for row in last]
     return model, write_tasks(folder / "tasks", last)
 
 
