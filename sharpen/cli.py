@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -19,6 +20,8 @@ from .errors import InputError, SharpenError
 
 VERBS = {
     "bon": "sample N completions a prompt, keep what the model itself rates highest, report",
+    "export": "scored samples to the data sets that TRL's trainers take",
+    "lm-eval": "lm-evaluation-harness with the model type `sharpen`; takes lm-eval's arguments",
     "rlhf": "sample, pair, and fit reward differences: RLHF-Sharpening",
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",
@@ -48,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _log_to_stderr()
     try:
+        command = _command(verb)
+        if hasattr(command, "forward"):
+            # another program's command line: its own flags, its own exit code
+            return command.forward(rest)
         config = parse(verb, rest)
         _quiet_libraries()
-        importlib.import_module(f"sharpen.commands.{verb}").run(config)
+        command.run(config)
     except SharpenError as error:
         sys.stderr.write(f"sharpen: {error}\n")
         return 2
@@ -58,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("sharpen: interrupted; the same command goes on from here.\n")
         return 130
     return 0
+
+
+def _command(verb: str) -> ModuleType:
+    return importlib.import_module(f"sharpen.commands.{verb.replace('-', '_')}")
 
 
 class _BesideProgressBars(logging.Handler):
@@ -98,7 +109,7 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
     """
     from transformers import HfArgumentParser
 
-    command = importlib.import_module(f"sharpen.commands.{verb}")
+    command = _command(verb)
     config_class = getattr(command, f"{verb.capitalize()}Config")
     first = getattr(command, "POSITIONAL", None)
     if first is not None and argv and not argv[0].startswith("-"):

@@ -40,7 +40,12 @@ class ModelLimits:
         return cls(vocab_size=weight.shape[0], max_length=length)
 
     def check(
-        self, name: str, prompt_ids: Sequence[object], completion_ids: Sequence[object] = ()
+        self,
+        name: str,
+        prompt_ids: Sequence[object],
+        completion_ids: Sequence[object] = (),
+        *,
+        unread: int = 0,
     ) -> None:
         """Refuse a prompt and completion that the model cannot read.
 
@@ -48,6 +53,8 @@ class ModelLimits:
             name: What the message begins with: "prompts[3]", or "samples.jsonl:12".
             prompt_ids: Token ids of the prompt.
             completion_ids: Token ids of the completion; may be empty.
+            unread: How many of them, at the end, are predicted and never read: they need no place
+                in the context.
 
         Raises:
             InputError: If the prompt is empty, an id is not an integer of the vocabulary, or both
@@ -61,7 +68,7 @@ class ModelLimits:
         self._check_ids(name, "prompt", prompt_ids)
         self._check_ids(name, "completion", completion_ids)
         total = len(prompt_ids) + len(completion_ids)
-        if self.max_length is not None and total > self.max_length:
+        if self.max_length is not None and total - unread > self.max_length:
             raise InputError(
                 f"{name}: prompt and completion must fit the model's context of "
                 f"{self.max_length} tokens, got {len(prompt_ids)} + {len(completion_ids)} = "

@@ -31,6 +31,12 @@ def test_what_fits_passes():
     LIMITS.check("prompts[0]", [0, 9, 3], [9, 9, 9, 9, 0])
 
 
+def test_what_is_never_read_needs_no_place():
+    LIMITS.check("prompts[0]", [0, 9, 3], [9, 9, 9, 9, 9, 0], unread=1)
+    with pytest.raises(InputError, match=r"context of 8 tokens, got 3 \+ 7 = 10"):
+        LIMITS.check("prompts[0]", [0, 9, 3], [9] * 7, unread=1)
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "message"),
     [

@@ -150,7 +150,7 @@ def _completion_ids(
             f"{place}: `completions` must be a list, got {type(values).__name__}; "
             "a single one goes into `completion`."
         )
-    texts = [_completion_text(place, value) for value in values]
+    texts = [completion_text(place, value) for value in values]
     given = row.get("completion_ids")
     if given is None:
         eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
@@ -161,7 +161,12 @@ def _completion_ids(
     return [check_ids(place, "completion_ids", ids) for ids in groups]
 
 
-def _completion_text(place: str, value: object) -> str:
+def completion_text(place: str, value: object) -> str:
+    """The text of a completion: text, or the content of one message, as TRL writes it.
+
+    Raises:
+        RecordError: If it is anything else.
+    """
     if isinstance(value, list):
         # TRL's conversational form: one assistant message
         if len(value) != 1 or not isinstance(value[0], dict) or "content" not in value[0]:

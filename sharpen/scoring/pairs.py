@@ -28,7 +28,9 @@ def pair_up(
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         limits.check(f"prompts[{p}]", prompt)
         for g, completion in enumerate(group):
-            limits.check(f"completions[{p}][{g}]", prompt, completion)
+            # what scores the last token is read before it
+            unread = min(1, len(completion))
+            limits.check(f"completions[{p}][{g}]", prompt, completion, unread=unread)
             pairs.append((list(prompt), list(completion)))
     return pairs
 

@@ -163,6 +163,19 @@ def test_text_is_tokenised_prompt_with_and_completion_without_special_tokens(fol
         assert torch.equal(got.reward("logprob"), want.reward("logprob"))
 
 
+@pytest.mark.parametrize("sharing", ["tree", "cache", "none"])
+def test_a_context_may_be_full_before_the_last_token(sharing):
+    # learned positions: one token more could not be read
+    model = tiny("gpt2-tied")
+    prompts, completions = [[5, 6]], [[[7] * (CONTEXT - 1), [7, 8]]]
+    got = Scorer(model, sharing=sharing).logprobs(prompts, completions)
+    read = torch.tensor([5, 6, *[7] * (CONTEXT - 2)])
+    rows = model(read[None]).logits[0, 1:].log_softmax(dim=1)
+    torch.testing.assert_close(got[: CONTEXT - 1], rows[:, 7], atol=2e-5, rtol=1e-5)
+    with pytest.raises(InputError, match=rf"got 2 \+ {CONTEXT} = {CONTEXT + 2}"):
+        Scorer(model).logprobs(prompts, [[[7] * CONTEXT]])
+
+
 def test_errors_name_the_argument_and_the_fix(folder):
     scorer = Scorer(tiny())
     with pytest.raises(InputError, match=r"`completions` .* each of 1 prompts, got 2;"):
