@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint types wheel check peers bench conformance hosts vllm test-hosts clean
+.PHONY: setup demo study-quick test lint types wheel check peers bench conformance hosts vllm test-hosts clean
 
 setup: $(READY)
 
@@ -23,6 +23,11 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)
 	$(BIN)/sharpen bon --model game24 --task game24 --split test -n 50 \
 	    --reward logprob --max-new-tokens 48 --seed 0 --out runs/demo
+
+# every selector, sampler and trained model in small, from nothing
+study-quick: $(READY)
+	rm -rf runs/study-quick
+	OMP_NUM_THREADS=1 $(BIN)/sharpen study game24 --quick --out runs/study-quick
 
 # JOBS processes side by side, each on one thread: make test JOBS=8
 JOBS ?= 2
