@@ -81,11 +81,11 @@ class SharedStats:
         """
         rows = scored_rows(ids, mask, labels)
         pairs = pair_up(ModelLimits.of(self.model), rows.prompts, rows.completions)
-        names = tuple(dict.fromkeys(stat for name in self.outputs for stat in NEEDS[name]))
+        names: dict[Statistic, None] = {stat: None for name in self.outputs for stat in NEEDS[name]}
         tokens = routed_stats(
             self.model,
             pairs,
-            names,
+            tuple(names),
             route=self.route,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
