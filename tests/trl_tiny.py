@@ -9,6 +9,7 @@ import importlib
 
 import torch
 from datasets import Dataset
+from transformers import PrinterCallback
 
 from sharpen.models import load_tokenizer
 from tiny import tiny
@@ -49,7 +50,7 @@ def online(kind, folder, out, *, shared, reward=constant, prompts=PROMPTS, model
     trainer_class = (
         getattr(ours, f"SharedPrefix{kind}Trainer") if shared else getattr(trl, f"{kind}Trainer")
     )
-    return trainer_class(
+    trainer = trainer_class(
         model=model or folder,
         reward_funcs=reward,
         args=args,
@@ -58,6 +59,8 @@ def online(kind, folder, out, *, shared, reward=constant, prompts=PROMPTS, model
         peft_config=copy.deepcopy(peft_config),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def batch(seed=0, *, group=4):

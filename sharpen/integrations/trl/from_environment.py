@@ -98,7 +98,8 @@ class EnvironmentReward(TrainerCallback):
 self_reward = EnvironmentReward()
 
 
-def _imported(path: str) -> Callable[[str], str | None]:
+# what it returns for a text is its own affair
+def _imported(path: str) -> Callable[[str], Any]:
     module, _, name = path.rpartition(".")
     try:
         found: Any = getattr(importlib.import_module(module), name)
