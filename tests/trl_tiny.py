@@ -35,12 +35,12 @@ def saved(folder, family="llama", **changes):
     return str(folder)
 
 
-def constant(prompts, completions, **kwargs):
-    """A reward that needs no model: the length."""
-    return [float(len(ids)) for ids in kwargs["completion_ids"]]
+def evens(prompts, completions, **kwargs):
+    """A reward that needs no model: how many ids are even."""
+    return [float(sum(i % 2 == 0 for i in ids)) for ids in kwargs["completion_ids"]]
 
 
-def online(kind, folder, out, *, shared, reward=constant, prompts=PROMPTS, model=None, **options):
+def online(kind, folder, out, *, shared, reward=evens, prompts=PROMPTS, model=None, **options):
     """A GRPO or RLOO trainer, TRL's own or ours."""
     trl = importlib.import_module("trl")
     ours = importlib.import_module("sharpen.integrations.trl.trainers")

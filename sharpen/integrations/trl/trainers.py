@@ -104,6 +104,11 @@ def _refuse(trainer: Any) -> None:
         )
     if getattr(args, "use_liger_kernel", False):
         raise InputError(f"`use_liger_kernel` must be False for {name}, got True; leave it out.")
+    if getattr(args, "cast_lm_head_to_fp32", False):
+        raise InputError(
+            f"`cast_lm_head_to_fp32` must be False for {name}, got True; leave it out: the shared "
+            "head never rounds logits, whatever the dtype of its weight."
+        )
     if isinstance(trainer.processing_class, ProcessorMixin):
         raise InputError(
             f"{name} must be given a tokenizer, got {type(trainer.processing_class).__name__}; "
