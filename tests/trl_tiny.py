@@ -44,7 +44,8 @@ def online(kind, folder, out, *, shared, reward=evens, prompts=PROMPTS, model=No
     """A GRPO or RLOO trainer, TRL's own or ours."""
     trl = importlib.import_module("trl")
     ours = importlib.import_module("sharpen.integrations.trl.trainers")
-    peft_config, callbacks = options.pop("peft_config", None), options.pop("callbacks", None)
+    names = ("peft_config", "callbacks", "tokenizer", "rollout_func")
+    peft_config, callbacks, tokenizer, rollout = (options.pop(name, None) for name in names)
     defaults = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 9}
     args = getattr(trl, f"{kind}Config")(output_dir=str(out), **(QUIET | defaults | options))
     trainer_class = (
@@ -55,9 +56,10 @@ def online(kind, folder, out, *, shared, reward=evens, prompts=PROMPTS, model=No
         reward_funcs=reward,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
-        processing_class=load_tokenizer("game24"),
+        processing_class=tokenizer or load_tokenizer("game24"),
         peft_config=copy.deepcopy(peft_config),
         callbacks=callbacks,
+        **({"rollout_func": rollout} if rollout else {}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
