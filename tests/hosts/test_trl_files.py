@@ -56,7 +56,7 @@ def test_sft_on_the_best_of_n_from_a_sharpened_model(tmp_path, monkeypatch):
     drawn = {tuple(row["prompt_ids"]): row for row in rows(tmp_path / "bon" / "samples.jsonl")}
     prompts, best = [], []
     for row in trainer.train_dataset:
-        first = row["completion_mask"].index(1)
+        first = next(i for i, label in enumerate(row["labels"]) if label != -100)
         prompts.append(row["input_ids"][:first])
         best.append([row["input_ids"][first:]])
         assert best[-1][0] in drawn[tuple(prompts[-1])]["completion_ids"]
