@@ -1,21 +1,13 @@
-"""GRPO and RLOO with the model's own probabilities as the reward; TRL's own command with YAML."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""GRPO and RLOO with the model's own probabilities as the reward."""
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig
 
 from sharpen.errors import InputError
-from sharpen.integrations.trl import SelfReward, self_reward
+from sharpen.integrations.trl import SelfReward
 from sharpen.models import load_tokenizer, resolve_model
 from sharpen.scoring import Scorer
-from test_layers import ROOT
 from trl_tiny import PROMPTS, online, saved
 
 pytestmark = [
@@ -193,35 +185,3 @@ def test_a_reward_that_is_no_callback_finds_its_trainer(folder, tmp_path):
     trainer = online("GRPO", folder, tmp_path, shared=True, reward=reward, max_steps=2, beta=0.0)
     trainer.train()
     assert_one_of(reward.seen[1], by_hand(folder, reward.seen[0]))
-
-
-def test_trl_grpo_from_yaml_with_no_code(folder, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    rows = [json.dumps({"prompt": text}) + "\n" for text in PROMPTS * 2]
-    (data / "train.jsonl").write_text("".join(rows))
-    config = {
-        "model_name_or_path": folder, "dataset_name": str(data),
-        "reward_funcs": ["sharpen.integrations.trl.self_reward"],
-        "output_dir": str(tmp_path / "out"), "max_steps": 2, "logging_steps": 1,
-        "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8,
-        "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no",
-        "dtype": "float32",
-        "env": {"SHARPEN_REWARD": "mean_logprob", "SHARPEN_REWARD_UNDER": "base"},
-    }  # fmt: skip
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    trl = Path(sys.executable).parent / "trl"
-    done = subprocess.run(
-        [str(trl), "grpo", "--config", str(path)], capture_output=True, text=True, cwd=tmp_path,
-        env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("self_reward/mean_logprob/mean") == 2, done.stdout[-3000:]
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert self_reward.__name__ == "self_reward"
-    assert "rewards/self_reward/mean" in done.stdout
