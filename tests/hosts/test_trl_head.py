@@ -1,6 +1,7 @@
 """Trainers of ours beside TRL's own: log-probs, entropies, losses and gradients of one step."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -155,6 +156,21 @@ def test_with_peft_the_reference_is_the_model_without_adapters(folder, tmp_path)
     judged_together(*runs, start)
     # the KL term saw a reference that is not the policy
     assert all(log[-1]["kl"] > 0 for log, _, _ in runs)
+
+
+def test_mixed_precision_takes_the_fused_head_of_both_models(folder, tmp_path, caplog):
+    options = {"bf16": True, "beta": 0.1, "max_steps": 2}
+    with caplog.at_level(logging.INFO, logger="sharpen"):
+        (theirs, *_), (ours, *_) = (
+            steps("GRPO", folder, tmp_path, shared=s, **options) for s in (False, True)
+        )
+    # bf16 products of other shapes
+    for a, b in zip(theirs, ours, strict=True):
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.05)
+        assert b["entropy"] == pytest.approx(a["entropy"], rel=0.01)
+    assert caplog.text.count("takes the hidden route") == 2
+    assert caplog.text.count("shares prompts by 'tree'") == 2
+    assert "slower" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """GRPO and RLOO with the model's own probabilities as the reward."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -149,6 +151,20 @@ def test_the_base_is_the_model_that_was_loaded(folder, tmp_path):
     assert_one_of(got, by_hand(folder, ids))
     with pytest.raises(AssertionError):
         assert_one_of(got, by_hand(trainer.model, ids))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("under", ["policy", "reference", "base"])
+def test_mixed_precision_changes_no_route(under, lora, folder, tmp_path, caplog):
+    options = {"bf16": True, "beta": 0.1}
+    if lora:
+        target = ["q_proj", "v_proj"]
+        options["peft_config"] = LoraConfig(r=4, target_modules=target, task_type="CAUSAL_LM")
+    with caplog.at_level(logging.INFO, logger="sharpen"):
+        (ids, got), trainer = rewards_of_one_step(folder, tmp_path, under=under, steps=1, **options)
+    assert caplog.text.count("takes the hidden route") == 1
+    assert caplog.text.count("shares prompts by 'tree'") == 1
+    assert_one_of(got, by_hand(folder, ids))
 
 
 def test_without_beta_there_is_no_reference(folder, tmp_path):

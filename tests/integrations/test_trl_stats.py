@@ -58,8 +58,13 @@ def step(model, outputs):
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
+def learned():
+    """Learned positions: those of the row without its padding."""
+    return tiny("gpt2-tied")
+
+
 @pytest.mark.parametrize("T", [1.0, 0.6])
-@pytest.mark.parametrize("make", [tiny, opaque], ids=["hidden", "logits"])
+@pytest.mark.parametrize("make", [tiny, opaque, learned], ids=["hidden", "logits", "positions"])
 def test_each_output_is_that_of_a_row_alone(make, T):
     model = make()
     ids, mask, labels = batch()

@@ -17,6 +17,7 @@ from torch import Tensor
 from sharpen.errors import InputError
 
 from ._host import host
+from .bare_forward import bare_forward
 from .shared_stats import SharedStats
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def add_fused_lm_head(
             "`cast_lm_head_to_fp32` must be False with shared prompts, got True; leave it out: "
             "this head never rounds logits, whatever the dtype of its weight."
         )
-    stats = SharedStats(model, temperature=temperature, outputs=outputs, max_tokens=max_tokens)
+    with bare_forward(model):
+        stats = SharedStats(model, temperature=temperature, outputs=outputs, max_tokens=max_tokens)
     own = model.forward
 
     @torch.compiler.disable

@@ -18,6 +18,8 @@ from torch import nn
 from sharpen.errors import InputError
 from sharpen.scoring import Scorer
 
+from .bare_forward import bare_forward
+
 ROLES = ("policy", "reference", "base")
 
 
@@ -93,6 +95,9 @@ class Judge:
             _refuse_sharded(model)
         if self._scorer is None or (self._scorer.model is not model and model is not self._own):
             self._scorer = Scorer(model, max_tokens=self.max_tokens)
+            with bare_forward(self._scorer.model):
+                # found now, and kept
+                _ = self._scorer.route
         return self._scorer
 
 
