@@ -161,7 +161,7 @@ def test_mixed_precision_changes_no_route(under, lora, folder, tmp_path, caplog)
         target = ["q_proj", "v_proj"]
         options["peft_config"] = LoraConfig(r=4, target_modules=target, task_type="CAUSAL_LM")
     with caplog.at_level(logging.INFO, logger="sharpen"):
-        (ids, got), trainer = rewards_of_one_step(folder, tmp_path, under=under, steps=1, **options)
+        (ids, got), _ = rewards_of_one_step(folder, tmp_path, under=under, steps=1, **options)
     assert caplog.text.count("takes the hidden route") == 1
     assert caplog.text.count("shares prompts by 'tree'") == 1
     assert_one_of(got, by_hand(folder, ids))

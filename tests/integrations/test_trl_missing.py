@@ -17,10 +17,11 @@ def no_trl(monkeypatch):
     monkeypatch.delitem(sys.modules, "sharpen.integrations.trl.trainers", raising=False)
 
 
-@pytest.mark.parametrize("name", ["SharedPrefixGRPOTrainer", "SharedPrefixMixin"])
+@pytest.mark.parametrize("name", ["SharedPrefixGRPOTrainer", "SharedPrefixDPOTrainer"])
 def test_trainers_name_the_command(name, no_trl):
+    trainer_class = getattr(ours, name)
     with pytest.raises(InputError, match=r'pip install "sharpen\[trl\]"'):
-        getattr(ours, name)
+        trainer_class(model="gpt2")
 
 
 def test_the_head_names_the_command(no_trl):

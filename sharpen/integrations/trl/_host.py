@@ -24,3 +24,19 @@ def host(name: str = "trl") -> Any:
         version = importlib.import_module("trl").__version__
         raise InputError(f"TRL must be 1.15 or later, got {version}; {INSTALL}.")
     return found
+
+
+# a class of a package that may not be there
+def trainer_class(name: str) -> Any:
+    """TRL's trainer `name`; where TRL is not there, a class that says so when it is called."""
+    try:
+        return getattr(host(), name)
+    except InputError as error:
+        message = str(error)
+
+    class Missing:
+        # as the trainer
+        def __init__(self, *args: Any, **kwargs: Any):
+            raise InputError(message)
+
+    return Missing

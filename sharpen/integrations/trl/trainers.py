@@ -12,11 +12,13 @@ from transformers import ProcessorMixin
 
 from sharpen.errors import InputError
 
-from ._host import host
+from ._host import trainer_class
 from .fused_head import add_fused_lm_head
 from .reference_columns import use_reference_columns
 
-_trl: Any = host()
+# a name each, as a base class must be one
+_GRPO, _RLOO = trainer_class("GRPOTrainer"), trainer_class("RLOOTrainer")
+_DPO, _KTO = trainer_class("DPOTrainer"), trainer_class("KTOTrainer")
 
 
 class SharedPrefixMixin:
@@ -67,15 +69,15 @@ class _WholeGroups:
         return own._get_per_token_logps_and_entropies(*batch, *args, **kwargs)
 
 
-class SharedPrefixGRPOTrainer(SharedPrefixMixin, _WholeGroups, _trl.GRPOTrainer):
+class SharedPrefixGRPOTrainer(SharedPrefixMixin, _WholeGroups, _GRPO):
     """`trl.GRPOTrainer`, prompts computed once."""
 
 
-class SharedPrefixRLOOTrainer(SharedPrefixMixin, _WholeGroups, _trl.RLOOTrainer):
+class SharedPrefixRLOOTrainer(SharedPrefixMixin, _WholeGroups, _RLOO):
     """`trl.RLOOTrainer`, prompts computed once."""
 
 
-class SharedPrefixDPOTrainer(SharedPrefixMixin, _trl.DPOTrainer):
+class SharedPrefixDPOTrainer(SharedPrefixMixin, _DPO):
     """`trl.DPOTrainer`, prompts computed once, reference log-probs taken from columns if there.
 
     See `use_reference_columns` for the columns.
@@ -88,7 +90,7 @@ class SharedPrefixDPOTrainer(SharedPrefixMixin, _trl.DPOTrainer):
         use_reference_columns(self, optional=True)
 
 
-class SharedPrefixKTOTrainer(SharedPrefixMixin, _trl.KTOTrainer):
+class SharedPrefixKTOTrainer(SharedPrefixMixin, _KTO):
     """`trl.KTOTrainer`, prompts computed once."""
 
     shared_outputs = ("log_probs", "entropy", "mean_logits")
