@@ -1,6 +1,5 @@
 """Scorer: exact statistics of given completions under a transformers causal LM."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,18 +17,16 @@ from sharpen_kernels.linear_logprob import Statistic
 from .bounded import accumulate, refuse_dropout
 from .forward import evaluating
 from .head import Head
-from .hooks import SharingError
 from .opening import opened, opened_tokenizer
 from .pairs import Pair, encode_text, pair_up
-from .predicting import WAYS, Sharing, any_shared
+from .predicting import WAYS, Sharing
 from .route import Route, bounded_way, find_route
+from .routed import routed_stats
 from .scores import Scores
-from .token_stats import check_stats, on_cpu, token_stats
+from .token_stats import check_stats, on_cpu
 
 if TYPE_CHECKING:
     import transformers
-
-logger = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -233,16 +230,9 @@ class Scorer:
         return find_route(self.model, self._arguments["sharing"])
 
     def _token_stats(self, pairs: list[Pair], stats: Sequence[Statistic]) -> TokenStats:
-        run = partial(token_stats, self.model, pairs, stats=stats, **self._options)
-        way = self.route.sharing
-        if self._arguments["sharing"] == "auto" and not any_shared(pairs):
-            way = "none"
-        try:
-            return run(sharing=way)
-        except SharingError as error:
-            # not met by the probe: dropout, checkpointing, a layer that long inputs alone reach
-            logger.warning("whole sequences instead of shared prompts: %s", error)
-            return run(sharing="none")
+        sharing, max_tokens = self._arguments["sharing"], self.max_tokens
+        options = {"route": self._route, "max_tokens": max_tokens, "sharing": sharing}
+        return routed_stats(self.model, pairs, stats, **options)
 
     @property
     def _options(self) -> dict[str, Any]:

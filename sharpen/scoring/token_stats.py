@@ -9,6 +9,7 @@ and three ways to get the rows that predict, in `predicting`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -37,6 +38,7 @@ def token_stats(
     max_tokens: int,
     stats: Sequence[Statistic],
     sharing: Sharing = "none",
+    temperature: float = 1.0,
 ) -> TokenStats:
     """Statistics of all completion tokens of `pairs`, end to end; differentiable in the model.
 
@@ -47,9 +49,12 @@ def token_stats(
         max_tokens: Budget of one batch, in padded tokens.
         stats: Which statistics; see `TokenStats`.
         sharing: How completions of one prompt share it; `find_sharing` says what a model can.
+        temperature: Divides the model's logits.
     """
     if head is None:
         max_tokens = logits_budget(model, max_tokens)
+    else:
+        head = replace(head, temperature=head.temperature * temperature)
     parts, places = [], []
     batches = predicting(model, pairs, head=head, max_tokens=max_tokens, sharing=sharing)
     for source, rows, target, place in batches:
@@ -58,7 +63,9 @@ def token_stats(
             parts.append(head.token_stats(model, source, target, rows=rows, stats=stats))
         else:
             rows = None if rows is None else rows.to(source.device)
-            parts.append(token_logprob(source, target.to(source.device), rows=rows, stats=stats))
+            target = target.to(source.device)
+            options = {"rows": rows, "temperature": temperature, "stats": stats}
+            parts.append(token_logprob(source, target, **options))
     return _join(parts, inverse_of(places), stats, input_device(model))
 
 

@@ -1,0 +1,100 @@
+"""TRL's fused head, over prompts that are computed once.
+
+`trl.trainer.add_fused_lm_head` gives `model(..., labels=labels, fused_lm_head=True)`, from which
+all of TRL's trainers read per-token log-probs, entropies and more. This one answers the same call
+with the same `FusedCausalLMOutput`; what several rows of the batch begin with, above all the prompt
+of a group, goes through the layers once.
+"""
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sharpen.errors import InputError
+
+from ._host import host
+from .bare_forward import bare_forward
+from .shared_stats import SharedStats
+
+if TYPE_CHECKING:
+    import transformers
+
+# what a trainer hands over beside ids, mask and labels, and means nothing here
+HARMLESS = ("use_cache", "num_items_in_batch", "return_dict")
+
+
+def add_fused_lm_head(
+    model: "transformers.PreTrainedModel",
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    max_tokens: int = 16384,
+) -> None:
+    """As `trl.trainer.add_fused_lm_head`, with shared prompts; may be called on top of it.
+
+    Without `fused_lm_head=True` the model's forward is the one that it had. Rows may be padded on
+    both sides; positions are those of the row without its padding, as in generation. Log-probs and
+    logits are never rounded to half precision, whatever the model's dtype.
+
+    Args:
+        model: Causal language model; before PEFT or accelerate wraps it, or the one inside.
+        temperature: Divides the logits.
+        cast_lm_head_to_fp32: Must be False: products are summed up in fp32 anyway.
+        outputs: Per-token fields of `FusedCausalLMOutput` beside the log-probs.
+        max_tokens: Tokens of one packed row.
+
+    Raises:
+        InputError: If TRL is not installed, an option is not as above, or the model is not causal.
+            Calls raise it for what is not a padded batch of token ids.
+    """
+    output_class = host("trl.trainer.utils").FusedCausalLMOutput
+    if cast_lm_head_to_fp32:
+        raise InputError(
+            "`cast_lm_head_to_fp32` must be False with shared prompts, got True; leave it out: "
+            "this head never rounds logits, whatever the dtype of its weight."
+        )
+    with bare_forward(model):
+        stats = SharedStats(model, temperature=temperature, outputs=outputs, max_tokens=max_tokens)
+    own = model.forward
+
+    @torch.compiler.disable
+    # what the model takes, and what TRL adds
+    def fused(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, **rest: Any) -> Any:
+        _refuse(rest)
+        n_items = rest.get("num_items_in_batch")
+        labels = labels.to(input_ids.device)
+        found = stats(input_ids, attention_mask, labels)
+        mask = labels[:, 1:].to(found["log_probs"].device) != -100
+        divisor = mask.sum().clamp(min=1) if n_items is None else n_items
+        return output_class(loss=-found["log_probs"].sum() / divisor, label_mask=mask, **found)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return own(*args, **kwargs)
+        if args or kwargs.get("input_ids") is None or kwargs.get("labels") is None:
+            raise InputError(
+                "the shared head must be given `input_ids` and `labels` by name, got "
+                f"{', '.join(kwargs) or 'none'}; prompt-learning adapters and embeddings as "
+                "inputs are not supported, LoRA is."
+            )
+        kwargs.setdefault("attention_mask", None)
+        return fused(**kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _refuse(rest: dict[str, Any]) -> None:
+    odd = [name for name, x in rest.items() if name not in HARMLESS and x is not None]
+    if "output_router_logits" in odd and not rest["output_router_logits"]:
+        odd.remove("output_router_logits")
+    if odd:
+        raise InputError(
+            f"the shared head must be given token ids, a mask and labels alone, got "
+            f"`{odd[0]}`; images, packed rows and router losses need TRL's own trainer."
+        )
