@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .optional import needed
-from .refusal import Refusal
+from .refusal import RefusedError
 
 JSON = "application/json"
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
@@ -24,7 +24,7 @@ def decoded(body: bytes, content_type: str) -> Any:
     """The value in a body.
 
     Raises:
-        Refusal: 415 if it is neither JSON nor msgpack by its type, 400 if not by its content.
+        RefusedError: 415 if it is neither JSON nor msgpack by its type, 400 if not by its content.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind in MSGPACK:
@@ -32,7 +32,7 @@ def decoded(body: bytes, content_type: str) -> Any:
     elif kind == JSON or kind.endswith("+json"):
         load, name = _load_json, "JSON in UTF-8"
     else:
-        raise Refusal(
+        raise RefusedError(
             415,
             f"`Content-Type` must be {JSON} or {MSGPACK[0]}, got {kind or 'none'!r}.",
             code="unsupported_media_type",
@@ -41,7 +41,9 @@ def decoded(body: bytes, content_type: str) -> Any:
         return load(body)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(400, f"the body must be {name}, got {reason}.", code="bad_body") from error
+        raise RefusedError(
+            400, f"the body must be {name}, got {reason}.", code="bad_body"
+        ) from error
 
 
 def encoded(answer: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
@@ -58,7 +60,9 @@ def encoded(answer: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
     for kind in NPZ:
         if kind in wanted:
             buffer = io.BytesIO()
-            np.savez(buffer, **dict(_arrays(answer)))
+            # an array is no option of savez
+            arrays: dict[str, Any] = dict(_arrays(answer))
+            np.savez(buffer, **arrays)
             return buffer.getvalue(), kind
     text = json.dumps(answer, default=numbers, allow_nan=False, separators=(",", ":"))
     return text.encode(), JSON
@@ -68,7 +72,9 @@ def numbers(array: Any) -> list[Any]:
     """An array as nested lists, None for NaN and infinities; fp32 keeps its exact value."""
     if array.dtype.kind != "f" or bool(np.isfinite(array).all()):
         return array.tolist()
-    return np.where(np.isfinite(array), array.astype(object), None).tolist()
+    objects = array.astype(object)
+    objects[~np.isfinite(array)] = None
+    return objects.tolist()
 
 
 def _load_json(body: bytes) -> Any:

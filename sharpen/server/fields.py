@@ -3,19 +3,19 @@
 from collections.abc import Collection
 from typing import Any
 
-from .refusal import Refusal
+from .refusal import RefusedError
 
 Body = dict[str, Any]
 
 
-def wrong(field: str, wanted: str, got: object, fix: str = "") -> Refusal:
+def wrong(field: str, wanted: str, got: object, fix: str = "") -> RefusedError:
     """The refusal of a field's value."""
     shown = (
         repr(got) if isinstance(got, (str, int, float, bool, type(None))) else type(got).__name__
     )
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     end = f"; {fix}." if fix else "."
-    return Refusal(
+    return RefusedError(
         422, f"`{field}` must be {wanted}, got {shown}{end}", param=field, code="bad_field"
     )
 
@@ -24,16 +24,16 @@ def as_object(body: object, known: Collection[str] | None = None) -> Body:
     """The body as an object that has none but the known fields.
 
     Raises:
-        Refusal: 422 if it is another thing, or has a field that nobody would read.
+        RefusedError: 422 if it is another thing, or has a field that nobody would read.
     """
     if not isinstance(body, dict):
-        raise Refusal(
+        raise RefusedError(
             422, f"the body must be an object, got {type(body).__name__}.", code="bad_body"
         )
     unknown = [str(key) for key in body if known is not None and key not in known]
     if unknown:
         wanted = ", ".join(sorted(known or ()))
-        raise Refusal(
+        raise RefusedError(
             422,
             f"unknown field `{unknown[0]}`; known: {wanted}.",
             param=unknown[0],
@@ -43,7 +43,7 @@ def as_object(body: object, known: Collection[str] | None = None) -> Body:
 
 
 def boolean(body: Body, field: str, default: bool) -> bool:
-    """true or false."""
+    """One of true and false."""
     value = body.get(field, default)
     if not isinstance(value, bool):
         raise wrong(field, "true or false", value)
@@ -76,7 +76,7 @@ def text(value: object, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise Refusal(
+        raise RefusedError(
             422,
             f"`{field}` must be valid Unicode, got half of a surrogate pair at character "
             f"{error.start}; encode the text again.",

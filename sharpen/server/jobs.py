@@ -63,7 +63,7 @@ def check_job(limits: ModelLimits, job: Job, names: Sequence[str]) -> Job:
 
 
 def choose(jobs: Sequence[Job], max_tokens: int) -> list[int]:
-    """Indices of the jobs of the next micro-batch: the oldest, those of its prompt, the next oldest.
+    """Indices of the jobs of the next micro-batch: the oldest, its prompt's, the next oldest.
 
     Jobs of a prompt stand together and count its tokens once. The oldest job is always among
     them, whatever its size, so none waits for ever.

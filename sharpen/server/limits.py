@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from sharpen.errors import InputError
 
-from .refusal import Refusal
+from .refusal import RefusedError
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class ServerLimits:
         """Refuse a body that is too large; `n_bytes` may be what has come of it so far.
 
         Raises:
-            Refusal: 413.
+            RefusedError: 413.
         """
         if n_bytes > self.max_request_bytes:
-            raise Refusal(
+            raise RefusedError(
                 413,
                 f"a request must be at most {self.max_request_bytes} bytes, got {n_bytes} or more; "
                 "send several, or start the server with a larger `--max-request-bytes`.",
@@ -53,10 +53,10 @@ class ServerLimits:
         """Refuse too many completions or prompts.
 
         Raises:
-            Refusal: 422.
+            RefusedError: 422.
         """
         if n > self.max_n:
-            raise Refusal(
+            raise RefusedError(
                 422,
                 f"`{field}` must hold at most {self.max_n}, got {n}; send several requests, or "
                 "start the server with a larger `--max-n`.",
@@ -68,10 +68,10 @@ class ServerLimits:
         """Refuse too many tokens.
 
         Raises:
-            Refusal: 413.
+            RefusedError: 413.
         """
         if n_tokens > self.max_request_tokens:
-            raise Refusal(
+            raise RefusedError(
                 413,
                 f"a request must have at most {self.max_request_tokens} tokens, prompts and "
                 f"completions together, got {n_tokens}; send several, or start the server with a "

@@ -12,15 +12,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from sharpen.scoring.scores import Scores
 from sharpen_kernels import TokenStats
 
 from .jobs import Job, choose, parted, regroup
-from .refusal import Refusal
+from .refusal import RefusedError
+from .tickets import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -51,35 +51,6 @@ class Batch:
     n_completions: int
     n_tokens: int
     seconds: float
-
-
-@dataclass(eq=False)
-class Ticket:
-    """The jobs of one request, and the promise of their statistics in the same order."""
-
-    n_left: int
-    results: list[TokenStats | None]
-    future: "Future[list[TokenStats | None]]" = field(default_factory=Future)
-    is_abandoned: bool = False
-
-    def deliver(self, index: int, tokens: TokenStats) -> None:
-        """One job is done."""
-        self.results[index] = tokens
-        self.n_left -= 1
-        if self.n_left == 0:
-            self._settle(lambda: self.future.set_result(self.results))
-
-    def fail(self, error: Exception) -> None:
-        """One job cannot be done, so the request cannot."""
-        self.is_abandoned = True
-        # a traceback would keep the tensors of the call alive
-        self._settle(lambda: self.future.set_exception(error.with_traceback(None)))
-
-    def _settle(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except InvalidStateError:
-            pass  # told before, or nobody waits any more
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +125,7 @@ class MicroBatcher:
         """Queue the jobs of one request, all or none. Safe from any thread.
 
         Raises:
-            Refusal: 429 with `retry_after` if the queue is full, 503 once it is closed.
+            RefusedError: 429 with `retry_after` if the queue is full, 503 once it is closed.
         """
         ticket = Ticket(len(jobs), [None] * len(jobs))
         if not jobs:
@@ -164,9 +135,9 @@ class MicroBatcher:
         items = [_Item(job, ticket, i, now) for i, job in enumerate(jobs)]
         with self._changed:
             if self._is_closing:
-                raise Refusal(503, "the server is shutting down.", code="shutting_down")
+                raise RefusedError(503, "the server is shutting down.", code="shutting_down")
             if len(self._waiting) >= self.max_queue:
-                raise Refusal(
+                raise RefusedError(
                     429,
                     f"{len(self._waiting)} prompts wait already, of at most {self.max_queue}; "
                     "send it again later.",
@@ -195,7 +166,9 @@ class MicroBatcher:
                 self._keep([])
             self._changed.notify_all()
         for item in dropped:
-            item.ticket.fail(Refusal(503, "the server is shutting down.", code="shutting_down"))
+            item.ticket.fail(
+                RefusedError(503, "the server is shutting down.", code="shutting_down")
+            )
         if self._thread.ident is not None:
             self._thread.join()
 

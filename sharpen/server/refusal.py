@@ -7,7 +7,7 @@ from sharpen.errors import SharpenError
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-class Refusal(SharpenError):
+class RefusedError(SharpenError):
     """A request that is not answered.
 
     Attributes:
@@ -58,16 +58,16 @@ class Refusal(SharpenError):
         }
 
 
-def refusal_of(error: Exception) -> Refusal:
+def refusal_of(error: Exception) -> RefusedError:
     """What a client is told of an error that came out of scoring or of reading its request."""
-    if isinstance(error, Refusal):
+    if isinstance(error, RefusedError):
         return error
     if isinstance(error, SharpenError):
-        return Refusal(422, " ".join(str(error).split()), code="invalid_input")
+        return RefusedError(422, " ".join(str(error).split()), code="invalid_input")
     reason = " ".join(str(error).split())[:200]
     if "out of memory" in reason.lower() or isinstance(error, MemoryError):
         message = "the request alone needs more memory than the device has; send fewer tokens."
-        return Refusal(413, message, code="out_of_memory")
-    return Refusal(
+        return RefusedError(413, message, code="out_of_memory")
+    return RefusedError(
         500, f"scoring failed ({type(error).__name__}: {reason}).", code="scoring_failed"
     )
