@@ -62,10 +62,7 @@ def check_key(key: str | None, authorization: bytes) -> None:
     if scheme.lower() != b"bearer" or not is_same:
         raise RefusedError(
             401,
-            f"`Authorization` must be `Bearer KEY` with the server's key, got {_seen(authorization)}.",
+            "`Authorization` must be `Bearer KEY` with the server's key, got "
+            f"{'another one' if authorization else 'none'}.",
             code="invalid_api_key",
         )
-
-
-def _seen(authorization: bytes) -> str:
-    return "another one" if authorization else "none"

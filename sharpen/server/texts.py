@@ -99,8 +99,9 @@ class Texts:
         Without a chat template, or without what it writes before an answer, everything after the
         first token is the completion.
         """
-        before, marker, after = whole.rpartition(self.before_answer)
-        if self.before_answer and marker:
+        marker = self.before_answer
+        if marker and marker in whole:
+            before, _, after = whole.rpartition(marker)
             prompt_ids = self.ids(before + marker, field, special=False)
             return prompt_ids, self.ids(after, field, special=False)
         ids = self.ids(whole, field, special=False)

@@ -14,7 +14,7 @@ class Ticket:
 
     n_left: int
     results: list[TokenStats | None]
-    future: "Future[list[TokenStats | None]]" = field(default_factory=Future)
+    future: "Future[list[TokenStats]]" = field(default_factory=Future)
     is_abandoned: bool = False
 
     def deliver(self, index: int, tokens: TokenStats) -> None:
@@ -22,7 +22,8 @@ class Ticket:
         self.results[index] = tokens
         self.n_left -= 1
         if self.n_left == 0:
-            self._settle(lambda: self.future.set_result(self.results))
+            done = [x for x in self.results if x is not None]
+            self._settle(lambda: self.future.set_result(done))
 
     def fail(self, error: Exception) -> None:
         """One job cannot be done, so the request cannot."""
