@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 TICK_SECONDS = 0.02
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection, so that they close it
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -58,7 +59,7 @@ def serve(service: Service, listener: socket.socket, *, drain_seconds: float = 6
     app, gate = build(service)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off",
-        timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = _server(uvicorn, config, gate)
 
