@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .micro_batcher import Batch, MicroBatcher
+from .calls import Batch
+from .micro_batcher import MicroBatcher
 from .optional import needed
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -13,12 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from sharpen.scoring.scores import Scores
 from sharpen_kernels import TokenStats
 
-from .jobs import Job, choose, parted, regroup
+from .calls import Batch, Score, called
+from .jobs import Job, choose
 from .refusal import RefusedError
 from .tickets import Ticket
 
@@ -26,31 +25,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 10
 MAX_RETRY_AFTER = 60
-
-
-class Score(Protocol):
-    """What the thread calls: `Scorer.score`."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[Sequence[int]]],
-        *,
-        stats: Sequence[str],
-    ) -> Scores:
-        """Scores of every completion of every prompt."""
-        ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one call of the scorer was."""
-
-    n_jobs: int
-    n_prompts: int
-    n_completions: int
-    n_tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +147,22 @@ class MicroBatcher:
             self._thread.join()
 
     def _run(self) -> None:
-        while items := self._next():
-            self._work(items)
+        try:
+            while items := self._next():
+                self._work(items)
+        finally:
+            # nobody may wait for a thread that has ended
+            self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        with self._changed:
+            self._is_closing = True
+            dropped = list(self._waiting)
+            self._keep([])
+        for item in dropped:
+            item.ticket.fail(
+                RefusedError(503, "the server is shutting down.", code="shutting_down")
+            )
 
     def _next(self) -> list[_Item]:
         """The next batch; empty at the end."""
@@ -194,14 +182,14 @@ class MicroBatcher:
     def _seconds_to_wait(self) -> float | None:
         """0 to go on, None to sleep until something comes."""
         if self._is_closing:
-            return 0
+            return 0.0
         if not self._waiting:
             return None
         if self._n_waiting_tokens >= self.max_tokens:
-            return 0
+            return 0.0
         newest, oldest = self._waiting[-1].arrived, self._waiting[0].arrived
         until = min(newest + self.wait_seconds, oldest + LONGEST * self.wait_seconds)
-        return max(0, until - time.monotonic())
+        return max(0.0, until - time.monotonic())
 
     def _keep(self, items: list[_Item]) -> None:
         self._waiting = deque(items)
@@ -227,17 +215,10 @@ class MicroBatcher:
             self._work(half)
 
     def _call(self, jobs: Sequence[Job]) -> list[TokenStats]:
-        begun = time.monotonic()
-        prompts, completions, spans = regroup(jobs)
-        # in an order that does not depend on who came first
-        stats = sorted({name for job in jobs for name in job.stats})
-        results = parted(self._score(prompts, completions, stats=stats), spans)
-        n_tokens = sum(map(len, prompts)) + sum(job.n_own for job in jobs)
-        seconds = time.monotonic() - begun
-        self._tokens_per_second = n_tokens / max(seconds, 1e-9)
+        results, batch = called(self._score, jobs)
+        self._tokens_per_second = batch.n_tokens / max(batch.seconds, 1e-9)
         if self._observe is not None:
-            n_completions = sum(map(len, completions))
-            self._observe(Batch(len(jobs), len(prompts), n_completions, n_tokens, seconds))
+            self._observe(batch)
         return results
 
     def _retry_after(self) -> int:
