@@ -20,7 +20,8 @@ class Given(NamedTuple):
     """A prompt of the request: its text, if it came as text, and its ids."""
 
     text: str | None
-    ids: list[int]
+    # whatever the request holds, until the model's limits have seen them
+    ids: list[Any]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def _name(token: int, style: Style, texts: Texts) -> str:
 
 
 def _offsets(names: Sequence[str], text: str) -> list[int]:
-    """Where each token begins in the text, in characters; tokens before it begin at 0."""
+    """Where each token begins in the text, in characters; tokens before it begin at 0.
+
+    Sums of lengths: right where a tokenizer writes a token alike after any other.
+    """
     ends = list(accumulate(map(len, names)))
     # special tokens before a prompt, or a first space, may be no part of its text
     before = max(0, ends[-1] - len(text)) if ends else 0

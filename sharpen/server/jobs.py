@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sharpen.limits import ModelLimits
 from sharpen.scoring.scores import Scores
 from sharpen_kernels import TokenStats
 
@@ -42,24 +41,6 @@ class Job:
     def n_tokens(self) -> int:
         """Tokens that a forward of this job alone reads, the prompt once."""
         return len(self.prompt) + self.n_own
-
-
-def check_job(limits: ModelLimits, job: Job, names: Sequence[str]) -> Job:
-    """`job`, if the model can read it.
-
-    Args:
-        limits: Of the model.
-        job: As the request has it, ids unchecked.
-        names: What an error calls each completion.
-
-    Raises:
-        InputError: If the model cannot.
-    """
-    if not job.completions:
-        limits.check("prompt", job.prompt)
-    for name, completion in zip(names, job.completions, strict=True):
-        limits.check(name, job.prompt, completion)
-    return job
 
 
 def choose(jobs: Sequence[Job], max_tokens: int) -> list[int]:

@@ -15,7 +15,7 @@ from sharpen_kernels import TokenStats
 
 from .dialect import Answer, Asked, Desk, refuse_broken, scores_of, stats_of
 from .fields import as_object, texts, wrong
-from .jobs import Job, check_job
+from .jobs import Job
 from .refusal import RefusedError
 
 # of every completion, beside the reward
@@ -67,10 +67,9 @@ def read_evaluation(body: object, desk: Desk) -> Asked:
 
 def _jobs(pairs: Sequence[tuple[list[int], list[int]]], field: str, desk: Desk) -> list[Job]:
     stats = stats_of([desk.reward, *LOGS])
-    return [
-        check_job(desk.model, Job(prompt, [completion], stats), [f"{field}[{i}]"])
-        for i, (prompt, completion) in enumerate(pairs)
-    ]
+    for i, (prompt, completion) in enumerate(pairs):
+        desk.model.check(f"{field}[{i}]", prompt, completion)
+    return [Job(prompt, [completion], stats) for prompt, completion in pairs]
 
 
 def _rewards(

@@ -21,7 +21,7 @@ from sharpen_kernels.stats import NAMES
 
 from .dialect import Answer, Asked, Desk, broken, scores_of, stats_of
 from .fields import Body, as_object, boolean, chosen, wrong
-from .jobs import Job, check_job
+from .jobs import Job
 
 FIELDS = (
     "prompt", "completions", "rewards", "token_stats", "add_special_tokens", "add_eos",
@@ -44,14 +44,16 @@ def read_score(body: object, desk: Desk) -> Asked:
     stats = chosen(fields, "token_stats", [], NAMES)
     special = boolean(fields, "add_special_tokens", True)
     end = desk.texts.eos() if boolean(fields, "add_eos", False) else []
+    prompt = desk.texts.prompt_ids(fields.get("prompt"), special=special)
+    desk.model.check("prompt", prompt)
     completions = []
     for i, value in enumerate(values):
         ids = desk.texts.ids(value, f"completions[{i}]", special=False)
         # the end of a completion given as ids is in its ids
-        completions.append([*ids, *end] if isinstance(value, str) else ids)
-    prompt = desk.texts.prompt_ids(fields.get("prompt"), special=special)
+        ids = [*ids, *end] if isinstance(value, str) else ids
+        desk.model.check(f"completions[{i}]", prompt, ids)
+        completions.append(ids)
     job = Job(prompt, completions, stats_of(rewards, stats))
-    check_job(desk.model, job, [f"completions[{i}]" for i in range(len(values))])
     options = _options(fields, rewards, job)
     valid = _one_each(fields, "valid", bool, len(values))
 

@@ -41,7 +41,8 @@ class Texts:
             )
         return self._given
 
-    def ids(self, value: object, field: str, *, special: bool) -> list[int]:
+    # ids of a request are whatever it holds, until the model's limits have seen them
+    def ids(self, value: object, field: str, *, special: bool) -> list[Any]:
         """Token ids of text, or the ids themselves, which are not checked yet."""
         if isinstance(value, list):
             return value
@@ -49,7 +50,8 @@ class Texts:
             return list(self.tokenizer.encode(text(value, field), add_special_tokens=special))
         raise wrong(field, "text or a list of token ids", value)
 
-    def prompt_ids(self, value: object, *, special: bool) -> list[int]:
+    # as above
+    def prompt_ids(self, value: object, *, special: bool) -> list[Any]:
         """Token ids of a prompt: text, ids, or messages, which the chat template renders.
 
         Raises:

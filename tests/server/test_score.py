@@ -109,7 +109,7 @@ def test_a_body_must_be_an_object(body):
     ("limits", "status", "told"),
     [
         ({"max_n": 1}, 422, "`completions` must hold at most 1, got 2"),
-        ({"max_request_tokens": 57}, 413, "at most 57 tokens, prompts and completions together"),
+        ({"max_request_tokens": 50}, 413, "at most 50 tokens, prompts and completions together"),
     ],
 )
 def test_limits_are_told_with_what_was_wanted(limits, status, told):
