@@ -101,7 +101,7 @@ def test_64_clients_and_a_poisoned_one(tmp_path):
     bad_ids = {"prompt": [1, 2], "completions": [[1, 999_999]]}
     prompts = [f"Numbers: {i} 4 6 8 Target: 24\n" for i in (1, 2, 3, 4)]
     good = [
-        {"prompt": prompts[i % 4], "completions": [f"8 + {i % 10} = {8 + i % 10} left: 6"]}
+        {"prompt": prompts[i % 4], "completions": [f"8 - {i // 8} = {8 - i // 8} left: 6"]}
         for i in range(64)
     ]
     alone = [
@@ -155,9 +155,9 @@ def test_limits_and_a_full_queue_are_told(tmp_path):
         for status, said, headers in refused:
             assert (status, said["error"]["code"]) == (429, "queue_full")
             assert 1 <= int(headers["Retry-After"]) <= 60
-        values = {answer[1]["rewards"]["logprob"][0] for answer in found if answer[0] == 200}
+        values = [answer[1]["rewards"]["logprob"][0] for answer in found if answer[0] == 200]
         want = Scorer(tiny()).score([[1, 2]], [[[3]]]).reward("logprob").item()
-        assert values == {pytest.approx(want, abs=1e-5)}
+        assert values == pytest.approx([want] * len(values), abs=1e-5)
         assert server.ask("/score", body | {"prompt": [V]})[0] == 422
         assert server.ask("/score", body | {"prompt": [1] * CONTEXT})[0] == 422
 
@@ -190,7 +190,8 @@ def test_a_signal_answers_what_was_accepted_and_refuses_the_rest(tmp_path, how):
 def test_clients_that_go_away_cost_no_forward(tmp_path):
     tiny().save_pretrained(tmp_path)
     content = json.dumps({"prompt": [1, 2], "completions": [[3]]}).encode()
-    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
     with serving(tmp_path, "--wait-ms", "60000") as server:
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
