@@ -32,6 +32,7 @@ from bench._server_clients import answers, request, serving
 from bench._sharing import Problem, V, llama
 from bench._tables import table
 from sharpen.scoring import Scorer
+from sharpen.server.dialect import scores_of
 from sharpen.server.jobs import Job
 from sharpen.server.micro_batcher import MicroBatcher
 
@@ -57,10 +58,10 @@ def contenders(
         pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
 
         def one(pair: tuple[list[int], list[list[int]]]) -> Tensor:
-            (tokens,) = batcher.submit([Job(*pair)]).future.result()
-            return tokens.logprob.double().sum().float()
+            job = Job(*pair)
+            return scores_of(job, *batcher.submit([job]).future.result()).reward("logprob")
 
-        ways["ours, micro-batcher"] = lambda: torch.stack(list(pool.map(one, each)))
+        ways["ours, micro-batcher"] = lambda: torch.cat(list(pool.map(one, each)))
         if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             scorer.model.save_pretrained(folder)

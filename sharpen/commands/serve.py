@@ -50,13 +50,13 @@ class ServeConfig(ModelOptions):
 def run(config: ServeConfig) -> None:
     """Serve until a signal."""
     # everything that can be wrong is told before a model is loaded
-    for module in ("fastapi", "uvicorn", "prometheus_client", "msgpack"):
-        needed(module)
     check(config)
     limits = ServerLimits(
         config.max_request_bytes, config.max_request_tokens, config.max_n, config.max_queue
     )
     key = api_key(config.host)
+    for module in ("fastapi", "uvicorn", "prometheus_client", "msgpack"):
+        needed(module)
     listener = bound(config.host, config.port)
     with listener:
         model = load_model(
