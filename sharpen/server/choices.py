@@ -107,7 +107,10 @@ def _best(tokens: TokenStats, k: int) -> list[Best]:
         return [[] for _ in range(len(tokens.logprob))]
     assert tokens.topk is not None
     assert tokens.topk_id is not None
-    rows = zip(tokens.topk_id[:, :k].tolist(), tokens.topk[:, :k].tolist(), strict=True)
+    # numpy reads a table into lists many times faster than torch
+    rows = zip(
+        tokens.topk_id[:, :k].numpy().tolist(), tokens.topk[:, :k].numpy().tolist(), strict=True
+    )
     # a vocabulary of fewer tokens leaves places empty
     return [[(i, x) for i, x in zip(*row, strict=True) if i >= 0] for row in rows]
 
@@ -115,10 +118,13 @@ def _best(tokens: TokenStats, k: int) -> list[Best]:
 def _top(token: int, own: float, best: Best, style: Style, texts: Texts) -> dict[str, float]:
     """The best tokens at a position, and the one that stands there, by name."""
     found: dict[str, float] = {}
+    for i, logprob in best:
+        if i != token:
+            name = _name(i, style, texts)
+            found[name] = max(logprob, found.get(name, logprob))
     # a token has one log-prob, wherever it is named: clients compare the two for equality
-    for i, logprob in [*((i, x) for i, x in best if i != token), (token, own)]:
-        name = _name(i, style, texts)
-        found[name] = max(logprob, found.get(name, logprob))
+    name = _name(token, style, texts)
+    found[name] = max(own, found.get(name, own))
     return found
 
 

@@ -42,6 +42,23 @@ class Job:
         """Tokens that a forward of this job alone reads, the prompt once."""
         return len(self.prompt) + self.n_own
 
+    def n_after(self, other: "Job | None") -> int:
+        """Tokens that this job adds to a batch which `other` is in, about.
+
+        Its own, the prompt if that is another one, and not what its first completion begins with
+        if that of `other` does too: whole texts are completions of their first token here.
+        """
+        if other is None or other.key != self.key:
+            return self.n_tokens
+        n = min(len(self._first), len(other._first))
+        differs = self._first[:n] != other._first[:n]
+        return self.n_own - (int(differs.argmax()) if differs.any() else n)
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        first = self.completions[0] if self.completions else ()
+        return np.fromiter(first, np.int64, len(first))
+
 
 def choose(jobs: Sequence[Job], max_tokens: int) -> list[int]:
     """Indices of the jobs of the next micro-batch: the oldest, its prompt's, the next oldest.
@@ -64,13 +81,14 @@ def choose(jobs: Sequence[Job], max_tokens: int) -> list[int]:
     chosen: list[int] = []
     left = max_tokens
     for members in of_prompt.values():
-        left -= len(jobs[members[0]].prompt)
+        previous: Job | None = None
         for i in members:
-            if chosen and jobs[i].n_own > left:
-                # a later, smaller one must not overtake for ever
+            left -= jobs[i].n_after(previous)
+            # a later, smaller one must not overtake for ever
+            if chosen and left < 0:
                 return chosen
             chosen.append(i)
-            left -= jobs[i].n_own
+            previous = jobs[i]
     return chosen
 
 

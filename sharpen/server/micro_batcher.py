@@ -118,8 +118,7 @@ class MicroBatcher:
                     code="queue_full",
                     retry_after=self._retry_after(),
                 )
-            self._waiting.extend(items)
-            self._n_waiting_tokens += sum(job.n_tokens for job in jobs)
+            self._add(items)
             self._changed.notify()
         return ticket
 
@@ -192,8 +191,15 @@ class MicroBatcher:
         return max(0.0, until - time.monotonic())
 
     def _keep(self, items: list[_Item]) -> None:
-        self._waiting = deque(items)
-        self._n_waiting_tokens = sum(item.job.n_tokens for item in items)
+        self._waiting.clear()
+        self._n_waiting_tokens = 0
+        self._add(items)
+
+    def _add(self, items: list[_Item]) -> None:
+        for item in items:
+            last = self._waiting[-1].job if self._waiting else None
+            self._n_waiting_tokens += item.job.n_after(last)
+            self._waiting.append(item)
 
     def _work(self, items: Sequence[_Item]) -> None:
         try:

@@ -28,16 +28,26 @@ def test_a_batch_has_the_oldest_job_and_keeps_to_its_tokens(pairs, max_tokens):
     chosen = choose(jobs, max_tokens)
     assert len(set(chosen)) == len(chosen)
     assert chosen[:1] == [0][: len(jobs)]
+    # what is read when everything that begins alike is read once
     if len(chosen) > 1:
+        read = {
+            (*jobs[i].prompt, *c[: n + 1])
+            for i in chosen for c in jobs[i].completions for n in range(len(c))
+        }  # fmt: skip
         prompts = {tuple(jobs[i].prompt) for i in chosen}
-        n_tokens = sum(map(len, prompts)) + sum(jobs[i].n_own for i in chosen)
-        assert n_tokens <= max_tokens
+        assert sum(map(len, prompts)) + len(read) <= max_tokens
 
 
 def test_jobs_of_the_oldest_prompt_come_before_older_jobs_of_another():
     jobs = [Job([1], [[2]]), Job([5], [[6]]), Job([1], [[3]])]
     assert choose(jobs, 3) == [0, 2]
     assert choose(jobs, 2) == [0]
+
+
+def test_texts_that_begin_alike_count_their_opening_once():
+    jobs = [Job([1], [[2] * 10 + [3]]), Job([1], [[2] * 10 + [4]]), Job([1], [[2] * 10])]
+    assert choose(jobs, 1 + 11 + 1) == [0, 1, 2]
+    assert choose(jobs, 1 + 11) == [0]
 
 
 def test_a_small_job_does_not_overtake_one_that_must_wait():
