@@ -5,6 +5,7 @@ from server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import SharpenError
 from sharpen.server.completions import read_completions
 from sharpen.server.texts import Texts
+from sharpen_kernels import TokenStats
 
 # what lm-eval's local-completions sends
 ASKED = {
@@ -91,6 +92,17 @@ def test_k_tokens_and_the_one_that_stands_there():
         want[token] = rows[i, token].item()
         found = choice["logprobs"]["top_logprobs"][i + 1]
         assert found == pytest.approx({f"token_id:{t}": x for t, x in want.items()}, abs=1e-5)
+
+
+def test_a_greedy_token_has_one_log_prob_also_where_two_sums_differ_in_their_last_bit():
+    asked = read(ASKED | {"prompt": [1, 5], "max_tokens": 0})
+    own, other = -0.5, -0.49999997
+    tokens = TokenStats(
+        logprob=torch.tensor([own]), topk=torch.tensor([[other]]), topk_id=torch.tensor([[5]])
+    )
+    found = asked.answer([tokens])["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == [None, own]
+    assert list(found["top_logprobs"][1].values()) == [own]
 
 
 def test_a_model_without_a_tokenizer_names_tokens_by_id():
