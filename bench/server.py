@@ -59,7 +59,8 @@ def contenders(
 
         def one(pair: tuple[list[int], list[list[int]]]) -> Tensor:
             job = Job(*pair)
-            return scores_of(job, *batcher.submit([job]).future.result()).reward("logprob")
+            (tokens,) = batcher.submit([job]).future.result()
+            return scores_of(job, tokens).reward("logprob")
 
         ways["ours, micro-batcher"] = lambda: torch.cat(list(pool.map(one, each)))
         if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
