@@ -25,6 +25,7 @@ VERBS = {
     "rlhf": "sample, pair, and fit reward differences: RLHF-Sharpening",
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",
+    "serve": "score over HTTP: OpenAI completions, rewards for trainers, metrics",
     "sft": "sample, choose the best of N, and fit it: SFT-Sharpening",
     "study": "compare every selector, sampler and trained model on one task",
     "tasks": "list the tasks",

@@ -1,0 +1,112 @@
+"""`sharpen serve`: the scorer over HTTP, for evaluators, trainers and anything that speaks JSON."""
+
+import logging
+import sys
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from sharpen.errors import InputError
+from sharpen.limits import ModelLimits
+from sharpen.models import load_model, load_tokenizer
+from sharpen.scoring import Scorer
+from sharpen.scoring.rewards import REWARDS, options_needed
+from sharpen.server.access import api_key
+from sharpen.server.app import Service
+from sharpen.server.dialect import Desk
+from sharpen.server.limits import ServerLimits
+from sharpen.server.metrics import Metrics
+from sharpen.server.micro_batcher import MicroBatcher
+from sharpen.server.optional import needed
+from sharpen.server.running import address_of, bound, serve
+from sharpen.server.texts import Texts
+
+from .options import ModelOptions, option
+
+log = logging.getLogger("sharpen")
+
+DEFAULT = ServerLimits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ModelOptions):
+    """Score over HTTP."""
+
+    host: str = option(
+        "address to listen on; any but this machine's own needs a key in SHARPEN_API_KEY",
+        "127.0.0.1",
+    )
+    port: int = option("port to listen on; 0 takes a free one", 8000)
+    name: str | None = option("what requests call the model; default: as `--model` says")
+    reward: str = option("what trainers get that ask for one number", "logprob")
+    wait_ms: float = option("how long the newest request waits for others to share a batch", 5.0)
+    max_queue: int = option("prompts that may wait; more get 429", DEFAULT.max_queue)
+    max_n: int = option("completions or prompts of one request", DEFAULT.max_n)
+    max_request_tokens: int = option("tokens of one request", DEFAULT.max_request_tokens)
+    max_request_bytes: int = option("bytes of one request", DEFAULT.max_request_bytes)
+    drain_seconds: float = option("how long to answer what was accepted, at the end", 60.0)
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until a signal."""
+    # everything that can be wrong is told before a model is loaded
+    check(config)
+    limits = ServerLimits(
+        config.max_request_bytes, config.max_request_tokens, config.max_n, config.max_queue
+    )
+    key = api_key(config.host)
+    for module in ("fastapi", "uvicorn", "prometheus_client", "msgpack"):
+        needed(module)
+    listener = bound(config.host, config.port)
+    with listener:
+        model = load_model(
+            config.model,
+            device=config.device,
+            dtype=None if config.dtype == "auto" else config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            allow_pickle=config.allow_pickle,
+        )
+        tokenizer = _tokenizer(config)
+        scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
+        log.info("scoring by %s", scorer.route)
+        metrics = Metrics()
+        batcher = MicroBatcher(
+            scorer.score,
+            max_tokens=config.max_tokens,
+            max_queue=config.max_queue,
+            wait_seconds=config.wait_ms / 1000,
+            observe=metrics.batch,
+        )
+        metrics.watch(batcher)
+        name = config.name or config.model
+        desk = Desk(name, ModelLimits.of(model), limits, Texts(tokenizer), config.reward)
+        sys.stdout.write(f"sharpen: serving {name} at {address_of(listener)}\n")
+        sys.stdout.flush()
+        service = Service(desk, batcher, metrics, key)
+        serve(service, listener, drain_seconds=config.drain_seconds)
+
+
+def check(config: ServeConfig) -> None:
+    """Refuse options that no server can have.
+
+    Raises:
+        InputError: If one is out of its range.
+    """
+    if config.reward not in REWARDS:
+        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
+    if options_needed(config.reward):
+        raise InputError(f"`reward` {config.reward} needs answers, which only `/score` can get.")
+    if config.max_tokens < 1:
+        raise InputError(f"`max_tokens` must be at least 1, got {config.max_tokens}.")
+    for name in ("wait_ms", "drain_seconds"):
+        value = getattr(config, name)
+        if not 0 <= value < float("inf"):
+            raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")
+
+
+def _tokenizer(config: ServeConfig) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    except InputError as error:
+        log.warning("only token ids can be read: %s", error)
+        return None

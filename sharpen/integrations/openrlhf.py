@@ -1,0 +1,139 @@
+"""OpenRLHF's Python-file reward: `--reward.remote_url FILE.py`, a file that has `reward_func`.
+
+    from sharpen.integrations.openrlhf import SelfReward
+
+    reward_func = SelfReward("Qwen/Qwen2.5-0.5B-Instruct", reward="logprob")
+
+or this very file, with the model in the environment variable SHARPEN_MODEL and, if it is not
+"logprob", the reward in SHARPEN_REWARD. OpenRLHF calls from many threads with one text each; calls
+that overlap are scored together, and texts of one prompt share it. Nothing of OpenRLHF is imported.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sharpen.errors import InputError
+from sharpen.limits import ModelLimits
+from sharpen.scoring import Scorer
+from sharpen.scoring.rewards import REWARDS, options_needed
+from sharpen.server.dialect import Desk
+from sharpen.server.limits import ServerLimits
+from sharpen.server.micro_batcher import MicroBatcher
+from sharpen.server.reward_hosts import read_get_reward
+from sharpen.server.texts import Texts
+
+if TYPE_CHECKING:
+    import transformers
+
+MODEL_VARIABLE = "SHARPEN_MODEL"
+REWARD_VARIABLE = "SHARPEN_REWARD"
+
+
+class SelfReward:
+    r"""`reward_func` of OpenRLHF: how probable a model finds each response.
+
+    Args:
+        model: As `Scorer` takes it; frozen, and not the policy that OpenRLHF trains.
+        reward: A name of `sharpen.scoring.rewards.REWARDS` that needs no answers.
+        tokenizer: Default: the one of the path.
+        max_tokens: Tokens of one forward.
+        wait_seconds: How long a call waits for others to share a batch.
+
+    Raises:
+        InputError: If there is no such model or reward.
+
+    Example:
+        >>> reward_func = SelfReward("game24")
+        >>> prompt = "Numbers: 4 4 6 8 Target: 24\n"
+        >>> found = reward_func([prompt + "8 + 4 = 12 left:"], [prompt], [None])
+        >>> found["rewards"].shape, sorted(found["extra_logs"])
+        (torch.Size([1]), ['logprob', 'mean_logprob', 'n_tokens'])
+    """
+
+    def __init__(
+        self,
+        model: "transformers.PreTrainedModel | str | Path",
+        *,
+        reward: str = "logprob",
+        tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
+        max_tokens: int = 16384,
+        wait_seconds: float = 0.01,
+    ):
+        if reward not in REWARDS or options_needed(reward):
+            known = ", ".join(name for name in REWARDS if not options_needed(name))
+            raise InputError(f"`reward` must be one of {known}, got {reward!r}.")
+        scorer = Scorer(model, tokenizer=tokenizer, max_tokens=max_tokens)
+        self._desk = Desk(
+            name=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+            model=ModelLimits.of(scorer.model),
+            limits=ServerLimits(),
+            texts=Texts(scorer.tokenizer),
+            reward=reward,
+        )
+        self._batcher = MicroBatcher(
+            scorer.score, max_tokens=max_tokens, wait_seconds=wait_seconds, max_queue=2**20
+        )
+        self._batcher.start()
+
+    def __call__(
+        self,
+        queries: Sequence[str],
+        prompts: Sequence[str],
+        labels: Sequence[Any],
+        # what a later version may add
+        **kwargs: Any,
+    ) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Rewards of whole texts that begin with their prompts; from any thread.
+
+        Args:
+            queries: Prompt and response, decoded with their special tokens.
+            prompts: One a query.
+            labels: Not read: the model judges itself.
+            **kwargs: Not read.
+
+        Returns:
+            "rewards" and "scores", fp32 [N], and "extra_logs": fp32 [N] by name.
+
+        Raises:
+            SharpenError: If a query does not begin with its prompt, is beyond the model's context,
+                or its log-prob is not finite.
+        """
+        body = {"query": list(queries), "prompts": list(prompts)}
+        asked = read_get_reward(body, self._desk)
+        found = asked.answer(self._batcher.submit(asked.jobs).future.result())
+        logs = {name: torch.tensor(values) for name, values in found["extra_logs"].items()}
+        rewards = torch.tensor(found["rewards"])
+        return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+
+_LOCK = threading.Lock()
+_OPENED: dict[tuple[str, str], SelfReward] = {}
+
+
+# as `SelfReward.__call__`
+def reward_func(
+    queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **kwargs: Any
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    """`SelfReward` of the model that the environment names, opened at the first call.
+
+    Raises:
+        InputError: If SHARPEN_MODEL is not set, and as `SelfReward`.
+    """
+    model = os.environ.get(MODEL_VARIABLE)
+    if not model:
+        raise InputError(
+            f"the environment variable {MODEL_VARIABLE} must name the model that rates, got none; "
+            "set it, or give OpenRLHF a file of your own with a SelfReward."
+        )
+    key = model, os.environ.get(REWARD_VARIABLE, "logprob")
+    # threads come together at the first call
+    with _LOCK:
+        if key not in _OPENED:
+            _OPENED[key] = SelfReward(model, reward=key[1])
+    return _OPENED[key](queries, prompts, labels, **kwargs)

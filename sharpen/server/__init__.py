@@ -1,0 +1,7 @@
+"""The scorer over HTTP: requests in, micro-batches of one scorer, answers out.
+
+    bytes -> `bodies` -> a dialect (`score`, `completions`, `reward_hosts`) -> jobs
+          -> `micro_batcher` (one thread, one scorer) -> the dialect again -> `bodies` -> bytes
+
+`app` and `running` alone know FastAPI and uvicorn.
+"""

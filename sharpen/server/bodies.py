@@ -1,0 +1,103 @@
+"""Bodies of requests and answers: JSON, msgpack, npz.
+
+An answer is a JSON object of plain values and numpy arrays. JSON has them as lists, with null for
+what it has no number for (NaN, infinity); msgpack as {"dtype", "shape", "data"}, little endian; npz
+has the arrays alone, under the keys that lead to them joined by a dot.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .optional import needed
+from .refusal import RefusedError
+
+JSON = "application/json"
+MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
+NPZ = ("application/x-npz", "application/npz")
+
+
+def decoded(body: bytes, content_type: str) -> Any:
+    """The value in a body.
+
+    Raises:
+        RefusedError: 415 if it is neither JSON nor msgpack by its type, 400 if not by its content.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind in MSGPACK:
+        load, name = _load_msgpack, "msgpack"
+    elif kind == JSON or kind.endswith("+json"):
+        load, name = _load_json, "JSON in UTF-8"
+    else:
+        raise RefusedError(
+            415,
+            f"`Content-Type` must be {JSON} or {MSGPACK[0]}, got {kind or 'none'!r}.",
+            code="unsupported_media_type",
+        )
+    try:
+        return load(body)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(
+            400, f"the body must be {name}, got {reason}.", code="bad_body"
+        ) from error
+
+
+def encoded(answer: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
+    """An answer as the client accepts it, and its content type; JSON unless asked otherwise.
+
+    Example:
+        >>> encoded({"x": np.float32([0.5, float("nan")]), "of": {"y": None}})
+        (b'{"x":[0.5,null],"of":{"y":null}}', 'application/json')
+    """
+    wanted = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
+    for kind in MSGPACK:
+        if kind in wanted:
+            return needed("msgpack").packb(answer, default=_as_map), kind
+    for kind in NPZ:
+        if kind in wanted:
+            buffer = io.BytesIO()
+            # an array is no option of savez
+            arrays: dict[str, Any] = dict(_arrays(answer))
+            np.savez(buffer, **arrays)
+            return buffer.getvalue(), kind
+    text = json.dumps(answer, default=numbers, allow_nan=False, separators=(",", ":"))
+    return text.encode(), JSON
+
+
+def numbers(array: Any) -> list[Any]:
+    """An array as nested lists, None for NaN and infinities; fp32 keeps its exact value."""
+    if array.dtype.kind != "f" or bool(np.isfinite(array).all()):
+        return array.tolist()
+    objects = array.astype(object)
+    objects[~np.isfinite(array)] = None
+    return objects.tolist()
+
+
+def _load_json(body: bytes) -> Any:
+    return json.loads(body.decode("utf-8-sig"))
+
+
+def _load_msgpack(body: bytes) -> Any:
+    msgpack = needed("msgpack")
+    try:
+        return msgpack.unpackb(body)
+    # its own errors are not all ValueErrors
+    except msgpack.UnpackException as error:
+        raise ValueError(str(error)) from error
+
+
+def _as_map(array: Any) -> dict[str, Any]:
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return {"dtype": little.dtype.str, "shape": list(array.shape), "data": little.tobytes()}
+
+
+def _arrays(answer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for key, value in answer.items():
+        if isinstance(value, np.ndarray):
+            yield prefix + key, value
+        elif isinstance(value, Mapping):
+            yield from _arrays(value, f"{prefix}{key}.")

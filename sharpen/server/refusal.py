@@ -1,0 +1,73 @@
+"""What the server says no with: a status, one line, and OpenAI's shape of an error."""
+
+from typing import Any
+
+from sharpen.errors import SharpenError
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class RefusedError(SharpenError):
+    """A request that is not answered.
+
+    Attributes:
+        status: The HTTP status.
+        message: One line: name, wanted, got, fix.
+        param: The field at fault, or None.
+        code: A word for programs.
+        retry_after: Whole seconds after which the same request may succeed, or None.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_request",
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes beside the body."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients read an error."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": TYPES.get(self.status, kind),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def refusal_of(error: Exception) -> RefusedError:
+    """What a client is told of an error that came out of scoring or of reading its request."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, SharpenError):
+        return RefusedError(422, " ".join(str(error).split()), code="invalid_input")
+    reason = " ".join(str(error).split())[:200]
+    if "out of memory" in reason.lower() or isinstance(error, MemoryError):
+        message = "the request alone needs more memory than the device has; send fewer tokens."
+        return RefusedError(413, message, code="out_of_memory")
+    return RefusedError(
+        500, f"scoring failed ({type(error).__name__}: {reason}).", code="scoring_failed"
+    )

@@ -1,0 +1,156 @@
+"""Text of a request to token ids and back, with the tokenizer of the model or without one."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sharpen.errors import InputError
+from sharpen.records import PromptRecord, check_prompt
+from sharpen.sampling.prompts import has_chat_template, render
+
+from .fields import text, wrong
+from .refusal import RefusedError
+
+if TYPE_CHECKING:
+    import transformers
+
+# a short conversation, rendered to see what the template writes before an answer
+PROBE = [{"role": "user", "content": "?"}]
+
+
+class Texts:
+    """Reads prompts and completions in every form that a request may have them.
+
+    Args:
+        tokenizer: Of the model; None if it has none, and then only token ids can be read.
+    """
+
+    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase | None"):
+        self._given = tokenizer
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """The tokenizer.
+
+        Raises:
+            RefusedError: If the model has none.
+        """
+        if self._given is None:
+            raise RefusedError(
+                422, "this model has no tokenizer here; send token ids.", code="no_tokenizer"
+            )
+        return self._given
+
+    # ids of a request are whatever it holds, until the model's limits have seen them
+    def ids(self, value: object, field: str, *, special: bool) -> list[Any]:
+        """Token ids of text, or the ids themselves, which are not checked yet."""
+        if isinstance(value, list):
+            return value
+        if isinstance(value, str):
+            return list(self.tokenizer.encode(text(value, field), add_special_tokens=special))
+        raise wrong(field, "text or a list of token ids", value)
+
+    # as above
+    def prompt_ids(self, value: object, *, special: bool) -> list[Any]:
+        """Token ids of a prompt: text, ids, or messages, which the chat template renders.
+
+        Raises:
+            RefusedError: If it is none of these.
+            InputError: If messages are malformed, or there is no template.
+        """
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            prompt = check_prompt("the request", {"prompt": value})
+            record = PromptRecord("the request", "", prompt)
+            return list(render(record, self.tokenizer).ids)
+        return self.ids(value, "prompt", special=special)
+
+    def eos(self) -> list[int]:
+        """The token that ends a completion.
+
+        Raises:
+            InputError: If the tokenizer has none.
+        """
+        if not isinstance(self.tokenizer.eos_token_id, int):
+            raise InputError("`add_eos` needs a tokenizer with one EOS token; leave it out.")
+        return [self.tokenizer.eos_token_id]
+
+    def split(self, query: str, prompt: str, field: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of what follows it in `query`; special tokens stand in the text.
+
+        A query that was decoded from ids may spell its prompt as the tokenizer does, so that
+        spelling counts as well.
+
+        Raises:
+            RefusedError: If `query` begins with neither.
+        """
+        prompt_ids = self.ids(prompt, "prompts", special=False)
+        for opening in (prompt, self.decoded(prompt_ids)):
+            if query.startswith(opening):
+                return prompt_ids, self.ids(query[len(opening) :], field, special=False)
+        raise RefusedError(
+            422,
+            f"`{field}` must begin with its prompt {prompt[:40]!r}, got {query[:40]!r}; send "
+            "prompt and query as one tokenizer spells them.",
+            param=field,
+            code="bad_field",
+        )
+
+    def split_last(self, whole: str, field: str) -> tuple[list[int], list[int]]:
+        """Ids up to the last turn of the assistant, and of it; a text with none splits early.
+
+        Without a chat template, or without what it writes before an answer, everything after the
+        first token is the completion.
+        """
+        marker = self.before_answer
+        if marker and marker in whole:
+            before, _, after = whole.rpartition(marker)
+            prompt_ids = self.ids(before + marker, field, special=False)
+            return prompt_ids, self.ids(after, field, special=False)
+        ids = self.ids(whole, field, special=False)
+        return ids[:1], ids[1:]
+
+    @cached_property
+    def before_answer(self) -> str:
+        """What the chat template writes between a question and its answer; "" without one."""
+        if self._given is None or not has_chat_template(self._given):
+            return ""
+        # a template is a program of the model's author; one that refuses the probe has no marker
+        try:
+            plain, opened = (
+                str(
+                    self._given.apply_chat_template(
+                        PROBE, tokenize=False, add_generation_prompt=is_open
+                    )
+                )
+                for is_open in (False, True)
+            )
+        except Exception:
+            return ""
+        return opened[len(plain) :] if opened.startswith(plain) else ""
+
+    def decoded(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens and spaces as they are; "" without a tokenizer."""
+        if self._given is None:
+            return ""
+        return self._decode(ids)
+
+    def token_text(self, token: int) -> str:
+        """Text of one token inside a text, with the space it may begin with."""
+        if self._given is None:
+            return f"token_id:{token}"
+        if token not in self._token_texts:
+            # alone, a SentencePiece token loses its space
+            before = self._decode(self._anchor)
+            joined = self._decode([*self._anchor, token])
+            inside = joined.startswith(before) and bool(self._anchor)
+            self._token_texts[token] = joined[len(before) :] if inside else self._decode([token])
+        return self._token_texts[token]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return list(self.tokenizer.encode("a", add_special_tokens=False))[-1:]
+
+    # what `decode` returns depends on what it gets; from one list it is text
+    def _decode(self, ids: list[int]) -> str:
+        options: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, **options))

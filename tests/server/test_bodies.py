@@ -1,0 +1,53 @@
+import json
+
+import numpy as np
+import pytest
+
+from sharpen.server.bodies import decoded, encoded
+from sharpen.server.refusal import RefusedError
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "told"),
+    [
+        (b"{", "application/json", 400, "must be JSON in UTF-8"),
+        (b"\xff{}", "application/json", 400, "must be JSON in UTF-8, got 'utf-8' codec"),
+        (b"[" * 100_000, "application/json", 400, "must be JSON in UTF-8"),
+        (b"9" * 5000, "application/json", 400, "must be JSON in UTF-8"),
+        (b"{}", "text/plain", 415, "`Content-Type` must be application/json"),
+        (b"{}", "", 415, "got 'none'"),
+    ],
+)
+def test_bodies_that_are_not_what_they_say(body, kind, status, told):
+    with pytest.raises(RefusedError) as refused:
+        decoded(body, kind)
+    assert refused.value.status == status
+    assert told in refused.value.message
+
+
+def test_json_by_any_of_its_names():
+    for kind in ("application/json", "Application/JSON; charset=utf-8", "application/x+json"):
+        assert decoded(b'\xef\xbb\xbf{"a": "\xc3\xa4"}', kind) == {"a": "\u00e4"}
+
+
+def test_json_numbers_are_exact_and_holes_are_null():
+    values = np.float32([-18.377656936645508, np.nan, np.inf, 0.1])
+    body, kind = encoded({"x": values, "y": {"z": np.int64([[1, 2]])}})
+    found = json.loads(body)
+    assert kind == "application/json"
+    assert found["x"][1:3] == [None, None]
+    assert np.array_equal(np.float32([found["x"][0], found["x"][3]]), values[[0, 3]])
+    assert found["y"] == {"z": [[1, 2]]}
+
+
+def test_npz_holds_every_array_with_its_bits(tmp_path):
+    values = np.float32([-1.5, np.nan])
+    body, kind = encoded(
+        {"a": {"b": values}, "c": np.int64([3]), "d": "x"}, "text/*, application/x-npz;q=1"
+    )
+    assert kind == "application/x-npz"
+    path = tmp_path / "x.npz"
+    path.write_bytes(body)
+    with np.load(path) as found:
+        assert sorted(found) == ["a.b", "c"]
+        assert np.array_equal(found["a.b"], values, equal_nan=True)

@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from server_desk import PROMPT, RIGHT, answered, desk, scorer
+from sharpen.errors import SharpenError
+from sharpen.server.completions import read_completions
+from sharpen.server.texts import Texts
+from sharpen_kernels import TokenStats
+
+# what lm-eval's local-completions sends
+ASKED = {
+    "model": "game24", "prompt": [[1, 5, 9, 7], [1, 5]], "temperature": 0, "max_tokens": 1,
+    "logprobs": 1, "seed": 1234, "echo": True,
+}  # fmt: skip
+
+
+def read(body, **limits):
+    return read_completions(body, desk(**limits), created=7)
+
+
+def choices(change):
+    return answered(read(ASKED | change))["choices"]
+
+
+def logits(ids):
+    with torch.no_grad():
+        return scorer().model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def test_every_given_token_and_one_greedy_one_have_their_log_probs():
+    for choice, ids in zip(choices({}), ASKED["prompt"], strict=True):
+        found, rows = choice["logprobs"], logits(ids)
+        following = int(rows[-1].argmax())
+        assert choice["finish_reason"] == "length"
+        assert found["token_logprobs"][0] is None
+        assert found["top_logprobs"][0] is None
+        want = [rows[i, token].item() for i, token in enumerate([*ids[1:], following])]
+        assert found["token_logprobs"][1:] == pytest.approx(want, abs=1e-5)
+        best = [max(top.values()) for top in found["top_logprobs"][1:]]
+        assert best == pytest.approx(rows.amax(1).tolist(), abs=1e-5)
+        # equality is how a client sees that a token is greedy
+        greedy = [own == top for own, top in zip(found["token_logprobs"][1:], best, strict=True)]
+        assert greedy == [*(rows[:-1].argmax(1) == torch.tensor(ids[1:])).tolist(), True]
+
+
+@pytest.mark.parametrize(
+    "prompt", [PROMPT, [PROMPT], scorer().tokenizer.encode(PROMPT)], ids=["text", "texts", "ids"]
+)
+def test_a_prompt_may_have_every_form(prompt):
+    (choice,) = choices({"prompt": prompt, "max_tokens": 0})
+    want = scorer().tokenizer.encode(PROMPT)
+    rows = logits(want[:-1])
+    found = choice["logprobs"]["token_logprobs"][1:]
+    assert found == pytest.approx([rows[i, t].item() for i, t in enumerate(want[1:])], abs=1e-5)
+
+
+def test_text_offsets_point_into_the_text():
+    line = RIGHT.splitlines()[0]
+    (choice,) = choices({"prompt": line})
+    found = choice["logprobs"]
+    assert choice["text"].startswith(line)
+    pairs = list(zip(found["tokens"], found["text_offset"], strict=True))
+    for token, offset in pairs[2:]:
+        assert choice["text"].startswith(token, offset)
+    # the special token before the text is no part of it
+    assert pairs[0] == (" <s>", 0)
+    assert pairs[1][1] == 0
+
+
+def test_without_echo_there_is_the_greedy_token_alone():
+    (choice,) = choices({"prompt": [1, 5, 9, 7], "echo": False, "logprobs": 0})
+    rows = logits([1, 5, 9, 7])
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx([rows[-1].max().item()], abs=1e-5)
+    assert len(choice["logprobs"]["top_logprobs"][0]) == 1
+    assert choice["text"] == choice["logprobs"]["tokens"][0]
+
+
+def test_without_log_probs_nothing_is_scored():
+    asked = read(ASKED | {"logprobs": None, "max_tokens": 0, "prompt": PROMPT})
+    assert asked.jobs == []
+    (choice,) = asked.answer([])["choices"]
+    assert choice["logprobs"] is None
+    assert choice["text"] == PROMPT
+
+
+def test_k_tokens_and_the_one_that_stands_there():
+    (choice,) = choices({"prompt": [1, 5, 9], "logprobs": 3, "return_tokens_as_token_ids": True})
+    rows = logits([1, 5, 9])
+    for i, token in enumerate([5, 9]):
+        best = rows[i].topk(3)
+        want = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        want[token] = rows[i, token].item()
+        found = choice["logprobs"]["top_logprobs"][i + 1]
+        assert found == pytest.approx({f"token_id:{t}": x for t, x in want.items()}, abs=1e-5)
+
+
+def test_a_greedy_token_has_one_log_prob_also_where_two_sums_differ_in_their_last_bit():
+    asked = read(ASKED | {"prompt": [1, 5], "max_tokens": 0})
+    own, other = -0.5, -0.49999997
+    tokens = TokenStats(
+        logprob=torch.tensor([own]), topk=torch.tensor([[other]]), topk_id=torch.tensor([[5]])
+    )
+    found = asked.answer([tokens])["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == [None, own]
+    assert list(found["top_logprobs"][1].values()) == [own]
+
+
+def test_a_model_without_a_tokenizer_names_tokens_by_id():
+    at = desk()
+    object.__setattr__(at, "texts", Texts(None))
+    (choice,) = answered(read_completions(ASKED | {"prompt": [1, 5]}, at, 7))["choices"]
+    assert choice["logprobs"]["tokens"][:2] == ["token_id:1", "token_id:5"]
+    with pytest.raises(SharpenError, match="no tokenizer here; send token ids"):
+        read_completions(ASKED | {"prompt": "text"}, at, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"max_tokens": 2}, "`max_tokens` must be a whole number from 0 to 1, got 2"),
+        ({"max_tokens": None}, "does not generate"),
+        ({"max_tokens": 0, "echo": False}, "does not generate"),
+        ({"temperature": 1.0}, "`temperature` must be 0"),
+        ({"n": 2}, "`n` is not supported"),
+        ({"stream": True}, "`stream` is not supported"),
+        ({"stop": ["x"]}, "`stop` is not supported"),
+        ({"logprobs": 21}, "`logprobs` must be a whole number from 0 to 20"),
+        ({"logprobs": True}, "`logprobs` must be a whole number"),
+        ({"model": "gpt-4"}, "`model` must be 'game24', got 'gpt-4'"),
+        ({"prompt": []}, "an empty list"),
+        ({"prompt": None}, "`prompt` must be text"),
+        ({"prompt": [[1], []]}, "prompt[1]: the prompt must hold at least one token"),
+        ({"prompt": [[1, 999]]}, "prompt[0]: token ids must be in [0, 214), got 999 at position 1"),
+        ({"prompt": [[1] * 1024]}, "1024 + 1 = 1025"),
+        ({"messages": []}, "unknown field `messages`"),
+    ],
+)
+def test_what_is_not_supported_is_told_by_name(change, told):
+    with pytest.raises(SharpenError) as refused:
+        read(ASKED | change)
+    assert told in str(refused.value)
+
+
+def test_what_a_client_says_it_does_not_want_is_no_error():
+    off = {"n": 1, "best_of": 1, "stream": False, "stop": None, "top_p": 1.0, "user": "me"}
+    assert read(ASKED | off).jobs
