@@ -109,7 +109,7 @@ class MicroBatcher:
         items = [_Item(job, ticket, i, now) for i, job in enumerate(jobs)]
         with self._changed:
             if self._is_closing:
-                raise RefusedError(503, "the server is shutting down.", code="shutting_down")
+                raise _shutting_down()
             if len(self._waiting) >= self.max_queue:
                 raise RefusedError(
                     429,
@@ -138,30 +138,22 @@ class MicroBatcher:
                 dropped = list(self._waiting)
                 self._keep([])
             self._changed.notify_all()
-        for item in dropped:
-            item.ticket.fail(
-                RefusedError(503, "the server is shutting down.", code="shutting_down")
-            )
+        _refuse(dropped)
         if self._thread.ident is not None:
             self._thread.join()
 
     def _run(self) -> None:
+        items: list[_Item] = []
         try:
             while items := self._next():
                 self._work(items)
         finally:
             # nobody may wait for a thread that has ended
-            self._refuse_the_rest()
-
-    def _refuse_the_rest(self) -> None:
-        with self._changed:
-            self._is_closing = True
-            dropped = list(self._waiting)
-            self._keep([])
-        for item in dropped:
-            item.ticket.fail(
-                RefusedError(503, "the server is shutting down.", code="shutting_down")
-            )
+            with self._changed:
+                self._is_closing = True
+                dropped = [*items, *self._waiting]
+                self._keep([])
+            _refuse(dropped)
 
     def _next(self) -> list[_Item]:
         """The next batch; empty at the end."""
@@ -233,3 +225,12 @@ class MicroBatcher:
             return 1
         seconds = self._n_waiting_tokens / 2 / self._tokens_per_second
         return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
+
+
+def _refuse(items: Sequence[_Item]) -> None:
+    for item in items:
+        item.ticket.fail(_shutting_down())
+
+
+def _shutting_down() -> RefusedError:
+    return RefusedError(503, "the server is shutting down.", code="shutting_down")

@@ -200,3 +200,22 @@ def test_errors_have_the_status_that_clients_act_on(error, status, told):
     refusal = refusal_of(error)
     assert refusal.status == status
     assert told in refusal.body["error"]["message"]
+
+
+# that the thread ends is the point
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_ended():
+    def ends(*args, **kwargs):
+        raise SystemExit
+
+    batcher = MicroBatcher(ends, max_tokens=1)
+    # one is taken by the thread, the other still queued
+    tickets = [batcher.submit([Job([1], [[2]])]) for _ in range(2)]
+    batcher.start()
+    for ticket in tickets:
+        with pytest.raises(RefusedError, match="shutting down"):
+            ticket.future.result(timeout=LONG)
+    with pytest.raises(RefusedError, match="shutting down"):
+        batcher.submit([Job([1], [[2]])])
+    batcher.close()
+    assert not batcher.is_alive
