@@ -101,7 +101,7 @@ class EndpointSampler:
 
     def sample(
         self, prompts: Sequence[Prompt], config: SamplingConfig, *, done: Collection[str] = ()
-    ) -> Iterator[list[EndpointSamples]]:
+    ) -> Iterator[list[Samples]]:
         """See `Sampler`. Each prompt is yielded when it is whole, in any order.
 
         A refusal of one prompt is raised when the others are finished; one of the server itself
