@@ -19,6 +19,7 @@ from .errors import InputError, SharpenError
 
 VERBS = {
     "bon": "sample N completions a prompt, keep what the model itself rates highest, report",
+    "parity": "how far another engine's log-probs of given completions are from ours",
     "rlhf": "sample, pair, and fit reward differences: RLHF-Sharpening",
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",

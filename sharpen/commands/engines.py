@@ -83,15 +83,21 @@ class EndpointOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(EndpointOptions):
+class VllmOptions:
+    """How vLLM is made."""
+
+    vllm: list[str] = field(
+        default_factory=list,
+        metadata={"help": "vllm: further arguments of vllm.LLM, as NAME=VALUE"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(VllmOptions, EndpointOptions):
     """What draws the completions."""
 
     engine: Literal["transformers", "vllm"] = option(
         "what runs --model: transformers; vllm (in an environment that has it)", "transformers"
-    )
-    vllm: list[str] = field(
-        default_factory=list,
-        metadata={"help": "vllm: further arguments of vllm.LLM, as NAME=VALUE"},
     )
 
     def engine_settings(self) -> dict[str, Any]:
