@@ -16,10 +16,10 @@ import json
 import logging
 import random
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from time import monotonic, sleep
 from typing import Any
 
 from sharpen.errors import ServiceError
@@ -81,7 +81,7 @@ class EndpointClient:
             EndpointError: If the endpoint refuses, or does not answer in all tries.
         """
         patience = self.patience
-        started = time.monotonic()
+        started = monotonic()
         for attempt in itertools.count(1):
             self._wait_for_turn()
             try:
@@ -91,7 +91,7 @@ class EndpointClient:
             if attempt == patience.tries:
                 raise EndpointError(
                     f"`endpoint` {self.url}: {failure}; given up after {attempt} tries in "
-                    f"{time.monotonic() - started:.0f} s. What is finished is kept: the same "
+                    f"{monotonic() - started:.0f} s. What is finished is kept: the same "
                     "command goes on from here."
                 )
             wait = self._random.uniform(0.5, 1) * min(patience.max_wait_s, 2.0 ** (attempt - 1))
@@ -105,20 +105,20 @@ class EndpointClient:
                 self._hold(failure.retry_after_s)
                 wait = failure.retry_after_s + self._random.uniform(0, 0.1) * wait
             log.info("endpoint: %s; try %d in %.1f s.", failure, attempt + 1, wait)
-            time.sleep(wait)
+            sleep(wait)
         raise AssertionError
 
     def _wait_for_turn(self) -> None:
         per_minute = self.patience.per_minute
         with self._lock:
-            now = time.monotonic()
+            now = monotonic()
             turn = max(now, self._next)
             self._next = turn + (60 / per_minute if per_minute else 0)
-        time.sleep(turn - now)
+        sleep(turn - now)
 
     def _hold(self, seconds: float) -> None:
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            self._next = max(self._next, monotonic() + seconds)
 
     def _once(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "User-Agent": "sharpen"}
@@ -126,7 +126,7 @@ class EndpointClient:
             headers["Authorization"] = f"Bearer {self._key}"
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + route, data, headers, method="POST")
-        deadline = time.monotonic() + self.patience.timeout_s
+        deadline = monotonic() + self.patience.timeout_s
         try:
             with self._opener.open(request, timeout=self.patience.timeout_s) as response:
                 raw = _read(response, deadline)
@@ -198,7 +198,7 @@ def _read(response: Any, deadline: float) -> bytes:
     while part := response.read1(1 << 16):
         parts.append(part)
         size += len(part)
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             raise TimeoutError
         if size > MAX_BODY_BYTES:
             raise EndpointError(f"the endpoint's answer is longer than {MAX_BODY_BYTES} bytes.")

@@ -14,13 +14,31 @@ ROOT = Path(__file__).parents[2]
 MODEL = ["model", "device", "dtype", "max_tokens", "trust_remote_code", "allow_pickle"]
 PROMPTS = ["task", "split", "shots", "prompts", "limit"]
 DRAW = ["n", "temperature", "top_p", "max_new_tokens", "seed"]
+ENDPOINT = [
+    "endpoint", "endpoint_model", "endpoint_prompts", "endpoint_key_env", "endpoint_concurrency",
+    "endpoint_rpm", "endpoint_timeout", "endpoint_tries", "endpoint_choices",
+]  # fmt: skip
+ENGINE = ["engine", "vllm", *ENDPOINT]
 SAMPLER = ["sampler", "alpha", "steps", "particles", "ramp", "proposal_temperature"]
 FIT = ["lr", "epochs", "batch", "lora_rank", "save_every", "trainer"]
 TRAIN = [*MODEL, *PROMPTS, *DRAW, *FIT, "out", "reward"]
 OPTIONS = {
-    "bon": [*MODEL, *PROMPTS, *DRAW, "out", "reward", "scores"],
+    "bon": [*MODEL, *PROMPTS, *DRAW, *ENGINE, "out", "reward", "scores"],
+    "parity": [
+        *MODEL,
+        *ENDPOINT,
+        "vllm",
+        "samples",
+        "against",
+        "out",
+        "tolerance",
+        "measure",
+        "clip",
+        "worst",
+        "limit",
+    ],
     "rlhf": [*TRAIN, "samples", "scores", "beta", "pairs", "standardise", "loss"],
-    "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, "out"],
+    "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, *ENGINE, "out"],
     "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
     "sft": [*TRAIN, "samples", "scores", "weights", "soft_temperature", "per"],
     "study": [
@@ -57,7 +75,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("verb", OPTIONS)
 def test_options_are_frozen(verb):
-    given = [f"--{name}=x" for name in ("model", "out", "input", "task") if name in OPTIONS[verb]]
+    must = ("model", "out", "input", "task", *(("samples",) if verb == "parity" else ()))
+    given = [f"--{name}=x" for name in must if name in OPTIONS[verb]]
+    given += ["--against=hf"] if verb == "parity" else []
     assert sorted(vars(parse(verb, given))) == sorted(OPTIONS[verb])
 
 
