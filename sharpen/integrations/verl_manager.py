@@ -1,0 +1,86 @@
+"""verl: a reward manager that rates token ids as they were sampled, in batches by prompt.
+
+    reward.reward_manager.source=importlib
+    reward.reward_manager.name=SelfRewardManager
+    reward.reward_manager.module.path=pkg://sharpen.integrations.verl_manager
+    +reward.reward_kwargs.sharpen.reward=logprob
+
+Without `model` it is the one that training starts from, frozen. verl runs a manager in each of
+`reward.num_workers` processes, each with a copy of the model. Written against verl 0.9.1.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sharpen.errors import InputError
+
+from .micro_batches import MicroBatches
+from .rating import Rating, rate_by, shared
+
+if TYPE_CHECKING:
+    # verl is not where types are checked
+    RewardManagerBase = Any
+else:
+    try:
+        from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+    except ImportError as error:
+        raise InputError(
+            "verl is not installed here: `pip install verl` in the environment of the trainer."
+        ) from error
+
+
+class SelfRewardManager(RewardManagerBase):
+    """Rates each response by a model's own probabilities.
+
+    Args:
+        config: verl's; `reward.reward_kwargs.sharpen` holds fields of `Rating`.
+        tokenizer: Of the policy.
+        compute_score: Not called.
+        reward_router_address: Not looked at.
+        reward_model_tokenizer: Not looked at.
+
+    Raises:
+        InputError: If an option is bad or the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        compute_score: Any = None,
+        reward_router_address: str | None = None,
+        reward_model_tokenizer: Any = None,
+    ):
+        super().__init__(config, tokenizer, compute_score)
+        given = (config.reward.get("reward_kwargs") or {}).get("sharpen") or {}
+        options = {str(name): value for name, value in given.items()}
+        if "endpoint" not in options:
+            options.setdefault("model", config.actor_rollout_ref.model.path)
+        self.rating = Rating.of(options)
+        rate = shared(self.rating, lambda: rate_by(self.rating))
+        self.batches = MicroBatches(rate, wait_s=self.rating.wait_ms / 1000)
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """The reward of the last sequence of `data`, a verl DataProto.
+
+        Returns:
+            `reward_score`, and `reward_extra_info` for verl's metrics.
+
+        Raises:
+            InputError: If this response cannot be rated.
+        """
+        prompt, response = response_ids(data[-1:][0].batch)
+        reward = await self.batches.reward(prompt, response)
+        extra = {"self_reward": reward, "response_tokens": len(response)}
+        return {"reward_score": reward, "reward_extra_info": extra}
+
+
+def response_ids(batch: Any) -> tuple[list[int], list[int]]:
+    """Prompt and response of one sequence, without padding.
+
+    Args:
+        batch: `prompts` int64 [P], padded on the left; `responses` int64 [R], padded on the right;
+            `attention_mask` [P + R].
+    """
+    prompts, responses, mask = batch["prompts"], batch["responses"], batch["attention_mask"].bool()
+    n = len(prompts)
+    return prompts[mask[:n]].tolist(), responses[mask[n:]].tolist()
