@@ -13,6 +13,7 @@ The contract was read (NVIDIA-NeMo/RL, nemo_rl/environments/interfaces.py, 2026-
 was run inside NeMo-RL.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,7 @@ def rate_logs(
     return rewards
 
 
+@functools.cache
 def _environment() -> Any:
     try:
         interfaces = importlib.import_module("nemo_rl.environments.interfaces")
