@@ -51,8 +51,10 @@ data = DataProto.from_dict(tensors=batch, non_tensors={
     "reward_model": objects([{"ground_truth": "24"} for _ in range(4)]),
     "extra_info": objects([{"prompt": text} for _ in range(4)]),
 })
-worker = RewardLoopWorker(config)
-found = asyncio.run(worker.compute_score_batch(data))
+async def rate():
+    # verl's naive manager keeps the loop that it is made in, which is its actor's
+    return await RewardLoopWorker(config).compute_score_batch(data)
+found = asyncio.run(rate())
 rewards = [one["reward_score"] for one in found]
 texts = [scorer.tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
 print([one["reward_extra_info"]["self_reward"] for one in found] == rewards)

@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from other_pythons import python_of, run
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from other_pythons import python_of, run
 from sharpen.models import load_tokenizer
 
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -148,3 +148,11 @@ def test_a_sample_depends_on_prompt_index_and_seed(vllm_python, folder, tmp_path
     assert "empty: a prompt of 0 tokens + 10 must be at least one" in found["told"][0]
     assert "long: a prompt of 125 tokens + 10" in found["told"][1]
     assert "fit vLLM's context of 128" in found["told"][1]
+
+
+def test_the_page_runs(vllm_python, folder, tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text(f"FOLDER = {str(folder)!r}\n" + code_block("vllm.md"))
+    kept, rescored = map(float, run(vllm_python, script, **CPU).split()[-2:])
+    # sums of at most 16 tokens
+    assert max(kept, rescored) <= 1e-3
