@@ -126,7 +126,7 @@ def compare(pairs: Pairs, *, clip: float = 0.2) -> dict[str, Any]:
     # an impossible token makes them infinite; numpy's warnings say no more than the numbers do
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = np.exp(d)
-        k3 = np.where(np.isneginf(d), np.inf, ratio - 1 - d)
+        k3 = np.where(np.isinf(d), np.inf, ratio - 1 - d)
         return {
             "n_tokens": int(known.sum()),
             "n_completions": pairs.n_completions,

@@ -68,7 +68,9 @@ def test_nan_is_counted_and_left_out_and_infinity_is_the_worst():
     # equal infinities agree
     assert found["histogram"][0]["n"] == 2
     assert found["max"] == INF
-    assert found["ratio"]["min"] == 0.0
+    assert (found["ratio"]["min"], found["ratio"]["k3"]) == (0.0, INF)
+    # impossible under them alone
+    assert compare(pair([[[-1.0]]], [[[-INF]]]))["ratio"]["k3"] == INF
     # NaN on one side first, then infinity
     assert [pairs.places[i].t for i in worst(pairs, 9)] == [2, 4, 5]
     assert not is_within(found, 1e300, "max")

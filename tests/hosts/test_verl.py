@@ -8,6 +8,7 @@ transformers 5.10.
 import ast
 
 import pytest
+
 from other_pythons import code_block, python_of, run
 
 HOW = "make an environment with verl 0.9.1 there, or name its interpreter in SHARPEN_VERL_PYTHON"

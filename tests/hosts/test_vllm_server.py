@@ -8,11 +8,11 @@ import time
 import urllib.request
 
 import pytest
-from test_vllm import CPU, folder  # noqa: F401 (a fixture)
 
 from other_pythons import ROOT, python_of
 from sharpen.cli import main
 from sharpen.models import load_tokenizer
+from vllm_llama import CPU, save_llama
 
 DRAW = ["--task", "game24", "--limit", "4", "-n", "4", "--max-new-tokens", "16"]
 
@@ -24,7 +24,12 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):  # noqa: F811
+def folder(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
     python = python_of(".venv-vllm", "SHARPEN_VLLM_PYTHON", "run `make vllm`")
     port = free_port()
     log = open(tmp_path_factory.mktemp("server") / "log", "w+")  # noqa: SIM115 (closed below)
@@ -67,7 +72,7 @@ def sample(server, out, *flags):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_ids_go_both_ways_and_agree_with_our_scorer(server, folder, tmp_path):  # noqa: F811
+def test_ids_go_both_ways_and_agree_with_our_scorer(server, folder, tmp_path):
     out = tmp_path / "ids.jsonl"
     flags = ["--endpoint-prompts", "ids", "--model", str(folder), "--temperature", "0.7"]
     rows = sample(server, out, *flags)

@@ -131,6 +131,17 @@ def test_what_will_not_pass_is_told_at_once(fault, message, of_request, waits):
     assert not [s for s in waits if s > 0]
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("cut", "the answer was cut short"), ("chunk", "cut short"), ("html", "is not whole JSON")],
+)
+def test_why_an_answer_is_no_answer_is_told(fault, message):
+    with serving() as (url, server):
+        server.script = [fault]
+        with pytest.raises(EndpointError, match=message):
+            quick(url, tries=1).post("/completions", BODY)
+
+
 def test_no_server_is_told(waits):
     with serving() as (url, _):
         pass
