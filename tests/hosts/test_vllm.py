@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from other_pythons import python_of, run
+from other_pythons import code_block, python_of, run
 
 DRAW = ["--task", "game24", "--limit", "6", "--max-new-tokens", "24", "--dtype", "float32"]
 
