@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm_llama import CPU, save_llama
 
 from other_pythons import code_block, python_of, run
 
