@@ -22,6 +22,7 @@ VERBS = {
     "bon": "sample N completions a prompt, keep what the model itself rates highest, report",
     "export": "scored samples to the data sets that TRL's trainers take",
     "lm-eval": "lm-evaluation-harness with the model type `sharpen`; takes lm-eval's arguments",
+    "parity": "how far another engine's log-probs of given completions are from ours",
     "rlhf": "sample, pair, and fit reward differences: RLHF-Sharpening",
     "sample": "draw completions into a JSON lines file",
     "score": "rate given completions under a model",

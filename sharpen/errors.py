@@ -19,3 +19,7 @@ class RunError(SharpenError, RuntimeError):
 
 class TrainingError(SharpenError, ArithmeticError):
     """Weights that training has spoilt: NaN or infinity."""
+
+
+class ServiceError(SharpenError, ConnectionError):
+    """A server that cannot be reached, refuses, or does not answer what it was asked."""

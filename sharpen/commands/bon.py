@@ -7,6 +7,7 @@ Writes into its run directory: `samples.jsonl` (every completion, as it is drawn
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,13 +23,13 @@ from sharpen.evaluation.report import format_table, render_report
 from sharpen.records import Row, write_rows, write_text
 from sharpen.runs import Journal, Run
 from sharpen.sampling import Prompt, SamplingConfig
-from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompts import render_all
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import REWARDS, stats_needed
 from sharpen.selection import best_of_n
 
-from .options import DrawOptions, ModelOptions, PromptOptions, option, required
+from .engines import SamplingOptions, check_engine, opened
+from .options import DrawOptions, PromptOptions, option, required
 from .sources import (
     Source,
     check_reward,
@@ -38,7 +39,14 @@ from .sources import (
     open_source,
     source_settings,
 )
-from .stages import is_finished, json_numbers, sample_into, score_samples
+from .stages import (
+    json_numbers,
+    kept_scores,
+    sample_into,
+    score_samples,
+    token_keys,
+    with_ids,
+)
 
 SAMPLES, GREEDY, CHOSEN = "samples.jsonl", "greedy.jsonl", "chosen.jsonl"
 SUMMARY, REPORT, TIMINGS = "summary.json", "report.html", "timings.jsonl"
@@ -46,7 +54,7 @@ SCORES = "scores.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BonConfig(DrawOptions, PromptOptions, ModelOptions):
+class BonConfig(DrawOptions, PromptOptions, SamplingOptions):
     """Best-of-N: sample, score, choose, report."""
 
     out: str = required("run directory; the same command again goes on where it stopped")
@@ -62,31 +70,36 @@ def run(config: BonConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
     draws = config.sampling()
-    model, tokenizer = load(config)
-    source = open_source(config, tokenizer)
-    prompts = render_all(source.records, tokenizer)
-    sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
-    sampler.check(prompts, draws)
     out = Path(config.out)
     outputs = [out / name for name in (SAMPLES, GREEDY, CHOSEN, SUMMARY, REPORT, SCORES)]
-    with Run(out / "run.json", settings(config, model.device), outputs):
-        timings = Journal(out / TIMINGS)
-        samples = sample_into(
-            out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
-        )
-        routes: dict[str, str] = {"sampling": sampler.route}
-        greedy = None
-        if source.task is not None:
-            once = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
-            greedy = sample_into(out / GREEDY, sampler, prompts, once, label="greedy")
+    greedy = None
+    with ExitStack() as stack:
+        with opened(config) as engine:
+            tokenizer, sampler = engine.tokenizer, engine.sampler
+            source = open_source(config, tokenizer)
+            prompts = render_all(source.records, tokenizer)
+            sampler.check(prompts, draws)
+            stack.enter_context(Run(out / "run.json", settings(config, engine.device), outputs))
+            timings = Journal(out / TIMINGS)
+            samples = sample_into(
+                out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
+            )
+            routes: dict[str, str] = {"sampling": sampler.route}
+            if source.task is not None:
+                once = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+                greedy = sample_into(out / GREEDY, sampler, prompts, once, label="greedy")
+            model = engine.model
+        # an engine that is not the model itself has given its memory back by now
         if config.scores == "scorer":
+            if model is None or tokenizer is None:
+                model, tokenizer = load(config)
             scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
             stats = tuple(dict.fromkeys(["logprob", *stats_needed(config.reward)]))
+            samples = [with_ids(row, tokenizer) for row in samples]
             scores = score_samples(out / SCORES, scorer, samples, stats, timings)
             routes["scoring"] = scorer.route.sharing
         else:
-            valid = [is_finished(row) for row in samples]
-            scores = Scores.from_logprobs([row["logprobs"] for row in samples], valid)
+            scores = kept_scores(samples)
         finish(config, source, prompts, samples, greedy, scores, routes)
 
 
@@ -98,6 +111,9 @@ def check(config: BonConfig) -> None:
     """
     check_source(config)
     check_reward(config.reward, config.task)
+    check_engine(config)
+    if config.scores == "scorer" and not config.model:
+        raise InputError("`--scores scorer` needs `--model`, the model that rates the samples.")
     needs = stats_needed(config.reward)
     if config.scores == "sampler" and not set(needs) <= {"logprob"}:
         raise InputError(
@@ -106,15 +122,16 @@ def check(config: BonConfig) -> None:
         )
 
 
-def settings(config: BonConfig, device: torch.device) -> dict[str, Any]:
+def settings(config: BonConfig, device: str) -> dict[str, Any]:
     """Everything that the outputs depend on."""
     return {
         "command": "bon",
-        **model_settings(config, device.type),
+        **model_settings(config, device),
         **source_settings(config),
         **config.draw_settings(),
         "reward": config.reward,
         "scores": config.scores,
+        **config.engine_settings(),
     }
 
 
@@ -130,7 +147,7 @@ def finish(
     """Choose, grade, and write the three files that a run ends with."""
     out = Path(config.out)
     answers = source.answers(samples)
-    response_PG = np.array([_numbered(row["completion_ids"]) for row in samples])
+    response_PG = np.array([_numbered(token_keys(row)) for row in samples])
     reward_N = scores.reward(config.reward, **source.reward_options(config.reward, samples))
     chosen = best_of_n(scores, reward_N).tolist()
     shape = (len(samples), config.n)
@@ -149,12 +166,12 @@ def finish(
     seconds = {"sample": 0.0, "score": 0.0}
     for row in Journal(out / TIMINGS).rows:
         seconds[row["stage"]] += row["seconds"]
-    n_tokens = sum(len(ids) for row in samples for ids in row["completion_ids"])
+    n_tokens = sum(len(tokens) for row in samples for tokens in row["logprobs"])
     summary = summarize(
         outcome,
         settings={
             "task": source.name,
-            "model": config.model,
+            "model": config.model or config.endpoint_model,
             "prompts": len(prompts),
             "reward": config.reward,
             "scores": config.scores,
@@ -180,12 +197,12 @@ def versions() -> dict[str, str]:
 
 def chosen_row(prompt: str | list[dict[str, str]], samples: Row, index: int) -> Row:
     """The chosen completion as a training record: TRL's `prompt` and `completion`, and ids."""
-    text = samples["completions"][index]
+    text, has_ids = samples["completions"][index], "completion_ids" in samples
     return {
         "prompt_id": samples["prompt_id"],
         "prompt": prompt,
         "completion": text if isinstance(prompt, str) else [_assistant(text)],
-        "completion_ids": samples["completion_ids"][index],
+        **({"completion_ids": samples["completion_ids"][index]} if has_ids else {}),
         "sample_id": index,
     }
 
@@ -194,10 +211,10 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _numbered(completion_ids: list[list[int]]) -> list[int]:
+def _numbered(keys: list[tuple[int | str, ...]]) -> list[int]:
     """A number for each distinct completion of a prompt."""
-    seen: dict[tuple[int, ...], int] = {}
-    return [seen.setdefault(tuple(ids), len(seen)) for ids in completion_ids]
+    seen: dict[tuple[int | str, ...], int] = {}
+    return [seen.setdefault(key, len(seen)) for key in keys]
 
 
 def _outcome(

@@ -74,7 +74,9 @@ def run(config: ScoreConfig) -> None:
     model, tokenizer = load(config)
     limits = ModelLimits.of(model)
     # everything is read and checked once before the first line is written
-    n_records = sum(1 for _ in read_records(config, tokenizer, limits))
+    n_records = sum(
+        1 for _ in read_records(config.input, tokenizer, limits, add_eos=config.add_eos)
+    )
     if n_records == 0:
         raise InputError(f"{config.input!r} must hold at least one record, got none.")
     out = Path(config.out)
@@ -92,7 +94,9 @@ def run(config: ScoreConfig) -> None:
         done = len(journal.rows)
         n_bad = 0
         with tqdm(total=n_records, initial=done, desc="score", unit="record") as bar:
-            records = itertools.islice(read_records(config, tokenizer, limits), done, None)
+            records = itertools.islice(
+                read_records(config.input, tokenizer, limits, add_eos=config.add_eos), done, None
+            )
             while chunk := list(itertools.islice(records, CHUNK)):
                 scored = score_records(scorer, chunk, config, needs)
                 journal.append(scored)
@@ -117,21 +121,21 @@ def check_rewards(rewards: list[str]) -> tuple[str, ...]:
 
 
 def read_records(
-    config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits
+    path: str, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits, *, add_eos: bool = False
 ) -> Iterator[Record]:
-    """Every record of the input, tokenised and within the model's limits.
+    """Every record of a file, tokenised and within the model's limits.
 
     Raises:
         RecordError: If a record is bad.
         InputError: If its ids do not fit the model.
     """
-    for place, row in read_rows(config.input):
+    for place, row in read_rows(path):
         prompt = check_prompt(place, row)
         if row.get("prompt_ids") is not None:
             prompt_ids = check_ids(place, "prompt_ids", row["prompt_ids"])
         else:
             prompt_ids = list(render(PromptRecord(place, place, prompt), tokenizer).ids)
-        groups = _completion_ids(place, row, tokenizer, config.add_eos)
+        groups = _completion_ids(place, row, tokenizer, add_eos)
         for ids in groups:
             limits.check(place, prompt_ids, ids)
         yield Record(place, row, prompt_ids, groups)

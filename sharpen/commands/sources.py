@@ -14,6 +14,7 @@ from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.tasks import Example, Task, get_task
 
 from .options import ModelOptions, PromptOptions
+from .stages import token_keys
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Source:
         given = {
             "answers": [answer for group in answers for answer in group],
             # equal for equal completions of a prompt
-            "keys": [tuple(ids) for row in samples for ids in row["completion_ids"]],
+            "keys": [key for row in samples for key in token_keys(row)],
         }
         return {name: given[name] for name in needed}
 
@@ -65,7 +66,7 @@ def check_reward(reward: str, task: str | None) -> None:
         )
 
 
-def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase) -> Source:
+def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase | None) -> Source:
     """Read the prompts that `options` name.
 
     Raises:
@@ -121,8 +122,9 @@ def source_settings(options: PromptOptions) -> dict[str, Any]:
 def model_settings(options: ModelOptions, device: str) -> dict[str, Any]:
     """What the outputs depend on: the model and how it is run."""
     name = options.model
+    is_folder = name not in ("", *SHIPPED) and Path(name).exists()
     return {
-        "model": name if name in SHIPPED or not Path(name).exists() else str(Path(name).resolve()),
+        "model": str(Path(name).resolve()) if is_folder else name,
         "dtype": options.dtype,
         "device": device,
         "max_tokens": options.max_tokens,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from sharpen.records import Row, write_rows
 from sharpen.runs import Journal
@@ -113,8 +114,34 @@ def first_samples(row: Row, n: int) -> Row:
         >>> first_samples({"prompt_id": "p", "completions": ["a", "b"]}, 1)
         {'prompt_id': 'p', 'completions': ['a']}
     """
-    names = {"completions", "completion_ids", "logprobs", "finish_reasons"} & row.keys()
+    lists = {"completions", "completion_ids", "tokens", "logprobs", "finish_reasons"}
+    names = lists & row.keys()
     return row | {name: row[name][:n] for name in names}
+
+
+def token_keys(row: Row) -> list[tuple[int | str, ...]]:
+    """What the tokens of each completion are told apart by: ids, or the text a server gives."""
+    return [tuple(tokens) for tokens in row.get("completion_ids", row.get("tokens", []))]
+
+
+def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The record with token ids; text is tokenised where a server told none.
+
+    The prompt gets the tokenizer's special tokens, a completion that its model ended the
+    end-of-sequence token. They are tokens of this tokenizer, and need not be those that the
+    server's model drew.
+    """
+    found = {}
+    if "prompt_ids" not in row:
+        found["prompt_ids"] = tokenizer(row["prompt"])["input_ids"]
+    if "completion_ids" not in row:
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = zip(row["completions"], is_finished(row), strict=True)
+        found["completion_ids"] = [
+            [*tokenizer(text, add_special_tokens=False)["input_ids"], *(eos if ended else [])]
+            for text, ended in texts
+        ]
+    return row | found
 
 
 def kept_scores(samples: list[Row]) -> Scores:
@@ -127,13 +154,13 @@ def kept_scores(samples: list[Row]) -> Scores:
 
 
 def samples_row(prompt: Prompt, samples: Samples) -> Row:
-    """The record of one prompt's samples."""
+    """The record of one prompt's samples; without ids where only a server knows them."""
     return {
         "prompt_id": prompt.id,
         "prompt": prompt.text,
-        "prompt_ids": list(prompt.ids),
+        **({"prompt_ids": list(prompt.ids)} if prompt.ids else {}),
         "completions": samples.completions,
-        "completion_ids": samples.completion_ids,
+        **({"completion_ids": samples.completion_ids} if samples.completion_ids else {}),
         "logprobs": [json_numbers(row) for row in samples.logprobs],
         "finish_reasons": samples.finish_reasons,
         **_of_the_sampler(samples),

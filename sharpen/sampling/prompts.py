@@ -10,21 +10,28 @@ from sharpen.records import PromptRecord
 from .protocol import Prompt
 
 
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer can render messages."""
+def has_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether there is a tokenizer that can render messages."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """One prompt as text and ids.
+def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    """One prompt as text and ids; without a tokenizer as text alone.
 
     Text gets the tokenizer's special tokens (such as a leading BOS); messages get exactly what
     the chat template writes, up to where the assistant begins.
 
     Raises:
-        InputError: If it holds messages and the tokenizer has no chat template, or the
-            template refuses them.
+        InputError: If it holds messages and there is no tokenizer, or one without a chat template,
+            or the template refuses them.
     """
+    if tokenizer is None:
+        if not isinstance(record.prompt, str):
+            raise InputError(
+                f"{record.place}: `prompt` holds messages, and there is no tokenizer to render "
+                "them; give text, or `--model` with a chat template."
+            )
+        return Prompt(record.id, record.prompt, (), record.place)
     if isinstance(record.prompt, str):
         ids = tokenizer(record.prompt)["input_ids"]
         return Prompt(record.id, record.prompt, tuple(ids), record.place)
@@ -45,6 +52,8 @@ def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     return Prompt(record.id, text, tuple(ids), record.place)
 
 
-def render_all(records: Iterable[PromptRecord], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def render_all(
+    records: Iterable[PromptRecord], tokenizer: PreTrainedTokenizerBase | None
+) -> list[Prompt]:
     """`render` for each record."""
     return [render(record, tokenizer) for record in records]

@@ -6,8 +6,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 from sharpen.errors import InputError
 
-# "stop": the model ended it; "length": cut at max_new_tokens; "nan": the model's logits were
-FinishReason = Literal["stop", "length", "nan"]
+# "stop": the model ended it; "length": cut at max_new_tokens; "nan": the model's logits were;
+# "cut": a server ended it for a reason of its own
+FinishReason = Literal["stop", "length", "nan", "cut"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Samples:
     Attributes:
         prompt_id: Whose.
         completions: Text, without the end-of-sequence token.
-        completion_ids: Token ids, with the end-of-sequence token where the model ended.
+        completion_ids: Token ids, with the end-of-sequence token where the model ended. An empty
+            list, of no completions, where only the sampler's server can tokenise.
         logprobs: Raw log-probability of each of these tokens in nats: of the model itself, at
             temperature 1 and without top-p, whatever the draw used.
         finish_reasons: One a completion.

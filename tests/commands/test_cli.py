@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from frozen_options import FORWARDED, OPTIONS
+from frozen_options import CHOICES, FORWARDED, MUST, OPTIONS
 from sharpen.cli import main, parse
 
 ROOT = Path(__file__).parents[2]
@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("verb", OPTIONS)
 def test_options_are_frozen(verb):
-    given = [f"--{name}=x" for name in ("model", "out", "input", "task") if name in OPTIONS[verb]]
-    given += ["--shape=sft"] if "shape" in OPTIONS[verb] else []
+    given = [f"--{name}=x" for name in MUST if name in OPTIONS[verb]] + CHOICES.get(verb, [])
     assert sorted(vars(parse(verb, given))) == sorted(OPTIONS[verb])
 
 

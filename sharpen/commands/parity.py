@@ -1,0 +1,200 @@
+"""`sharpen parity`: how far another engine's log-probs of the same tokens are from ours.
+
+Reads the completions of a JSON lines file (as `sharpen score` does), rates them by our scorer and
+by another engine, and reports the differences token by token. Exit code 0: within `--tolerance`;
+1: above it; 2: bad input.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sharpen.errors import InputError
+from sharpen.evaluation.parity import Pairs, compare, is_within, pair, worst
+from sharpen.evaluation.parity_engines import forward_logprobs, kept_logprobs, server_logprobs
+from sharpen.evaluation.parity_report import finite, format_parity, in_context
+from sharpen.limits import ModelLimits
+from sharpen.models import resolve_model
+from sharpen.records import read_rows, write_text
+from sharpen.sampling.vllm_engine import VllmEngine
+from sharpen.scoring import Scorer
+
+from .engines import EndpointOptions, VllmOptions, llm_arguments
+from .options import ModelOptions, option, required
+from .score import Record, read_records
+from .sources import load, model_settings
+
+# sequences rated together
+CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig(VllmOptions, EndpointOptions, ModelOptions):
+    """Compare two engines."""
+
+    samples: str = required("JSON lines file of `sharpen sample`, or as `sharpen score` reads it")
+    against: Literal["hf", "vllm", "server", "sampler"] = required(
+        "hf: a plain forward of transformers; vllm: in this environment; server: --endpoint, by "
+        "echo; sampler: the log-probs kept in the file"
+    )
+    out: str | None = option("JSON file to write the report to; it must not exist")
+    tolerance: float = option("nats; more is exit code 1", 1e-3)
+    measure: Literal["max", "mean", "p99"] = option(
+        "of the differences a token, what the tolerance bounds", "max"
+    )
+    clip: float = option("PPO's epsilon, for the share of ratios outside it", 0.2)
+    worst: int = option("tokens to show, those furthest apart", 10)
+    limit: int | None = option("only the first LIMIT records")
+
+
+def run(config: ParityConfig) -> None:
+    """Run the command.
+
+    Raises:
+        SystemExit: With code 1 if the engines are further apart than the tolerance.
+    """
+    check(config)
+    next(read_rows(config.samples), None)
+    model, tokenizer = load(config)
+    records = list(read_records(config.samples, tokenizer, ModelLimits.of(model)))[: config.limit]
+    scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
+    ours = _in_chunks(records, lambda chunk: _scored(scorer, chunk), "ours")
+    pairs = pair(ours, rate(config, model, records))
+    found = compare(pairs, clip=config.clip)
+    report = {
+        "ours": f"sharpen ({scorer.route.sharing})",
+        "theirs": config.against,
+        "settings": settings(config, model),
+        "tolerance": config.tolerance,
+        "measure": config.measure,
+        "is_within": is_within(found, config.tolerance, config.measure),
+        "differences": found,
+        "worst": [_shown(pairs, i, records, tokenizer) for i in worst(pairs, config.worst)],
+    }
+    sys.stdout.write(format_parity(report) + "\n")
+    if config.out is not None:
+        write_text(config.out, json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(f"report: {config.out}\n")
+    if not report["is_within"]:
+        raise SystemExit(1)
+
+
+def check(config: ParityConfig) -> None:
+    """Refuse bad options before anything is loaded.
+
+    Raises:
+        InputError: If one is out of range, or the other engine is not named.
+    """
+    rules = [
+        ("tolerance", 0 <= config.tolerance < float("inf"), "at least 0 and finite"),
+        ("clip", 0 < config.clip < float("inf"), "positive and finite"),
+        ("worst", config.worst >= 0, "at least 0"),
+        ("limit", config.limit is None or config.limit >= 1, "at least 1"),
+    ]
+    for name, holds, wanted in rules:
+        if not holds:
+            raise InputError(f"`{name}` must be {wanted}, got {getattr(config, name)}.")
+    if (config.against == "server") != (config.endpoint is not None):
+        raise InputError("`--against server` and `--endpoint` must come together; got one.")
+    if config.endpoint is not None:
+        if not config.endpoint_model:
+            raise InputError("`endpoint_model` must be given with `--endpoint`: its name there.")
+        config.client()
+    if config.vllm and config.against != "vllm":
+        raise InputError("`--vllm` must come with `--against vllm`; leave one out.")
+    llm_arguments(config.vllm)
+    if config.out is not None and Path(config.out).exists():
+        raise InputError(f"`out` {config.out!r} exists; choose another or move it away.")
+    if config.out is not None and not Path(config.out).resolve().parent.is_dir():
+        raise InputError(f"`out` {config.out!r} must be in a folder that exists; make it first.")
+
+
+def rate(
+    config: ParityConfig, model: PreTrainedModel, records: list[Record]
+) -> list[list[list[float]]]:
+    """Log-probs of every completion by the other engine."""
+    prompts = [record.prompt_ids for record in records]
+    completions = [record.completion_ids for record in records]
+    if config.against == "sampler":
+        return kept_logprobs([record.place for record in records], [r.row for r in records])
+    if config.against == "hf":
+        return _in_chunks(
+            records,
+            lambda chunk: forward_logprobs(
+                model, [r.prompt_ids for r in chunk], [r.completion_ids for r in chunk]
+            ),
+            "hf",
+        )
+    if config.against == "server":
+        with tqdm(total=sum(map(len, completions)), desc="server", unit="completion") as bar:
+            return server_logprobs(
+                config.client(),
+                config.endpoint_model,
+                prompts,
+                completions,
+                concurrency=config.endpoint_concurrency,
+                progress=bar.update,
+            )
+    engine = VllmEngine(
+        resolve_model(config.model),
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        options=llm_arguments(config.vllm),
+    )
+    try:
+        return engine.logprobs(prompts, completions)
+    finally:
+        engine.close()
+
+
+def settings(config: ParityConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        **model_settings(config, model.device.type),
+        "samples": config.samples,
+        "endpoint": config.endpoint,
+        "endpoint_model": config.endpoint_model or None,
+        "vllm": config.vllm,
+    }
+
+
+def _scored(scorer: Scorer, records: list[Record]) -> list[list[list[float]]]:
+    scores = scorer.score(
+        [record.prompt_ids for record in records], [record.completion_ids for record in records]
+    )
+    assert scores.tokens.logprob is not None
+    flat = iter(scores.tokens.logprob.tolist())
+    return [[[next(flat) for _ in ids] for ids in r.completion_ids] for r in records]
+
+
+def _in_chunks(
+    records: list[Record],
+    work: Callable[[list[Record]], list[list[list[float]]]],
+    label: str,
+) -> list[list[list[float]]]:
+    found: list[list[list[float]]] = []
+    with tqdm(total=len(records), desc=label, unit="record") as bar:
+        for start in range(0, len(records), CHUNK):
+            chunk = records[start : start + CHUNK]
+            found += work(chunk)
+            bar.update(len(chunk))
+    return found
+
+
+def _shown(
+    pairs: Pairs, index: int, records: list[Record], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    place = pairs.places[index]
+    record = records[place.p]
+    ids = record.completion_ids[place.g]
+    name = record.row.get("prompt_id", record.place)
+    told = in_context(
+        pairs, index, record.prompt_ids, ids, lambda tokens: str(tokenizer.decode(tokens))
+    )
+    return {"place": str(name), **told}

@@ -1,0 +1,111 @@
+"""NeMo-RL: an environment whose reward is the model's own probability of the response.
+
+    from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
+    from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+    from nemo_rl.environments.utils import register_env
+    name = "sharpen.integrations.nemo_rl.SelfRewardEnvironment"
+    ACTOR_ENVIRONMENT_REGISTRY[name] = PY_EXECUTABLES.SYSTEM
+    register_env("self_reward", name)
+
+and `env: {self_reward: {model: ..., reward: logprob}}` in the configuration. NeMo-RL hands an
+environment roles and text, the prompt with its chat template applied, so both are tokenised again.
+The contract was read (NVIDIA-NeMo/RL, nemo_rl/environments/interfaces.py, 2026-08); nothing here
+was run inside NeMo-RL.
+"""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sharpen.errors import InputError
+
+from .micro_batches import Rate
+from .rating import Rating, rate_by, scorer_of
+
+
+def rate_logs(
+    tokenizer: Any, rate: Rate, logs: Sequence[Sequence[dict[str, Any]]], *, add_eos: bool = True
+) -> list[float]:
+    """Rewards of conversations of one turn: what the assistant says after all that is before.
+
+    Args:
+        tokenizer: Of the model that rates.
+        rate: See `rating.rate_by`.
+        logs: Messages with `role` and `content`; the prompt as the model read it.
+        add_eos: Rate the end of the response too; the text does not say whether it was cut.
+
+    Raises:
+        InputError: If a conversation does not end with its only message of the assistant.
+    """
+    eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
+    groups: dict[str, list[int]] = {}
+    completions: list[list[int]] = []
+    for row, log in enumerate(logs):
+        roles = [message["role"] for message in log]
+        if roles.count("assistant") != 1 or roles[-1] != "assistant" or len(roles) < 2:
+            raise InputError(
+                f"message_log_batch[{row}] must be a prompt and one response, got roles "
+                f"{', '.join(roles) or 'none'}; this environment is for one turn."
+            )
+        prompt = "".join(str(message["content"]) for message in log[:-1])
+        groups.setdefault(prompt, []).append(row)
+        ids = tokenizer(str(log[-1]["content"]), add_special_tokens=False)["input_ids"]
+        completions.append([*ids, *eos])
+    # the template has written them already
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in groups]
+    rated = rate(prompts, [[completions[row] for row in rows] for rows in groups.values()])
+    rewards = [0.0] * len(logs)
+    for rows, values in zip(groups.values(), rated, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            rewards[row] = value
+    return rewards
+
+
+@functools.cache
+def _environment() -> Any:
+    try:
+        interfaces = importlib.import_module("nemo_rl.environments.interfaces")
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise InputError(
+            "NeMo-RL is not installed here; it is run from its own repository, "
+            "github.com/NVIDIA-NeMo/RL, with sharpen added to its environment."
+        ) from error
+
+    class SelfRewardEnvironment(interfaces.EnvironmentInterface):
+        """One turn; the reward of each response by a frozen model's own probabilities."""
+
+        def __init__(self, cfg: dict[str, Any]):
+            self.rating = Rating.of(cfg)
+            if not self.rating.model:
+                raise InputError("`model` must be given for text: its tokenizer makes the ids.")
+            scorer = scorer_of(self.rating)
+            self.tokenizer, self.rate = scorer.tokenizer, rate_by(self.rating, scorer)
+
+        def step(self, message_log_batch: Any, metadata: Any) -> Any:
+            """Rate a batch; every episode ends here."""
+            rewards = torch.tensor(rate_logs(self.tokenizer, self.rate, message_log_batch))
+            return interfaces.EnvironmentReturn(
+                observations=[{"role": "environment", "content": ""} for _ in metadata],
+                metadata=metadata,
+                next_stop_strings=[None] * len(metadata),
+                rewards=rewards,
+                terminateds=torch.ones_like(rewards),
+                answers=None,
+            )
+
+        def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, float]]:
+            """Leave the batch as it is; tell the mean reward."""
+            return batch, {"self_reward/mean": float(batch["rewards"].float().mean())}
+
+    return ray.remote(SelfRewardEnvironment)
+
+
+def __getattr__(name: str) -> Any:
+    # made when NeMo-RL asks for it by name: without NeMo-RL there is no class to derive from
+    if name == "SelfRewardEnvironment":
+        return _environment()
+    raise AttributeError(name)

@@ -1,0 +1,130 @@
+"""Concurrent single calls: one batch by prompt, each its own answer, the poisoned one alone."""
+
+import asyncio
+import threading
+
+import pytest
+
+from sharpen.errors import InputError, ServiceError
+from sharpen.integrations.micro_batches import MicroBatches
+
+
+class Rater:
+    """The sum of a completion's ids, plus a hundred times the prompt's; 13 is poison."""
+
+    def __init__(self, release=None):
+        self.calls, self.threads = [], set()
+        self.release = release
+        self.error = InputError("13 is not rated")
+
+    def __call__(self, prompts, completions):
+        self.threads.add(threading.get_ident())
+        self.calls.append((prompts, completions))
+        if self.release is not None:
+            assert self.release.wait(10)
+        if any(13 in ids for group in completions for ids in group):
+            raise self.error
+        return [
+            [100.0 * sum(prompt) + sum(ids) for ids in group]
+            for prompt, group in zip(prompts, completions, strict=True)
+        ]
+
+
+def gather(batches, calls):
+    async def run():
+        tasks = [asyncio.ensure_future(batches.reward(p, c)) for p, c in calls]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_calls_are_one_batch_grouped_by_prompt_and_answered_in_place():
+    rater = Rater()
+    calls = [([p], [c, c]) for c in range(1, 6) for p in (1, 2, 3)]
+    assert gather(MicroBatches(rater), calls) == [100.0 * p[0] + sum(c) for p, c in calls]
+    assert len(rater.calls) == 1
+    prompts, completions = rater.calls[0]
+    assert prompts == [[1], [2], [3]]
+    assert completions == [[[c, c] for c in range(1, 6)]] * 3
+    assert rater.threads.isdisjoint({threading.get_ident()})
+
+
+def test_a_batch_holds_so_many():
+    rater = Rater()
+    calls = [([1], [c]) for c in range(14, 24)]
+    assert gather(MicroBatches(rater, max_calls=4), calls) == [100.0 + c[0] for _, c in calls]
+    assert [len(completions[0]) for _, completions in rater.calls] == [4, 4, 2]
+
+
+def test_what_arrives_during_a_forward_is_the_next_batch():
+    release = threading.Event()
+    rater = Rater(release)
+    batches = MicroBatches(rater, wait_s=0.0)
+
+    async def run():
+        first = asyncio.ensure_future(batches.reward([1], [1]))
+        while not rater.calls:
+            await asyncio.sleep(0.001)
+        later = [asyncio.ensure_future(batches.reward([1], [c])) for c in (2, 3)]
+        await asyncio.sleep(0.01)
+        release.set()
+        return [await first, *[await call for call in later]]
+
+    assert asyncio.run(run()) == [101.0, 102.0, 103.0]
+    assert [c for _, c in rater.calls] == [[[[1]]], [[[2], [3]]]]
+    assert len(rater.threads) == 1
+
+
+def test_a_poisoned_call_fails_alone():
+    rater = Rater()
+    calls = [([p], [c]) for p in (1, 2) for c in (11, 12, 13, 14)]
+    found = gather(MicroBatches(rater), calls)
+    for (prompt, ids), answer in zip(calls, found, strict=True):
+        if ids == [13]:
+            assert answer is rater.error
+        else:
+            assert answer == 100.0 * prompt[0] + ids[0]
+    # halved, not one by one
+    assert len(rater.calls) <= 2 * 2 * 4
+
+
+def test_a_server_that_is_away_is_asked_once():
+    rater = Rater()
+    rater.error = ServiceError("away")
+    found = gather(MicroBatches(rater), [([1], [c]) for c in (11, 12, 13, 14)])
+    assert found == [rater.error] * 4
+    assert len(rater.calls) == 1
+
+
+def test_a_cancelled_call_does_not_hold_up_the_others():
+    rater = Rater()
+    batches = MicroBatches(rater, wait_s=0.02)
+
+    async def run():
+        calls = [asyncio.ensure_future(batches.reward([1], [c])) for c in (1, 13, 3)]
+        await asyncio.sleep(0)
+        calls[1].cancel()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, second, third = asyncio.run(run())
+    assert (first, third) == (101.0, 103.0)
+    assert isinstance(second, asyncio.CancelledError)
+    assert len(rater.calls) == 1
+
+
+def test_it_goes_on_after_a_pause():
+    rater = Rater()
+    batches = MicroBatches(rater)
+
+    async def run():
+        first = await batches.reward([1], [1])
+        await asyncio.sleep(0.03)
+        return first, await batches.reward([1], [2])
+
+    assert asyncio.run(run()) == (101.0, 102.0)
+    assert len(rater.calls) == 2
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_calls(n):
+    assert gather(MicroBatches(Rater()), [([1], [2])] * n) == [102.0] * n

@@ -1,0 +1,137 @@
+"""What rates inside a host: a model here, one that is served, and what was rated before."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from completions_server import serving
+from sharpen.errors import InputError
+from sharpen.integrations.rating import Rating, rate_by
+from sharpen.scoring import Scorer
+from tiny import alone, ragged, tiny
+
+
+@pytest.fixture
+def scorer():
+    return Scorer(tiny())
+
+
+def groups():
+    """`ragged` without its empty completion and its prompt without any."""
+    prompts, completions = ragged()
+    return [prompts[0], prompts[3]], [[c for c in completions[0] if c], completions[3]]
+
+
+def flat(rewards):
+    return [x for group in rewards for x in group]
+
+
+def test_rewards_are_those_of_the_scorer_in_place(scorer):
+    prompts, completions = groups()
+    found = rate_by(Rating(model="tiny", reward="logprob"), scorer)(prompts, completions)
+    each = alone(scorer.model, prompts, completions)
+    sums = [x.sum().item() for x in each.split([len(c) for g in completions for c in g])]
+    assert [len(group) for group in found] == [3, 3]
+    assert flat(found) == pytest.approx(sums, abs=1e-4)
+
+
+def test_rewards_of_other_statistics(scorer):
+    prompts, completions = groups()
+    rate = rate_by(Rating(model="tiny", reward="self_certainty"), scorer)
+    scores = scorer.score(prompts, completions, stats=("logprob", "self_certainty"))
+    assert flat(rate(prompts, completions)) == scores.reward("self_certainty").tolist()
+
+
+def test_a_served_model_gives_the_same(scorer):
+    prompts, completions = groups()
+
+    def echo(body):
+        ids = torch.tensor([body["prompt"]])
+        with torch.no_grad():
+            rows = scorer.model(ids).logits[0, :-1].log_softmax(1)
+        values = rows.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        tokens = [str(i) for i in body["prompt"]]
+        # and one that it had to generate
+        logprobs = {"tokens": [*tokens, "x"], "token_logprobs": [None, *values, -9.0]}
+        return {"choices": [{"text": "", "logprobs": logprobs}]}
+
+    with serving() as (url, server):
+        server.answer = echo
+        rating = Rating(reward="mean_logprob", endpoint=url, endpoint_model="tiny")
+        found = rate_by(rating)(prompts, completions)
+    assert all(body["echo"] and body["logprobs"] == 1 for body in server.asked)
+    wanted = rate_by(Rating(model="tiny", reward="mean_logprob"), scorer)(prompts, completions)
+    assert flat(found) == pytest.approx(flat(wanted), abs=1e-5)
+
+
+def test_what_was_rated_is_kept_across_processes(scorer, tmp_path):
+    prompts, completions = groups()
+    rating = Rating(model="tiny", reward="logprob", keep=str(tmp_path / "kept"))
+    asked = []
+    score = scorer.score
+
+    def counted(prompts, completions, **options):
+        asked.append(sum(map(len, completions)))
+        return score(prompts, completions, **options)
+
+    scorer.score = counted
+    first = rate_by(rating, scorer)
+    twice = [[*group, group[0]] for group in completions]
+    found = first(prompts, twice)
+    assert [group[0] for group in found] == [group[-1] for group in found]
+    assert first(prompts, twice) == found
+    # another process: another file, what it finds there is known; a torn line is not
+    (path,) = (tmp_path / "kept").iterdir()
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:9])
+    again = rate_by(rating, scorer)
+    assert again(prompts, completions) == [group[:-1] for group in found]
+    assert asked == [6, 2]
+    # another reward is another number
+    other = rate_by(Rating(model="tiny", reward="mean_logprob", keep=rating.keep), scorer)
+    other(prompts, completions)
+    assert asked == [6, 2, 6]
+    assert {tuple(json.loads(line)) for line in lines} == {("key", "reward")}
+
+
+def test_empty_completions_and_nan_are_told(scorer):
+    rate = rate_by(Rating(model="tiny"), scorer)
+    with pytest.raises(InputError, match="at least one token to be rated"):
+        rate([[1, 2]], [[[3], []]])
+    with torch.no_grad():
+        scorer.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(InputError, match="`reward` logprob is NaN"):
+        rate([[1, 2]], [[[3]]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "`model` must be given, or `endpoint`"),
+        ({"model": "m", "reward": "beauty"}, "`reward` must be one of"),
+        ({"model": "m", "reward": "majority"}, "needs answers, which no host hands over"),
+        ({"model": "m", "rewrad": "logprob"}, "unknown option 'rewrad' of sharpen; known: model"),
+        ({"endpoint": "http://localhost/v1"}, "`endpoint_model` must be given"),
+        (
+            {"endpoint": "http://localhost/v1", "endpoint_model": "m", "reward": "neg_entropy"},
+            "needs entropy, which an endpoint does not give",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(given, message):
+    with pytest.raises(InputError) as told:
+        Rating.of(given)
+    assert message in str(told.value)
+
+
+def test_a_missing_key_is_told(monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    assert "NO_SUCH_KEY" not in os.environ
+    rating = Rating(
+        endpoint="http://localhost/v1", endpoint_model="m", endpoint_key_env="NO_SUCH_KEY"
+    )
+    with pytest.raises(InputError, match="NO_SUCH_KEY must hold the key"):
+        rate_by(rating)
