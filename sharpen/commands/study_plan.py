@@ -18,14 +18,13 @@ from .rlhf import RlhfConfig
 from .sample import SampleConfig
 from .score import ScoreConfig
 from .sft import SftConfig
+from .study_methods import ALPHA, METHODS, TEST, TRAIN, given, pool_name
 from .study_stages import Stage
 from .xpo import XpoConfig
 
 if TYPE_CHECKING:
     from .study import StudyConfig
 
-TEST, TRAIN = "test", "sharpen+free"
-ALPHA = 4.0
 TEMPERATURES = (0.5, 0.25)
 
 
@@ -78,18 +77,6 @@ QUICK = Sizes(
     train_limit=24, train_n=4, equal_limit=24, equal_n=4,
     rounds=1, validation=4, save_every=500,
 )  # fmt: skip
-
-# verb, and what differs from its defaults. Learning rates: that of the command for `sft`, those of
-# `rlhf` chosen by accuracy on other targets, that of `xpo` by J_beta; never on test prompts
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("sft", {}),
-    "sft-transductive": ("sft", {"epochs": 10.0}),
-    "sft-equal": ("sft", {}),
-    "soft-sft": ("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1)}),
-    "rlhf": ("rlhf", {"beta": 1 / (ALPHA - 1), "lr": 3e-5}),
-    "dpo": ("rlhf", {"loss": "dpo", "pairs": "best_worst", "beta": 0.1, "lr": 1e-5}),
-    "xpo": ("xpo", {"beta": 1 / (ALPHA - 1), "lr": 1e-5}),
-}
 
 
 def sizes_of(config: "StudyConfig") -> Sizes:
@@ -149,7 +136,7 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
     for seed in range(sizes.train_seeds):
         for method in METHODS:
             name = f"{method}-{seed}"
-            model = str(runs.out / "train" / name / "model")
+            model = runs.model(method, seed)
             stages += [
                 runs.train(method, seed),
                 runs.sample(f"judge/{name}", model=model, n=sizes.n, seed=seed),
@@ -194,46 +181,24 @@ class _Runs:
         return Stage(f"{name}/scored", "score", config)
 
     def train(self, method: str, seed: int) -> Stage:
-        verb, own = METHODS[method]
+        kind, taken = METHODS[method], given(self.sizes, method)
         name = f"train/{method}-{seed}"
-        flags = self.common | self.prompts
+        flags = self.common | self.prompts | vars(taken)
         flags |= {"out": str(self.out / name), "seed": seed, "save_every": self.sizes.save_every}
-        if verb == "xpo":
+        if kind.after is not None:
+            flags["model"] = self.model(kind.after, seed)
+        if kind.verb == "xpo":
             # a round draws n of the base and n of the policy
-            n = max(1, self.sizes.equal_n // (2 * self.sizes.rounds))
-            flags |= {"rounds": self.sizes.rounds, "validation": self.sizes.validation, "n": n}
-            flags |= {"split": TRAIN, "limit": self.sizes.equal_limit}
-            return Stage(name, verb, XpoConfig(**flags | own))
+            flags["n"] = max(1, taken.n // (2 * self.sizes.rounds))
+            flags |= {"rounds": self.sizes.rounds, "validation": self.sizes.validation}
         pool = pool_name(method, seed)
-        assert pool is not None
-        flags |= {"samples": str(samples_file(self.out, pool)), "scores": "sampler"}
-        flags |= vars(given(self.sizes, method))
-        return Stage(name, verb, (SftConfig if verb == "sft" else RlhfConfig)(**flags | own))
+        if pool is not None:
+            flags |= {"samples": str(samples_file(self.out, pool)), "scores": "sampler"}
+        config: Any = {"sft": SftConfig, "rlhf": RlhfConfig, "xpo": XpoConfig}[kind.verb]
+        return Stage(name, kind.verb, config(**flags | kind.flags))
 
-
-@dataclass(frozen=True)
-class Given:
-    """The samples that a training takes: the first n of each of the first `limit` prompts."""
-
-    split: str
-    limit: int | None
-    n: int
-
-
-def given(sizes: Sizes, method: str) -> Given:
-    """Of the pool of a method that does not draw its own samples."""
-    if method == "sft":
-        return Given(TRAIN, sizes.train_limit, sizes.train_n)
-    if method == "sft-transductive":
-        return Given(TEST, sizes.limit, min(sizes.train_n, sizes.n))
-    return Given(TRAIN, sizes.equal_limit, sizes.equal_n)
-
-
-def pool_name(method: str, seed: int) -> str | None:
-    """The stage whose samples a training takes; None where it draws its own."""
-    if METHODS[method][0] == "xpo":
-        return None
-    return f"base/pool-{seed}" if method == "sft-transductive" else "train/pool"
+    def model(self, method: str, seed: int) -> str:
+        return str(self.out / "train" / f"{method}-{seed}" / "model")
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -20,17 +20,8 @@ from sharpen.models import load_model
 from sharpen.records import Row, read_rows
 from sharpen.tasks import get_task
 
-from .study_plan import (
-    ALPHA,
-    METHODS,
-    TEMPERATURES,
-    TEST,
-    Given,
-    Sizes,
-    given,
-    pool_name,
-    samples_file,
-)
+from .study_methods import ALPHA, METHODS, TEST, Given, given, lineage, pool_name
+from .study_plan import TEMPERATURES, Sizes, samples_file
 from .study_stages import STAGES, Stage, stage_rows
 from .training import SUMMARY
 
@@ -163,29 +154,31 @@ class _Reader:
         return pool_of(rows, self.task, self.examples)
 
     def training_cost(self, method: str) -> dict[str, int | float]:
-        """Tokens and seconds of one training, mean over seeds; of a pool, the share it takes."""
-        runs = [self.out / "train" / f"{method}-{seed}" for seed in range(self.sizes.train_seeds)]
-        summaries = [json.loads((run / SUMMARY).read_text()) for run in runs]
-        stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / STAGES)}
-        drawn = [
-            sum(self._tokens(path) for path in sorted(run.rglob("samples.jsonl"))) for run in runs
-        ]
-        seconds = [sum(summary["seconds"].values()) for summary in summaries]
-        for seed in range(len(runs)):
-            pool = pool_name(method, seed)
-            if pool is not None:
-                path = samples_file(self.out, pool)
-                taken = self._tokens(path, given(self.sizes, method))
-                drawn[seed] += taken
-                seconds[seed] += stages[pool] * taken / self._tokens(path)
+        """Tokens and seconds of a training and of those that it starts from, mean over seeds."""
+        seeds = range(self.sizes.train_seeds)
+        costs = [[self._own_cost(m, seed) for m in lineage(method)] for seed in seeds]
+        sums = np.array(costs).sum(axis=1).mean(axis=0)
+        drawn, fitted, seconds, fitting = map(float, sums)
         return {
-            "tokens_drawn": round(float(np.mean(drawn))),
-            "tokens_fitted": round(float(np.mean([self._fitted(run) for run in runs]))),
-            "seconds": round(float(np.mean(seconds)), 1),
-            "seconds_of_fitting": round(
-                float(np.mean([summary["seconds"].get("train", 0.0) for summary in summaries])), 1
-            ),
+            "tokens_drawn": round(drawn),
+            "tokens_fitted": round(fitted),
+            "seconds": round(seconds, 1),
+            "seconds_of_fitting": round(fitting, 1),
         }
+
+    def _own_cost(self, method: str, seed: int) -> tuple[float, float, float, float]:
+        """Tokens drawn and fitted, seconds in all and of fitting; of a pool, the share it takes."""
+        run = self.out / "train" / f"{method}-{seed}"
+        spent = json.loads((run / SUMMARY).read_text())["seconds"]
+        drawn = float(sum(self._tokens(path) for path in sorted(run.rglob("samples.jsonl"))))
+        seconds, pool = sum(spent.values()), pool_name(method, seed)
+        if pool is not None:
+            path = samples_file(self.out, pool)
+            taken = self._tokens(path, given(self.sizes, method))
+            stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / STAGES)}
+            drawn += taken
+            seconds += stages[pool] * taken / self._tokens(path)
+        return drawn, self._fitted(run), seconds, spent.get("train", 0.0)
 
     def _fitted(self, run: Path) -> float:
         """Tokens that fitting read, prompts once; the Trainer counts 6 flops a weight and token."""

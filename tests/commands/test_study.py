@@ -9,7 +9,8 @@ import pytest
 
 from sharpen.cli import main, parse
 from sharpen.commands import rlhf
-from sharpen.commands.study_plan import METHODS, plan, sizes_of
+from sharpen.commands.study_methods import METHODS
+from sharpen.commands.study_plan import plan, sizes_of
 from sharpen.evaluation.study.selectors import REWARDS, selectors
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.tasks import get_task

@@ -18,7 +18,9 @@ from .tables import (
 
 TITLES = {
     "sft": "SFT-Sharpening: the best of N samples by log-prob, fitted; all prompts and samples",
-    "sft-transductive": "the same, transductive: fitted on the test prompts themselves",
+    "sft-round2": "a second round: samples of the model of `sft`, chosen by its own log-prob, fitted",
+    "sft-round3": "a third round",
+    "sft-transductive": "SFT-Sharpening, transductive: fitted on the test prompts themselves",
     "sft-equal": "SFT-Sharpening on as many samples as the objectives below",
     "soft-sft": "power self-distillation: all samples, by p^(alpha - 1)",
     "rlhf": "RLHF-Sharpening: square loss of Eq. (8) on random pairs",
