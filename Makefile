@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo study-quick test lint types wheel check peers bench conformance hosts vllm test-hosts clean
+.PHONY: setup demo study-quick test lint types wheel check peers bench conformance hosts vllm verl test-hosts clean
 
 setup: $(READY)
 
@@ -91,7 +91,19 @@ $(VLLM)/.ready: setup.py constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# real runs of every host; those of vLLM too where `make vllm` was run
+# verl's reward loop, with the transformers that it takes
+VERL := .venv-verl
+verl: $(VERL)/.ready
+
+$(VERL)/.ready: setup.py constraints-verl.txt
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install --quiet $(TORCH)
+	$(VERL)/bin/python -m pip install --quiet --requirement constraints-verl.txt
+	$(VERL)/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	$(VERL)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# real runs of every host; those of vLLM and verl too where `make vllm` and `make verl` were run
 test-hosts: $(HOSTS)/.ready
 	SHARPEN_HOSTS=1 OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -q -n $(JOBS) \
 	    --dist worksteal tests/hosts
@@ -104,4 +116,4 @@ conformance: $(READY) peers
 	$(BIN)/python -m bench.conformance
 
 clean:
-	rm -rf $(VENV) $(HOSTS) $(VLLM) build dist runs *.egg-info
+	rm -rf $(VENV) $(HOSTS) $(VLLM) $(VERL) build dist runs *.egg-info

@@ -11,7 +11,7 @@ import pytest
 
 from other_pythons import code_block, python_of, run
 
-HOW = "make an environment with verl 0.9.1 there, or name its interpreter in SHARPEN_VERL_PYTHON"
+HOW = "run `make verl`, or name an interpreter with verl 0.9.1 in SHARPEN_VERL_PYTHON"
 
 
 @pytest.fixture
