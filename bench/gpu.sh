@@ -77,6 +77,19 @@ step tune 30 "$python" -m bench.tune --op linear_logprob --quick --out "$out/til
 # --- timed: rows are appended as each task ends, so that a run which is stopped leaves them ---
 step tree 60 "$python" -m bench.tree_attention --seconds 0.5 --out "$out/tree.jsonl"
 step sharing 130 "$python" -m bench.sharing_gpu --seconds 0.5 --out "$out/sharing.jsonl"
+# hosts, where they are: nothing of the checklist fails without them
+if has trl.trainer.grpo_trainer; then
+  step grpo 30 "$python" -m bench.trl_grpo --device cuda --dtype bfloat16 --shape 2048 256 16 \
+    --seconds 0.5 --out "$out/hosts.jsonl"
+else
+  echo "grpo: no TRL here, or not all that it needs" >>"$summary"
+fi
+if has lm_eval.models.huggingface; then
+  step lm_eval 30 "$python" -m bench.lm_eval_tasks --device cuda --seconds 0.5 \
+    --out "$out/hosts.jsonl"
+else
+  echo "lm_eval: no lm-eval here" >>"$summary"
+fi
 if has pytest && has pytest_benchmark; then
   step speed 540 "${pytest[@]}" bench/test_speed.py --benchmark-only \
     --benchmark-json="$out/benchmark.json" --seconds 0.5 --out "$out/speed.jsonl"
