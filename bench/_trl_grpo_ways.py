@@ -1,6 +1,6 @@
 """Log-probs of one prompt's completions, as TRL's GRPO trains with them: its way and ours."""
 
-import importlib
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bench._sharing import Problem, by_padded_batch, llama
-from sharpen.errors import InputError
 from sharpen.integrations.trl.shared_stats import SharedStats
 from sharpen.models import load_tokenizer
 
@@ -36,10 +35,8 @@ def ways(problem: Problem, device: str, dtype: torch.dtype) -> dict[str, Way]:
     prompt, completions = (x.to(device) for x in problem.ids())
     ids = torch.cat([prompt.expand(problem.N, -1), completions], dim=1)
     mask = torch.ones_like(ids)
-    try:
-        ours = importlib.import_module("sharpen.integrations.trl").SharedPrefixGRPOTrainer
-    except InputError as error:
-        print(f"without TRL: {error}")
+    if importlib.util.find_spec("trl") is None:
+        print("without TRL, beside its logits alone")
         labels = ids.clone()
         labels[:, : problem.P] = -100
         own, plain = llama().to(device, dtype), llama().to(device, dtype)
@@ -49,6 +46,7 @@ def ways(problem: Problem, device: str, dtype: torch.dtype) -> dict[str, Way]:
             "padded batch": (plain, lambda: by_padded_batch(plain, prompt, completions)),
         }
     found: dict[str, Way] = {}
+    ours = importlib.import_module("sharpen.integrations.trl").SharedPrefixGRPOTrainer
     for name, kind in ((OURS, ours), (THEIRS, importlib.import_module("trl").GRPOTrainer)):
         trainer = trainer_of(kind, problem, device, dtype)
 
