@@ -18,7 +18,7 @@ from .tables import (
 
 TITLES = {
     "sft": "SFT-Sharpening: the best of N samples by log-prob, fitted; all prompts and samples",
-    "sft-round2": "a second round: samples of the model of `sft`, chosen by its own log-prob, fitted",
+    "sft-round2": "a second round: samples of the model of `sft`, by its own log-prob",
     "sft-round3": "a third round",
     "sft-transductive": "SFT-Sharpening, transductive: fitted on the test prompts themselves",
     "sft-equal": "SFT-Sharpening on as many samples as the objectives below",
