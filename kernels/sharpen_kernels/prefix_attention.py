@@ -28,6 +28,9 @@ from torch import Tensor
 
 from ._launch import check_device, check_dtype, check_shape
 
+# numbers in one chain: 16 bring errors down to those of one query alone, 8 no further
+PIECE = 16
+
 
 @dataclass(frozen=True, eq=False)
 class PrefixRows:
@@ -133,13 +136,28 @@ def _part(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [..., queries, Kv], largest logit and mass [..., queries] over the keys of a part."""
-    z = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    z = _products(q, k).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     top = z.amax(-1, keepdim=True)
     e = torch.exp(z - top)
     mass = e.sum(-1, keepdim=True)
     return ((e / mass).to(v.dtype) @ v).to(z.dtype), top[..., 0], mass[..., 0]
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """Every query times every key; in fp32 on a CPU in pieces of their numbers.
+
+    A GEMM sums in one chain of rounded steps. Over 24 numbers that has 1.5 times the error (rms of
+    the output) of the vector kernel that PyTorch takes for one query, in pieces 1.1 times.
+    """
+    if q.dtype != torch.float32 or q.device.type != "cpu":
+        return q @ k.mT
+    first, *others = zip(q.split(PIECE, -1), k.split(PIECE, -1), strict=True)
+    z = first[0] @ first[1].mT
+    for q_part, k_part in others:
+        z = z + q_part @ k_part.mT
+    return z
 
 
 def _joined(

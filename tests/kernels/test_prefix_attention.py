@@ -24,8 +24,8 @@ def whole(prefix, own, counts, group):
     return torch.cat([repeated, own], dim=2).repeat_interleave(group, dim=1)
 
 
-def problem(counts, Hkv, group, P, L, K, Kv, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
+def problem(counts, Hkv, group, P, L, K, Kv, dtype=torch.float32, seed=0):  # noqa: PLR0913
+    generator = torch.Generator().manual_seed(seed)
     B, G = sum(counts), len(counts)
     shapes = (
         (B, Hkv * group, K), (G, Hkv, P, K), (G, Hkv, P, Kv), (B, Hkv, L, K), (B, Hkv, L, Kv),
@@ -56,14 +56,18 @@ def want_of(tensors, counts, group, dtype, **options):
     ),
 )
 def test_it_is_attention_of_each_row_alone(counts, Hkv, group, P, L, widths, options):
-    tensors = problem(counts, Hkv, group, P, L, *widths)
     options["sinks"] = torch.linspace(-1, 2, Hkv * group) if options["sinks"] else None
-    got = prefix_attention(*tensors, PrefixRows.of(counts), **options)
-    want = want_of(tensors, counts, group, torch.float64, **options)
-    theirs = want_of(tensors, counts, group, torch.float32, **options)
-    error, floor = (got - want).abs().max(), (theirs - want).abs().max()
+    error = floor = 0.0
+    # one worst number of few rows would compare two accidents
+    for seed in range(8):
+        tensors = problem(counts, Hkv, group, P, L, *widths, seed=seed)
+        got = prefix_attention(*tensors, PrefixRows.of(counts), **options)
+        want = want_of(tensors, counts, group, torch.float64, **options)
+        theirs = want_of(tensors, counts, group, torch.float32, **options)
+        assert got.dtype == torch.float32
+        error = max(error, float((got - want).abs().max()))
+        floor = max(floor, float((theirs - want).abs().max()))
     assert error <= 2 * floor + 2e-6
-    assert got.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
