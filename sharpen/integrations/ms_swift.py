@@ -16,7 +16,7 @@ from sharpen.records import PromptRecord, check_prompt
 from sharpen.sampling.prompts import render
 from sharpen.scoring import Scorer
 
-from .rating import Rating, rate_by, scorer_of, shared
+from .rating import Rating, rate_by, rate_each, scorer_of, shared
 
 
 # **options are fields of `Rating`: a host's configuration
@@ -75,13 +75,11 @@ def rate_rows(
             f"`messages` must hold one conversation a completion, {len(completions)}, got "
             f"{len(messages)}."
         )
-    groups: dict[tuple[int, ...], list[int]] = {}
-    ids = []
+    prompts, ids = [], []
     for row, conversation in enumerate(messages):
         place = f"messages[{row}]"
         prompt = check_prompt(place, {"prompt": list(conversation[:-1])})
-        key = render(PromptRecord(place, place, prompt), tokenizer).ids
-        groups.setdefault(key, []).append(row)
+        prompts.append(render(PromptRecord(place, place, prompt), tokenizer).ids)
         kept = response_token_ids[row] if row < len(response_token_ids) else None
         if kept:
             # turns, or the ids of a single one
@@ -89,13 +87,7 @@ def rate_rows(
             ids.append(list(last))
         else:
             ids.append(tokenizer(completions[row], add_special_tokens=False)["input_ids"])
-    prompts = [list(prompt) for prompt in groups]
-    rated = rate(prompts, [[ids[row] for row in rows] for rows in groups.values()])
-    rewards = [0.0] * len(completions)
-    for rows, values in zip(groups.values(), rated, strict=True):
-        for row, value in zip(rows, values, strict=True):
-            rewards[row] = value
-    return rewards
+    return rate_each(rate, prompts, ids)
 
 
 def _open(rating: Rating) -> tuple[Scorer, Any]:

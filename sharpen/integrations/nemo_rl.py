@@ -23,7 +23,7 @@ import torch
 from sharpen.errors import InputError
 
 from .micro_batches import Rate
-from .rating import Rating, rate_by, scorer_of
+from .rating import Rating, rate_by, rate_each, scorer_of
 
 
 def rate_logs(
@@ -41,7 +41,7 @@ def rate_logs(
         InputError: If a conversation does not end with its only message of the assistant.
     """
     eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
-    groups: dict[str, list[int]] = {}
+    texts: list[str] = []
     completions: list[list[int]] = []
     for row, log in enumerate(logs):
         roles = [message["role"] for message in log]
@@ -50,18 +50,12 @@ def rate_logs(
                 f"message_log_batch[{row}] must be a prompt and one response, got roles "
                 f"{', '.join(roles) or 'none'}; this environment is for one turn."
             )
-        prompt = "".join(str(message["content"]) for message in log[:-1])
-        groups.setdefault(prompt, []).append(row)
+        texts.append("".join(str(message["content"]) for message in log[:-1]))
         ids = tokenizer(str(log[-1]["content"]), add_special_tokens=False)["input_ids"]
         completions.append([*ids, *eos])
-    # the template has written them already
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in groups]
-    rated = rate(prompts, [[completions[row] for row in rows] for rows in groups.values()])
-    rewards = [0.0] * len(logs)
-    for rows, values in zip(groups.values(), rated, strict=True):
-        for row, value in zip(rows, values, strict=True):
-            rewards[row] = value
-    return rewards
+    # the template has written special tokens already; the rows of a prompt need its ids once
+    ids_of = {x: tokenizer(x, add_special_tokens=False)["input_ids"] for x in dict.fromkeys(texts)}
+    return rate_each(rate, [ids_of[x] for x in texts], completions)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,27 @@ def rate_by(rating: Rating, scorer: Scorer | None = None) -> Rate:
     """
     rate = _by_endpoint(rating) if rating.endpoint is not None else _by_model(rating, scorer)
     return rate if rating.keep is None else _kept(rating, Path(rating.keep), rate)
+
+
+def rate_each(
+    rate: Rate, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[float]:
+    """The reward of each row, a prompt and one completion; equal prompts are read once.
+
+    Example:
+        >>> def rate(prompts, groups):
+        ...     return [[float(len(completion)) for completion in group] for group in groups]
+        >>> rate_each(rate, [[1], [2], [1]], [[5], [6, 6], [7, 7, 7]])
+        [1.0, 2.0, 3.0]
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt), []).append(row)
+    asked = [[list(completions[row]) for row in rows] for rows in groups.values()]
+    rated = rate([list(prompt) for prompt in groups], asked)
+    order = [row for rows in groups.values() for row in rows]
+    found = dict(zip(order, [x for values in rated for x in values], strict=True))
+    return [found[row] for row in range(len(prompts))]
 
 
 def scorer_of(rating: Rating) -> Scorer:
