@@ -6,7 +6,6 @@ YAML file; flags on the command line override it, and unknown names are refused.
 """
 
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
+from .console import log_to_stderr, quiet_libraries
 from .errors import InputError, SharpenError
 
 VERBS = {
@@ -51,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         sys.stderr.write(f"sharpen: `VERB` must be one of {', '.join(VERBS)}, got {verb!r}.\n")
         return 2
-    _log_to_stderr()
+    log_to_stderr()
     try:
         command = _command(verb)
         if hasattr(command, "forward"):
             # another program's command line: its own flags, its own exit code
             return command.forward(rest)
         config = parse(verb, rest)
-        _quiet_libraries()
+        quiet_libraries()
         command.run(config)
     except SharpenError as error:
         sys.stderr.write(f"sharpen: {error}\n")
@@ -71,35 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(verb: str) -> ModuleType:
     return importlib.import_module(f"sharpen.commands.{verb.replace('-', '_')}")
-
-
-class _BesideProgressBars(logging.Handler):
-    """Writes to stderr without tearing a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _log_to_stderr() -> None:
-    """Our own messages, one line each; once, however often a process calls `main`."""
-    for name in ("sharpen", "sharpen_kernels"):
-        logger = logging.getLogger(name)
-        if not logger.handlers:
-            handler = _BesideProgressBars()
-            handler.setFormatter(logging.Formatter("sharpen: %(message)s"))
-            logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-
-
-def _quiet_libraries() -> None:
-    """A checkpoint's own advice, loading bars and retries are not news to the user of a command."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    hub_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def parse(verb: str, argv: Sequence[str]) -> Any:

@@ -23,7 +23,7 @@ LAYERS = [
     ("sharpen.models", "sharpen.limits"),
     ("sharpen.runs",),
     ("sharpen.records",),
-    ("sharpen.errors",),
+    ("sharpen.errors", "sharpen.console"),
     ("sharpen_kernels",),
 ]
 BUDGETS = {"sharpen": 250, "kernels": 350, "tests": 250, "bench": 120}

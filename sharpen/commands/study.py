@@ -45,18 +45,21 @@ class StudyConfig(ModelOptions):
     train_limit: int | None = option("only the first TRAIN_LIMIT training prompts; quick 24")
     train_n: int | None = option("samples of a training prompt; 25, quick 4")
     max_new_tokens: int = option("cut completions here; a cut one is never chosen", 48)
+    jobs: int = option("stages side by side, each in a process with its share of the threads", 1)
 
 
 def run(config: StudyConfig) -> None:
     """Run the command, or go on with it."""
     if config.task not in TASKS:
         raise InputError(f"`task` must be one of {', '.join(TASKS)}, got {config.task!r}.")
+    if config.jobs < 1:
+        raise InputError(f"`jobs` must be at least 1, got {config.jobs}.")
     require_train()
     sizes = sizes_of(config)
     out = Path(config.out)
     with Run(out / "run.json", settings(config, sizes), [out / STAGES, out / STUDY, out / PAGE]):
         stages = plan(config, sizes)
-        run_stages(out, stages)
+        run_stages(out, stages, config.jobs)
         if not (out / STUDY).exists():
             found = {
                 "settings": settings(config, sizes),

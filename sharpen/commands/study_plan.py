@@ -136,12 +136,12 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
     for seed in range(sizes.train_seeds):
         for method in METHODS:
             name = f"{method}-{seed}"
-            model = runs.model(method, seed)
+            trained = runs.train(method, seed)
             stages += [
-                runs.train(method, seed),
-                runs.sample(f"judge/{name}", model=model, n=sizes.n, seed=seed),
+                trained,
+                runs.sample(f"judge/{name}", of=trained.name, n=sizes.n, seed=seed),
                 runs.score(f"judge/{name}", ["logprob"]),
-                runs.sample(f"judge/{name}-greedy", model=model, n=1, temperature=0.0),
+                runs.sample(f"judge/{name}-greedy", of=trained.name, n=1, temperature=0.0),
                 runs.score(f"judge/{name}-greedy", ["logprob"]),
             ]
     return stages
@@ -165,11 +165,12 @@ class _Runs:
         }  # fmt: skip
 
     # flags of the commands, by name
-    def sample(self, name: str, **flags: Any) -> Stage:
-        out = str(samples_file(self.out, name))
-        given: dict[str, Any] = self.common | self.prompts | {"out": out} | flags
-        config = SampleConfig(**given)
-        return Stage(name, "sample", config)
+    def sample(self, name: str, *, of: str | None = None, **flags: Any) -> Stage:
+        given: dict[str, Any] = self.common | self.prompts | flags
+        given["out"] = str(samples_file(self.out, name))
+        if of is not None:
+            given["model"] = self.model(of)
+        return Stage(name, "sample", SampleConfig(**given), () if of is None else (of,))
 
     def score(self, name: str, rewards: list[str]) -> Stage:
         config = ScoreConfig(
@@ -178,27 +179,29 @@ class _Runs:
             out=str(samples_file(self.out, name, scored=True)),
             rewards=rewards,
         )
-        return Stage(f"{name}/scored", "score", config)
+        return Stage(f"{name}/scored", "score", config, (name,))
 
     def train(self, method: str, seed: int) -> Stage:
         kind, taken = METHODS[method], given(self.sizes, method)
-        name = f"train/{method}-{seed}"
+        name, needs = f"train/{method}-{seed}", []
         flags = self.common | self.prompts | vars(taken)
         flags |= {"out": str(self.out / name), "seed": seed, "save_every": self.sizes.save_every}
         if kind.after is not None:
-            flags["model"] = self.model(kind.after, seed)
+            needs.append(f"train/{kind.after}-{seed}")
+            flags["model"] = self.model(needs[-1])
         if kind.verb == "xpo":
             # a round draws n of the base and n of the policy
             flags["n"] = max(1, taken.n // (2 * self.sizes.rounds))
             flags |= {"rounds": self.sizes.rounds, "validation": self.sizes.validation}
         pool = pool_name(method, seed)
         if pool is not None:
+            needs.append(pool)
             flags |= {"samples": str(samples_file(self.out, pool)), "scores": "sampler"}
         config: Any = {"sft": SftConfig, "rlhf": RlhfConfig, "xpo": XpoConfig}[kind.verb]
-        return Stage(name, kind.verb, config(**flags | kind.flags))
+        return Stage(name, kind.verb, config(**flags | kind.flags), tuple(needs))
 
-    def model(self, method: str, seed: int) -> str:
-        return str(self.out / "train" / f"{method}-{seed}" / "model")
+    def model(self, stage: str) -> str:
+        return str(self.out / stage / "model")
 
 
 def _least(a: int | None, b: int | None) -> int | None:

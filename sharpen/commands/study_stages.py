@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from sharpen.records import Row
 from sharpen.runs import Journal
 
+from .study_workers import workers
+
 log = logging.getLogger("sharpen")
 
-STAGES = "stages.jsonl"
+STAGES, PRINTED = "stages.jsonl", "stages.log"
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Stage:
         name: Unique in its study.
         verb: The command.
         config: Its flags.
+        needs: Names of the stages whose files it reads.
     """
 
     name: str
     verb: str
     # of the verb's own class
     config: Any
+    needs: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -55,28 +60,64 @@ def command_line(verb: str, config: Any) -> str:
     return " ".join(parts)
 
 
-def run_stages(out: Path, stages: Sequence[Stage]) -> None:
-    """Run what is not finished yet, in order.
+def run_stages(out: Path, stages: Sequence[Stage], jobs: int = 1) -> None:
+    """Run what is not finished yet, each stage after those that it needs.
 
-    A stage that was killed is begun again, and goes on by the means of its own command.
+    A stage that was killed is begun again, and goes on by the means of its own command. Where one
+    fails, those that run beside it are finished first.
+
+    Args:
+        out: Where the journal is, and what the stages print if they run side by side.
+        stages: In an order in which one job can run them.
+        jobs: Processes side by side, each with its share of the threads; with 1, this process.
     """
     journal = Journal(out / STAGES)
     finished = {row["stage"] for row in journal.rows if row["finished"]}
-    for number, stage in enumerate(stages, start=1):
-        if stage.name in finished:
-            continue
-        log.info("%d of %d: %s", number, len(stages), stage.command)
-        started, is_finished = time.monotonic(), False
+    waiting = [stage for stage in stages if stage.name not in finished]
+    running: dict[Future[float], tuple[Stage, float]] = {}
+    begun, failure = len(stages) - len(waiting), None
+    with workers(jobs, out / PRINTED) as pool:
         try:
-            config: Any = stage.config
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            # stdout is for the result of the study
-            with contextlib.redirect_stdout(sys.stderr):
-                importlib.import_module(f"sharpen.commands.{stage.verb}").run(config)
-            is_finished = True
+            while waiting or running:
+                ready = [stage for stage in waiting if finished.issuperset(stage.needs)]
+                for stage in ready[: 0 if failure else jobs - len(running)]:
+                    waiting.remove(stage)
+                    begun += 1
+                    log.info("%d of %d: %s", begun, len(stages), stage.command)
+                    running[pool.submit(run_stage, stage)] = stage, time.monotonic()
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    stage, started = running.pop(future)
+                    error = future.exception()
+                    seconds = time.monotonic() - started if error else future.result()
+                    journal.append([_entry(stage, seconds, finished=error is None)])
+                    if error is None:
+                        finished.add(stage.name)
+                    failure = failure or error
         finally:
-            seconds = time.monotonic() - started
-            journal.append([{"stage": stage.name, "seconds": seconds, "finished": is_finished}])
+            # interrupted
+            now = time.monotonic()
+            journal.append(
+                _entry(stage, now - started, finished=False) for stage, started in running.values()
+            )
+        if failure is not None:
+            raise failure
+
+
+def _entry(stage: Stage, seconds: float, *, finished: bool) -> Row:
+    return {"stage": stage.name, "seconds": seconds, "finished": finished}
+
+
+def run_stage(stage: Stage) -> float:
+    """Run one command; return its seconds."""
+    started = time.monotonic()
+    config: Any = stage.config
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    # stdout is for the result of the study
+    with contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module(f"sharpen.commands.{stage.verb}").run(config)
+    return time.monotonic() - started
 
 
 def stage_rows(out: Path, stages: Sequence[Stage]) -> list[Row]:

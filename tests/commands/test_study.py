@@ -6,6 +6,7 @@ import shlex
 import xml.etree.ElementTree as ET
 
 import pytest
+import torch
 
 from sharpen.cli import main, parse
 from sharpen.commands import rlhf
@@ -63,6 +64,27 @@ def test_a_killed_study_goes_on_and_repeats_no_finished_stage(study):
     finished = [row["stage"] for row in journal if row["finished"]]
     assert finished == [stage["stage"] for stage in found["stages"]]
     assert len(set(finished)) == len(finished)
+
+
+def without_seconds(found):
+    """What a study found, but times."""
+    if isinstance(found, dict):
+        return {k: without_seconds(v) for k, v in found.items() if "seconds" not in k}
+    return [without_seconds(x) for x in found] if isinstance(found, list) else found
+
+
+def test_stages_side_by_side_find_the_same(study, tmp_path, monkeypatch):
+    out, _, found = study
+    # commands name their folder
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    # each process takes its share
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)
+    assert main([*FLAGS, "beside", "--jobs", "2"]) == 0
+    again = json.loads((tmp_path / "beside" / "study.json").read_text().replace("beside", str(out)))
+    again["machine"] = found["machine"]
+    assert without_seconds(again) == without_seconds(found)
+    assert "prompts" in (tmp_path / "beside" / "stages.log").read_text()
 
 
 def test_a_finished_study_does_no_work(study, monkeypatch, capsys):
@@ -187,6 +209,7 @@ def test_the_page_has_every_row_and_whole_figures(study):
     [
         (["study", "chess"], "`task` must be one of game24, got 'chess'"),
         (["study", "game24", "--seeds", "0"], "`seeds` must be at least 1, got 0"),
+        (["study", "game24", "--jobs", "0"], "`jobs` must be at least 1, got 0"),
         (["study", "game24", "-n", "1"], "`n` must be at least 2, got 1"),
         (["study", "game24", "--train-limit", "4", "--quick"], "`train_limit` must be above"),
     ],
