@@ -122,7 +122,10 @@ def ragged(seed: int = 0, vocab_size: int = V) -> tuple[list[list[int]], list[li
 
 
 def alone(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[list[int]]]
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    completions: list[list[list[int]]],
+    temperature: float = 1.0,
 ) -> Tensor:
     """Log-prob of each completion token, one sequence at a time, in the dtype of the logits."""
     weight = next(model.parameters())
@@ -130,6 +133,7 @@ def alone(
     for prompt, group in zip(prompts, completions, strict=True):
         for completion in filter(len, group):
             ids = torch.tensor(prompt + completion, device=weight.device)
-            rows = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(dim=1)
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+            rows = (logits / temperature).log_softmax(dim=1)
             parts.append(rows.gather(1, ids[len(prompt) :, None]).squeeze(1))
     return torch.cat(parts)

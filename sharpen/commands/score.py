@@ -31,6 +31,7 @@ from sharpen.runs import Journal, Run
 from sharpen.sampling.prompts import render
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
+from sharpen.scoring.token_stats import check_temperature
 
 from .options import ModelOptions, option, required
 from .sources import load, model_settings
@@ -54,6 +55,7 @@ class ScoreConfig(ModelOptions):
     )
     token_stats: bool = option("also write every token's statistics", False)
     add_eos: bool = option("end completions given as text with the end-of-sequence token", False)
+    temperature: float = option("divides the model's logits: what sampling at it draws from", 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Record:
 def run(config: ScoreConfig) -> None:
     """Run the command, or go on with it."""
     needs = check_rewards(config.rewards)
+    check_temperature(config.temperature)
     # a missing or unreadable file is told before a model is loaded
     next(read_rows(config.input), None)
     model, tokenizer = load(config)
@@ -87,6 +90,7 @@ def run(config: ScoreConfig) -> None:
         "rewards": config.rewards,
         "token_stats": config.token_stats,
         "add_eos": config.add_eos,
+        "temperature": config.temperature,
     }
     scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
     with Run(settings_beside(out), settings, [out]):
@@ -187,6 +191,7 @@ def score_records(
         [record.prompt_ids for record in records],
         [record.completion_ids for record in records],
         stats=needs,
+        temperature=config.temperature,
     )
     rewards = {
         name: [json_numbers(r.tolist()) for r in scores.by_prompt(name)] for name in config.rewards

@@ -10,6 +10,8 @@ TEST, TRAIN = "test", "sharpen+free"
 ALPHA = 4.0
 # samples of a prompt in a later round of SFT
 ROUND_N = 10
+# a round that fits what greedy decoding finds: one completion, nothing to rate
+GREEDY = {"lr": 5e-5, "temperature": 0.0, "scores": "sampler"}
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,15 @@ class Method:
     Attributes:
         verb: The command.
         flags: What differs from its defaults.
-        samples: "pool" of the training prompts, "test" of the test prompts, or its "own".
+        samples: "pool" of the training prompts, "test" of the test prompts, its "own", or its
+            own "greedy" completions.
         is_equal: Whether it is compared at equal samples, those of `Sizes.equal_*`.
         after: The method whose model it starts from; None for the base.
     """
 
     verb: str
     flags: dict[str, Any] = field(default_factory=dict)
-    samples: Literal["pool", "test", "own"] = "pool"
+    samples: Literal["pool", "test", "own", "greedy"] = "pool"
     is_equal: bool = True
     after: str | None = None
 
@@ -37,6 +40,8 @@ METHODS = {
     "sft": Method("sft", is_equal=False),
     "sft-round2": Method("sft", {"lr": 5e-5}, samples="own", is_equal=False, after="sft"),
     "sft-round3": Method("sft", {"lr": 5e-5}, samples="own", is_equal=False, after="sft-round2"),
+    "sft-greedy": Method("sft", GREEDY, samples="greedy", is_equal=False, after="sft"),
+    "sft-greedy2": Method("sft", GREEDY, samples="greedy", is_equal=False, after="sft-greedy"),
     "sft-transductive": Method("sft", {"epochs": 10.0}, samples="test", is_equal=False),
     "sft-equal": Method("sft"),
     "soft-sft": Method("sft", {"weights": "soft", "soft_temperature": 1 / (ALPHA - 1)}),
@@ -60,6 +65,8 @@ def given(sizes: "Sizes", method: str) -> Given:
     kind = METHODS[method]
     if kind.samples == "test":
         return Given(TEST, sizes.limit, min(sizes.train_n, sizes.n))
+    if kind.samples == "greedy":
+        return Given(TRAIN, sizes.train_limit, 1)
     if kind.after is not None:
         return Given(TRAIN, sizes.equal_limit, min(ROUND_N, sizes.train_n))
     if kind.is_equal:
@@ -69,8 +76,7 @@ def given(sizes: "Sizes", method: str) -> Given:
 
 def pool_name(method: str, seed: int) -> str | None:
     """The stage whose samples a training takes; None where it draws its own."""
-    kind = METHODS[method].samples
-    return {"pool": "train/pool", "test": f"base/pool-{seed}", "own": None}[kind]
+    return {"pool": "train/pool", "test": f"base/pool-{seed}"}.get(METHODS[method].samples)
 
 
 def lineage(method: str) -> list[str]:

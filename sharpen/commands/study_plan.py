@@ -118,10 +118,12 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
             runs.sample(f"base/pool-{seed}", n=sizes.n, seed=seed),
             runs.score(f"base/pool-{seed}", list(REWARDS)),
         ]
-        stages += [
-            runs.sample(f"base/T{t:g}-{seed}", n=sizes.few, temperature=t, seed=seed)
-            for t in TEMPERATURES
-        ]
+        for t in TEMPERATURES:
+            name = f"base/T{t:g}-{seed}"
+            stages += [
+                runs.sample(name, n=sizes.few, temperature=t, seed=seed),
+                runs.score(name, ["logprob"], temperature=t),
+            ]
         for budget in sizes.budgets:
             stages += [
                 runs.sample(
@@ -172,12 +174,13 @@ class _Runs:
             given["model"] = self.model(of)
         return Stage(name, "sample", SampleConfig(**given), () if of is None else (of,))
 
-    def score(self, name: str, rewards: list[str]) -> Stage:
+    def score(self, name: str, rewards: list[str], **flags: Any) -> Stage:
         config = ScoreConfig(
             **self.common,
             input=str(samples_file(self.out, name)),
             out=str(samples_file(self.out, name, scored=True)),
             rewards=rewards,
+            **flags,
         )
         return Stage(f"{name}/scored", "score", config, (name,))
 

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sharpen.evaluation.study.entries import Entry, best_of_n_bound, of_choice, of_power, of_samples
+from sharpen.evaluation.study.entries import (
+    Entry,
+    Measured,
+    best_of_n_bound,
+    of_choice,
+    of_power,
+    of_samples,
+)
 from sharpen.evaluation.study.pool import Pool, pool_of
 from sharpen.evaluation.study.rewards import auroc_rows, covariance_rows, power_rows, prompt_rows
 from sharpen.evaluation.study.rows import table_rows
@@ -59,6 +66,7 @@ def tables(config: "StudyConfig", sizes: Sizes, stages: Sequence[Stage]) -> dict
         "by_prompt": prompt_rows(outcomes, [example.id for example in reader.examples]),
         "machine": {
             "threads": torch.get_num_threads(),
+            "jobs": config.jobs,
             "versions": {n: metadata.version(n) for n in ("sharpen", "torch", "transformers")},
         },
     }
@@ -67,19 +75,27 @@ def tables(config: "StudyConfig", sizes: Sizes, stages: Sequence[Stage]) -> dict
 def decoding_entries(reader: "_Reader", pools: Sequence[Pool]) -> list[Entry]:
     """Greedy, one sample, low temperature."""
     seeds = range(reader.sizes.seeds)
-    greedy = of_samples(reader.pool("base/greedy"), has_kl=False)
     found = [
-        Entry("decoding", "greedy", None, [greedy], ["base/greedy"]),
+        Entry("decoding", "greedy", None, [of_greedy(reader.pool("base/greedy"))], ["base/greedy"]),
         Entry(
             "decoding", "T = 1", None,
-            [of_samples(pool) for pool in pools], [f"base/pool-{seed}" for seed in seeds],
+            [of_samples(pool, pool.own_PG) for pool in pools],
+            [f"base/pool-{seed}" for seed in seeds],
         ),
     ]  # fmt: skip
     for t in TEMPERATURES:
         names = [f"base/T{t:g}-{seed}" for seed in seeds]
-        measured = [of_samples(reader.pool(name), has_kl=False) for name in names]
-        found.append(Entry("decoding", f"T = {t:g}", None, measured, names))
+        # rated at their own temperature
+        drawn = [reader.pool(name, scored=True).outcome.reward_PG["logprob"] for name in names]
+        measured = [of_samples(reader.pool(name), q) for name, q in zip(names, drawn, strict=True)]
+        stages = [f"{name}{part}" for name in names for part in ("", "/scored")]
+        found.append(Entry("decoding", f"T = {t:g}", None, measured, stages))
     return found
+
+
+def of_greedy(pool: Pool) -> Measured:
+    """The one completion of greedy decoding, which is drawn for sure."""
+    return of_samples(pool, np.zeros_like(pool.own_PG))
 
 
 def selection_entries(
@@ -129,7 +145,7 @@ def training_entries(reader: "_Reader") -> list[Entry]:
         cost = reader.training_cost(method)
         for decode, suffix in (("T = 1", ""), ("greedy", "-greedy")):
             pools = [reader.pool(f"judge/{run}{suffix}", scored=True) for run in runs]
-            measured = [of_samples(pool, has_kl=not suffix) for pool in pools]
+            measured = [of_greedy(x) if suffix else of_samples(x, x.own_PG) for x in pools]
             stages = [f"train/{run}" for run in runs]
             stages += dict.fromkeys(
                 pool for seed in range(len(runs)) if (pool := pool_name(method, seed)) is not None

@@ -23,7 +23,7 @@ from .predicting import WAYS, Sharing
 from .route import Route, bounded_way, find_route
 from .routed import routed_stats
 from .scores import Scores
-from .token_stats import check_stats, on_cpu
+from .token_stats import check_stats, check_temperature, on_cpu
 
 if TYPE_CHECKING:
     import transformers
@@ -108,6 +108,7 @@ class Scorer:
         *,
         valid: Sequence[Sequence[bool]] | None = None,
         stats: Sequence[str] = ("logprob",),
+        temperature: float = 1.0,
     ) -> Scores:
         """Scores of every completion of every prompt, on the CPU; not differentiable.
 
@@ -121,10 +122,12 @@ class Scorer:
             valid: False for completions that must not be chosen; default: all True.
             stats: Token statistics to compute beside the log-prob: names of fields of
                 `sharpen_kernels.TokenStats`, where their formulas stand.
+            temperature: Divides the model's logits, as in sampling at it.
 
         Raises:
             InputError: If the lists disagree in length, a statistic is unknown, a prompt or
-                completion is one that the model cannot read, or the model is not causal.
+                completion is one that the model cannot read, the model is not causal, or the
+                temperature is not above 0.
         """
         lengths = [[len(completion) for completion in group] for group in completions]
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
@@ -132,7 +135,7 @@ class Scorer:
         # an empty layout first: a bad `valid` must not cost a forward
         Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
-            tokens = self._token_stats(pairs, names)
+            tokens = self._token_stats(pairs, names, temperature)
         columns = {name: on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
         scores.warn_of_nan()
@@ -146,6 +149,7 @@ class Scorer:
         valid: Sequence[Sequence[bool]] | None = None,
         stats: Sequence[str] = ("logprob",),
         add_eos: bool = False,
+        temperature: float = 1.0,
     ) -> Scores:
         """`score` of text.
 
@@ -158,17 +162,20 @@ class Scorer:
             valid: As in `score`.
             stats: As in `score`.
             add_eos: Score the end of the completion too.
+            temperature: As in `score`.
 
         Raises:
             InputError: As `score`, and if there is no tokenizer, or no EOS to add.
         """
-        prompt_ids, completion_ids = encode_text(
-            self.tokenizer, prompts, completions, add_eos=add_eos
-        )
-        return self.score(prompt_ids, completion_ids, valid=valid, stats=stats)
+        ids = encode_text(self.tokenizer, prompts, completions, add_eos=add_eos)
+        return self.score(*ids, valid=valid, stats=stats, temperature=temperature)
 
     def logprobs(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        *,
+        temperature: float = 1.0,
     ) -> Float[Tensor, " S"]:
         """Log-prob, in nats, of every completion token, end to end; differentiable.
 
@@ -179,12 +186,13 @@ class Scorer:
         Args:
             prompts: As in `score`.
             completions: As in `score`.
+            temperature: As in `score`.
 
         Raises:
             InputError: As `score`.
         """
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
-        tokens = self._token_stats(pairs, ("logprob",))
+        tokens = self._token_stats(pairs, ("logprob",), temperature)
         assert tokens.logprob is not None
         return tokens.logprob
 
@@ -229,10 +237,13 @@ class Scorer:
     def _route(self) -> tuple[Route, Head | None]:
         return find_route(self.model, self._arguments["sharing"])
 
-    def _token_stats(self, pairs: list[Pair], stats: Sequence[Statistic]) -> TokenStats:
+    def _token_stats(
+        self, pairs: list[Pair], stats: Sequence[Statistic], temperature: float = 1.0
+    ) -> TokenStats:
+        check_temperature(temperature)
         sharing, max_tokens = self._arguments["sharing"], self.max_tokens
         options = {"route": self._route, "max_tokens": max_tokens, "sharing": sharing}
-        return routed_stats(self.model, pairs, stats, **options)
+        return routed_stats(self.model, pairs, stats, temperature=temperature, **options)
 
     @property
     def _options(self) -> dict[str, Any]:

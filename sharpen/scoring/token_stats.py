@@ -8,6 +8,7 @@ S scored tokens, R hidden rows that predict them, V vocabulary.  Two routes, one
 and three ways to get the rows that predict, in `predicting`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -79,6 +80,16 @@ def check_stats(stats: Sequence[str]) -> tuple[Statistic, ...]:
     if unknown:
         raise InputError(f"`stats` must be of {', '.join(NAMES)}, got {unknown[0]!r}.")
     return tuple(dict.fromkeys(cast(Sequence[Statistic], ["logprob", *stats])))
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse what logits cannot be divided by.
+
+    Raises:
+        InputError: If it is not above 0 and finite.
+    """
+    if not 0 < temperature < math.inf:
+        raise InputError(f"`temperature` must be above 0 and finite, got {temperature}.")
 
 
 def on_cpu(x: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ def score(tmp_path, rows, *extra, model="game24"):
     return code, [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def by_hand(prompt, completion_ids):
+def by_hand(prompt, completion_ids, temperature=1.0):
     model, tokenizer = load_model("game24", device="cpu"), load_tokenizer("game24")
     prompt_ids = tokenizer(prompt)["input_ids"]
     ids = torch.tensor([prompt_ids + completion_ids])
     with torch.no_grad():
-        logprob = model(ids).logits[0, :-1].double().log_softmax(1)
+        logprob = (model(ids).logits[0, :-1].double() / temperature).log_softmax(1)
     return logprob.gather(1, ids[0, 1:, None]).squeeze(1)[len(prompt_ids) - 1 :]
 
 
@@ -59,6 +59,19 @@ def test_end_of_sequence_is_scored_when_asked_for(tmp_path):
     assert code == 0
     want = by_hand(PROMPT, [*ids, 2]).sum().item()
     assert row["rewards"]["logprob"] == pytest.approx(want, abs=1e-4)
+
+
+def test_scores_are_of_the_temperature_asked_for(tmp_path, capsys):
+    ids = load_tokenizer("game24")(TRACE, add_special_tokens=False)["input_ids"]
+    rows = [{"prompt": PROMPT, "completion": TRACE}]
+    code, (row,) = score(tmp_path, rows, "--temperature", "0.5")
+    assert code == 0
+    want = by_hand(PROMPT, ids, 0.5).sum().item()
+    assert row["rewards"]["logprob"] == pytest.approx(want, abs=1e-4)
+    # the same output of another law is not gone on with
+    assert main(["score", "--model", "game24", "--input", str(tmp_path / "in.jsonl"),
+                 "--out", str(tmp_path / "out.jsonl"), "--device", "cpu"]) == 2  # fmt: skip
+    assert "temperature was 0.5, is 1.0" in capsys.readouterr().err
 
 
 def test_token_statistics_on_request(tmp_path):

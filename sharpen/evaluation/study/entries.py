@@ -24,7 +24,7 @@ class Measured:
         logprob: Mean log pi_base of the answers, nats; of those that have one.
         length: Mean tokens of the answers, end tokens among them.
         tokens: Completion tokens that the model reads or writes for one answer, mean over prompts.
-        kl: KL to the base model in nats, if it can be estimated.
+        kl: KL to the base model in nats, if it can be estimated; of greedy decoding, -log p(y).
         pass_P: Chance that one of the samples is right, if there are several; and of how many.
         facts: Further means by name.
     """
@@ -69,12 +69,14 @@ class Entry:
         return np.mean([m.accuracy_P for m in self.measured], axis=0)
 
 
-def of_samples(pool: Pool, *, has_kl: bool = True) -> Measured:
+def of_samples(pool: Pool, drawn_PG: Float64[np.ndarray, "P G"] | None = None) -> Measured:
     """One sample of a law, from several independent ones of each prompt.
+
+    KL(q || p) = E[log q(y) - log p(y)],   E under q, here the samples.
 
     Args:
         pool: Samples of it.
-        has_kl: Whether mean(own - base log-prob) is the KL to the base: at temperature 1.
+        drawn_PG: Log-prob of each under the law q that it was drawn from, nats; None: unknown.
     """
     logprob_PG, G = pool.outcome.reward_PG["logprob"], pool.length_PG.shape[1]
     length = float(pool.length_PG.mean())
@@ -83,7 +85,7 @@ def of_samples(pool: Pool, *, has_kl: bool = True) -> Measured:
         _mean(logprob_PG),
         length,
         length,
-        kl=_mean(pool.own_PG - logprob_PG) if has_kl else None,
+        kl=None if drawn_PG is None else _mean(drawn_PG - logprob_PG),
         pass_P=pass_at_k(pool.correct, G) if G > 1 else None,
         n_pass=G if G > 1 else None,
     )
@@ -99,7 +101,7 @@ def of_power(pool: Pool, *, tokens_each: int, alpha: float) -> Measured:
         tokens_each: Tokens that the model reads or writes for each token of a sample.
         alpha: The power.
     """
-    one = of_samples(pool, has_kl=False)
+    one = of_samples(pool)
     kl = None
     if pool.log_z_P is not None:
         kl = (alpha - 1) * one.logprob - _mean(pool.log_z_P)

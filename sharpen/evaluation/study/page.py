@@ -20,6 +20,9 @@ TITLES = {
     "sft": "SFT-Sharpening: the best of N samples by log-prob, fitted; all prompts and samples",
     "sft-round2": "a second round: samples of the model of `sft`, by its own log-prob",
     "sft-round3": "a third round",
+    "sft-greedy": "a second round: what greedy decoding of the model of `sft` finds, one completion "
+    "a prompt",
+    "sft-greedy2": "a third round of that kind",
     "sft-transductive": "SFT-Sharpening, transductive: fitted on the test prompts themselves",
     "sft-equal": "SFT-Sharpening on as many samples as the objectives below",
     "soft-sft": "power self-distillation: all samples, by p^(alpha - 1)",
@@ -55,18 +58,22 @@ def format_page(study: Study) -> str:
     machine = study["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     flags = " --quick" if settings["quick"] else ""
-    command = f"sharpen study {settings['task']}{flags} --train-seeds {settings['train_seeds']}"
+    flags += f" --train-seeds {settings['train_seeds']}"
+    if machine["jobs"] > 1:
+        flags += f" --jobs {machine['jobs']}"
+    command = f"sharpen study {settings['task']}{flags}"
     parts = [
         f"# Study: {settings['task']}",
         f"`{command}` on {study['prompts']} test prompts, {settings['seeds']} seeds of samples and "
         f"{settings['train_seeds']} of training: "
-        f"{len(study['stages'])} runs, {total / 60:.1f} minutes with {machine['threads']} threads "
-        f"({versions}). Accuracies are in % with 95 % bands: a bootstrap over prompts of their "
-        f"mean over seeds. Log-probs are those of the base model, in nats.{quick}",
+        f"{len(study['stages'])} runs, {total / 60:.1f} minutes in all, {machine['jobs']} at a "
+        f"time, {machine['threads']} threads ({versions}). Accuracies are in % with 95 % bands: a "
+        f"bootstrap over prompts of their mean over seeds. Log-probs are those of the base model, in nats.{quick}",
         decoding_table(study),
         "## Selection\n\n![Accuracy against N](selection.svg)",
         "Expectations over subsets of one pool of samples a seed: exact for best-of-N, else over "
-        "random subsets. KL is at most log N - (N - 1)/N nats for best-of-N by a fixed reward.",
+        "random subsets. The KL to the base is at most log N - (N - 1)/N nats for best-of-N by a "
+        "fixed reward, and not known for the others; lengths, tokens and KL are at the largest N.",
         selection_table(study),
         selection_facts_table(study),
         "## Samplers of the power distribution\n\n![Accuracy against tokens](power.svg)",

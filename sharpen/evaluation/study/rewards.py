@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from ..auroc import within_prompt_auroc
-from ..bootstrap import bootstrap_ci95
+from ..bootstrap import bootstrap_ci95, ci95, resample_means
 from ..outcome import MAJORITY, Outcome
 from ..subset_votes import all_votes
 
@@ -38,20 +38,29 @@ def auroc_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             assert outcome.correct_PG is not None
             value_PG = reward_of(outcome, reward)
             found.append(within_prompt_auroc(value_PG, outcome.correct_PG, outcome.valid_PG))
-        auroc_P = _nanmean(np.stack([x.auroc_P for x in found]))
-        has_area_P = ~np.isnan(auroc_P)
+        auroc_PS = np.stack([x.auroc_P for x in found], axis=1)
         row: dict[str, Any] = {
             "reward": reward,
             "auroc": _number(float(np.mean([x.mean for x in found]))),
-            "ci95": None,
+            "ci95": _band_of_mean_areas(auroc_PS),
             "pooled": _number(float(np.mean([x.pooled for x in found]))),
             "by_seed": [_number(x.mean) for x in found],
             "prompts": int(np.mean([x.n_prompts for x in found])),
         }
-        if has_area_P.any():
-            row["ci95"] = [_number(x) for x in bootstrap_ci95(auroc_P[has_area_P])]
         rows.append(row)
     return sorted(rows, key=lambda row: -(row["auroc"] or 0.0))
+
+
+def _band_of_mean_areas(auroc_PS: Float64[np.ndarray, "P S"]) -> list[float | None] | None:
+    """Band, over prompts, of the mean over seeds of the mean area; NaN where a prompt has none."""
+    has_PS = ~np.isnan(auroc_PS)
+    if not has_PS.any(axis=0).all():
+        return None
+    S = auroc_PS.shape[1]
+    sums_BM = resample_means(np.hstack([np.where(has_PS, auroc_PS, 0.0), has_PS]))
+    # resamples in which no prompt of a seed has an area have no mean
+    sums_BM = sums_BM[(sums_BM[:, S:] > 0).all(axis=1)]
+    return [_number(x) for x in ci95((sums_BM[:, :S] / sums_BM[:, S:]).mean(axis=1))]
 
 
 def covariance_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

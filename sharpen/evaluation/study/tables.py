@@ -10,13 +10,15 @@ DASH = "\N{EN DASH}"
 
 def decoding_table(study: Study) -> str:
     """Greedy, one sample, low temperature."""
-    heads = ["", "accuracy", "95 %", "over T = 1", "log p", "tokens", "pass@n", "seconds"]
+    heads = [
+        "", "accuracy", "95 %", "over T = 1", "log p", "tokens", "KL to base", "pass@n", "seconds",
+    ]  # fmt: skip
     return "## Without a choice\n\n" + _table(
         heads,
         [
             [
                 row["name"], percent(row["accuracy"]), band(row["ci95"]), _gain(row),
-                _fixed(row["logprob"]), _fixed(row["length"], 1), _passed(row),
+                _fixed(row["logprob"]), _fixed(row["length"], 1), _fixed(row["kl"]), _passed(row),
                 _fixed(row["seconds"], 1),
             ]
             for row in study["rows"] if row["group"] == "decoding"
@@ -36,7 +38,9 @@ def selection_table(study: Study) -> str:
         f"95 % at {grid[-1]}",
         "over T = 1",
         "log p",
-        "tokens",
+        "length",
+        "KL at most",
+        "tokens drawn",
     ]
     lines = []
     for name in names:
@@ -45,7 +49,8 @@ def selection_table(study: Study) -> str:
         lines.append(
             [
                 name, *(percent(own[n]["accuracy"]) for n in grid), band(last["ci95"]),
-                _gain(last), _fixed(last["logprob"]), _fixed(last["tokens"], 0),
+                _gain(last), _fixed(last["logprob"]), _fixed(last["length"], 1),
+                _fixed(last.get("kl_at_most")), _fixed(last["tokens"], 0),
             ]
         )  # fmt: skip
     return _table(heads, lines)

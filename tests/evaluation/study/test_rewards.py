@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from sharpen.evaluation import Outcome
+from sharpen.evaluation.auroc import within_prompt_auroc
 from sharpen.evaluation.study.rewards import (
     auroc_rows,
     covariance_rows,
@@ -85,3 +86,31 @@ def test_under_power_effective_samples_fall(make_outcome):
     assert sizes[0] == pytest.approx(10.0)
     assert sizes == sorted(sizes, reverse=True)
     assert [row["alpha"] for row in rows] == [1.0, 2.0, 4.0]
+
+
+def test_the_band_of_an_auroc_is_of_the_number_shown():
+    rng = np.random.default_rng(3)
+    outcomes = []
+    for _ in range(3):
+        # many prompts have no wrong completion in one seed, and one in another
+        correct = rng.random((60, 4)) < 0.7
+        reward = correct * 0.5 + rng.random((60, 4))
+        outcomes.append(outcome_of(np.full((60, 4), 0.3), correct, one=reward))
+    by = {row["reward"]: row for row in auroc_rows(outcomes)}
+    row = by["one"]
+    draws = []
+    for _ in range(4000):
+        take = rng.integers(60, size=60)
+        means = []
+        for outcome in outcomes:
+            reward, correct = outcome.reward_PG["one"][take], outcome.correct_PG[take]
+            means.append(within_prompt_auroc(reward, correct).mean)
+        draws.append(np.mean(means))
+    assert np.mean(draws) == pytest.approx(row["auroc"], abs=0.004)
+    assert row["ci95"] == pytest.approx(np.percentile(draws, [2.5, 97.5]).tolist(), abs=0.01)
+
+
+def test_a_seed_in_which_no_prompt_has_a_pair_has_no_band():
+    both = outcome_of([[0.5, 0.2]], [[True, False]])
+    right = outcome_of([[0.5, 0.2]], [[True, True]])
+    assert auroc_rows([both, right])[0]["ci95"] is None

@@ -70,12 +70,19 @@ def pool(make_outcome):
 
 
 def test_kl_of_a_model_is_its_mean_log_ratio_to_the_base(pool):
-    found = of_samples(pool)
+    found = of_samples(pool, pool.own_PG)
     assert found.kl == pytest.approx(0.25)
     assert found.n_pass == 8
     np.testing.assert_allclose(found.accuracy_P, pool.correct.mean(axis=1))
     np.testing.assert_array_equal(found.pass_P, pool.correct.any(axis=1))
-    assert of_samples(pool, has_kl=False).kl is None
+    assert of_samples(pool).kl is None
+
+
+def test_kl_of_greedy_decoding_is_that_of_a_sure_thing(pool):
+    # its law has one completion: log q = 0
+    logprob_PG = pool.outcome.reward_PG["logprob"]
+    found = of_samples(pool, np.zeros_like(logprob_PG))
+    assert found.kl == pytest.approx(-logprob_PG.mean())
 
 
 def test_kl_of_the_power_target(pool):
