@@ -20,8 +20,7 @@ TITLES = {
     "sft": "SFT-Sharpening: the best of N samples by log-prob, fitted; all prompts and samples",
     "sft-round2": "a second round: samples of the model of `sft`, by its own log-prob",
     "sft-round3": "a third round",
-    "sft-greedy": "a second round: what greedy decoding of the model of `sft` finds, one completion "
-    "a prompt",
+    "sft-greedy": "a second round: what greedy decoding of the model of `sft` finds, one a prompt",
     "sft-greedy2": "a third round of that kind",
     "sft-transductive": "SFT-Sharpening, transductive: fitted on the test prompts themselves",
     "sft-equal": "SFT-Sharpening on as many samples as the objectives below",
@@ -68,7 +67,8 @@ def format_page(study: Study) -> str:
         f"{settings['train_seeds']} of training: "
         f"{len(study['stages'])} runs, {total / 60:.1f} minutes in all, {machine['jobs']} at a "
         f"time, {machine['threads']} threads ({versions}). Accuracies are in % with 95 % bands: a "
-        f"bootstrap over prompts of their mean over seeds. Log-probs are those of the base model, in nats.{quick}",
+        f"bootstrap over prompts of their mean over seeds. Log-probs are those of the base model, "
+        f"in nats.{quick}",
         decoding_table(study),
         "## Selection\n\n![Accuracy against N](selection.svg)",
         "Expectations over subsets of one pool of samples a seed: exact for best-of-N, else over "
