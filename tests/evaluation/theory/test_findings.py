@@ -63,6 +63,11 @@ def test_proved_prompts_by_hand():
     assert "policy" not in got
 
 
+def test_greedy_may_find_what_it_need_not():
+    got = found(known(0.8), known(0.4, 0.1), known(0.3, 0.2, greedy=False))
+    assert got["greedy"] == {"n_must_find": 1, "n_found_of_those": 1, "n_found": 2}
+
+
 def test_ties_are_one_set():
     got = found(known(0.3, 0.3, 0.1), gamma=0.5)
     assert got["coverage"]["c_cov"] == pytest.approx([1 / 0.6, 1 / 0.6])

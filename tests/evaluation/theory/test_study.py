@@ -46,6 +46,16 @@ def test_the_figure_shows_every_line_and_is_the_same_bytes_again(ran):
     assert "<script" not in svg
 
 
+@pytest.mark.parametrize("linear_x", [True, False])
+def test_numbers_on_logarithmic_axes_are_plain(linear_x):
+    line = Line("one", [1, 1234], [1.0, 100_000.0])
+    svg = chart_svg([Panel("width", "height", [line], linear_x=linear_x)], "plain")
+    assert ">100,000<" in svg
+    assert (">1,234<" in svg) == (not linear_x)
+    # no powers of ten
+    assert "mathdefault" not in svg
+
+
 def test_a_row_of_the_lower_bound_is_of_its_family():
     _, rows = rows_of("lower-bound")
     for row in rows:
