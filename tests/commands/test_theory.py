@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import time
 
 import pytest
 
@@ -67,9 +68,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(run, small, tmp_path,
     first, second, _ = whole.splitlines(keepends=True)
     # killed in the third line
     (out / "modes.jsonl").write_bytes(first + second + b'{"prompt_id": "game')
+    judged = (out / "policy.jsonl").read_bytes()
+    (out / "policy.jsonl").write_bytes(judged[: judged.index(b"\n") + 5])
     (out / "theory.json").unlink()
+    started = time.monotonic()
     assert main([*small, "--out", str(out), "--policy", "game24"]) == 0
     assert (out / "modes.jsonl").read_bytes() == whole
+    assert len(judged.splitlines()) == 3
+    assert (out / "policy.jsonl").read_bytes() == judged
+    # one prompt was searched again
+    seconds = [row["seconds"] for row in rows(out / "timings.jsonl") if row["stage"] == "search"]
+    assert len(seconds) == 4
+    assert 0 < seconds[-1] < time.monotonic() - started
     assert json.loads((out / "theory.json").read_text()) == json.loads(
         (run / "theory.json").read_text()
     )
