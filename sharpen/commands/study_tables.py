@@ -60,6 +60,7 @@ def tables(config: "StudyConfig", sizes: Sizes, stages: Sequence[Stage]) -> dict
         "prompts": pools[0].outcome.n_prompts,
         "target_n": target_n,
         "rows": rows,
+        "rounds": round_rows(reader),
         "auroc": auroc_rows(outcomes),
         "covariance": covariance_rows(outcomes),
         "under_power": power_rows(outcomes),
@@ -155,6 +156,19 @@ def training_entries(reader: "_Reader") -> list[Entry]:
     return found
 
 
+def round_rows(reader: "_Reader") -> list[Row]:
+    """What each round of XPO came to: J_beta on the held-out prompts, the terms of its loss."""
+    rows = []
+    for method, kind in METHODS.items():
+        for seed in range(reader.sizes.train_seeds if kind.verb == "xpo" else 0):
+            summary = reader.summary(method, seed)
+            rows += [
+                {"method": method, "seed": seed, "kept": t["round"] == summary["kept_round"], **t}
+                for t in summary["rounds"]
+            ]
+    return rows
+
+
 class _Reader:
     """Reads what the stages wrote."""
 
@@ -182,10 +196,14 @@ class _Reader:
             "seconds_of_fitting": round(fitting, 1),
         }
 
+    def summary(self, method: str, seed: int) -> Row:
+        """What a training says of itself."""
+        return json.loads((self.out / "train" / f"{method}-{seed}" / SUMMARY).read_text())
+
     def _own_cost(self, method: str, seed: int) -> tuple[float, float, float, float]:
         """Tokens drawn and fitted, seconds in all and of fitting; of a pool, the share it takes."""
         run = self.out / "train" / f"{method}-{seed}"
-        spent = json.loads((run / SUMMARY).read_text())["seconds"]
+        spent = self.summary(method, seed)["seconds"]
         drawn = float(sum(self._tokens(path) for path in sorted(run.rglob("samples.jsonl"))))
         seconds, pool = sum(spent.values()), pool_name(method, seed)
         if pool is not None:

@@ -168,6 +168,16 @@ def test_accuracies_are_those_of_the_samples_on_disk(study):
     assert kl == pytest.approx(sum(ratios) / len(ratios), abs=1e-3)
 
 
+def test_rounds_are_those_of_xpo(study):
+    out, _, found = study
+    own = rows(out / "train" / "xpo-0" / "rounds.jsonl")
+    assert [row["round"] for row in found["rounds"]] == [row["round"] for row in own] == [0, 1]
+    assert [row["value"] for row in found["rounds"]] == [row["value"] for row in own]
+    best = max(found["rounds"], key=lambda row: row["value"])
+    assert [row["round"] for row in found["rounds"] if row["kept"]] == [best["round"]]
+    assert found["rounds"][1]["square"] >= 0
+
+
 def test_fitted_tokens_are_prompts_and_chosen_completions(study):
     out, _, found = study
     pool = rows(out / "train" / "pool.jsonl")

@@ -124,6 +124,25 @@ def training_table(study: Study) -> str:
     return _table(heads, lines) + note
 
 
+def rounds_table(study: Study) -> str:
+    """Rounds of XPO: which was kept, and why."""
+    lines = [
+        [
+            row["method"], str(row["seed"]), "base" if row["round"] == 0 else str(row["round"]),
+            _fixed(row["value"], 3), "kept" if row["kept"] else "", _fixed(row.get("square"), 3),
+            _fixed(row.get("optimism_term"), 3),
+        ]
+        for row in study["rounds"]
+    ]  # fmt: skip
+    note = (
+        "J_beta: mean of log pi_base(y) less beta times the log-ratio of the model to the base, over "
+        "samples of held-out training prompts; the round of the highest is kept. Mean e^2 and "
+        "optimism: the two terms of the loss that the fit of the round has left.\n\n"
+    )
+    heads = ["", "seed", "round", "J_beta", "", "mean e^2", "optimism"]
+    return note + _table(heads, lines)
+
+
 def auroc_table(study: Study) -> str:
     """Every reward within prompts."""
     lines = [
