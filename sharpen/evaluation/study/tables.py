@@ -135,7 +135,7 @@ def rounds_table(study: Study) -> str:
         for row in study["rounds"]
     ]  # fmt: skip
     note = (
-        "J_beta: mean of log pi_base(y) less beta times the log-ratio of the model to the base, over "
+        "J_beta: mean of log pi_base(y) less beta times the log-ratio of model to base, over "
         "samples of held-out training prompts; the round of the highest is kept. Mean e^2 and "
         "optimism: the two terms of the loss that the fit of the round has left.\n\n"
     )
