@@ -19,8 +19,9 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.records import Row, write_rows
+from sharpen.training.checks import check_beta
 from sharpen.training.groups import paired_group
-from sharpen.training.objectives import Dpo, Square, check_beta
+from sharpen.training.objectives import Dpo, Square
 from sharpen.training.pairs import Pairs, choose_pairs
 from sharpen.training.scaling import standardise
 

@@ -28,9 +28,10 @@ from sharpen.sampling.prompts import render_all
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS as EVERY_REWARD
 from sharpen.scoring.rewards import options_needed
+from sharpen.training.checks import check_beta, check_optimism
 from sharpen.training.fit import MODEL
-from sharpen.training.losses import optimism_weight
-from sharpen.training.objectives import Square, check_beta, check_optimism
+from sharpen.training.objectives import Square
+from sharpen.training.optimism import optimism_weight
 from sharpen.training.saving import save_whole
 
 from .options import option
