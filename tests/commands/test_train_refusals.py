@@ -33,6 +33,15 @@ BASE = ["--model", "game24", "--task", "game24", "--out", "out", "--max-new-toke
             "`standardise` must be none with `--loss dpo`, got all",
         ),
         (["xpo", *BASE, "--alpha", "nan"], "`alpha` must be at least 0 and finite, got nan"),
+        (["xpo", *BASE, "--alpha", "car"], "`alpha` must be a number or auto, got 'car'"),
+        (
+            ["xpo", *BASE, "--exploration", "0.1"],
+            "`exploration` must be left out with `--alpha 1e-4`, got 0.1",
+        ),
+        (
+            ["xpo", *BASE, "--alpha", "auto", "--exploration", "-1"],
+            "`exploration` must be at least 0 and finite, got -1.0",
+        ),
         (["xpo", *BASE, "--validation", "0"], "`validation` must be at least 1, got 0"),
         (["xpo", *BASE, "-n", "0"], "`n` must be at least 1, got 0"),
         (["xpo", *BASE, "--reward", "rpc"], "in xpo, got 'rpc'"),
