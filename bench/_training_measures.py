@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sharpen import Scorer
@@ -10,6 +11,8 @@ from sharpen.cli import parse
 from sharpen.commands import rlhf
 from sharpen.commands.sources import open_source
 from sharpen.commands.training import rate
+from sharpen.evaluation.bootstrap import bootstrap_ci95
+from sharpen.tasks import get_task
 from sharpen.training.groups import Batch
 from sharpen.training.losses import square_loss
 
@@ -41,6 +44,19 @@ def mean_logprob(scorer: Scorer, rows: Rows) -> float:
         if reason == "stop"
     ]
     return sum(kept) / len(kept)
+
+
+def gain_points(rows: Rows, before: Rows) -> list[float]:
+    """Accuracy of one sample less that of another model on the same puzzles, and its 95 % band."""
+    task = get_task("game24")
+    examples = {example.id: example for example in task.examples("test")}
+
+    def share(row: dict[str, Any]) -> float:
+        example = examples[row["prompt_id"]]
+        return float(np.mean([task.is_correct(example, text) for text in row["completions"]]))
+
+    gain_P = np.array([share(a) - share(b) for a, b in zip(rows, before, strict=True)])
+    return [round(100 * x, 2) for x in (float(gain_P.mean()), *bootstrap_ci95(gain_P))]
 
 
 def squares(flags: list[str], rows: Rows, base: Scorer, model: Scorer) -> list[float]:

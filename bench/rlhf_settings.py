@@ -6,6 +6,7 @@
 Samples are drawn once. Each row holds the commands that made it, and of the model that they left:
 
     accuracy_*   one sample at T = 1 and greedy on the test puzzles; 95 %: bootstrap over puzzles
+    gain_sample  of the accuracy at T = 1 over the base, points, and its band, puzzles paired
     logprob      mean log pi_base(y | x) of the model's own finished samples of the test, nats
     drawn_mass   sum of pi(y | x) over a prompt's distinct finished training samples, mean over
                  prompts: under the base, under the model
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench._machine import machine
-from bench._training_measures import drawn_mass, mean_logprob, squares
+from bench._training_measures import drawn_mass, gain_points, mean_logprob, squares
 from sharpen import Scorer
 from sharpen.cli import main as sharpen
 from sharpen.commands import bon, rlhf, sample, sft
@@ -79,7 +80,9 @@ def measured(name: str, runs: Path, limit: int, test: list[str]) -> dict[str, An
         row[f"accuracy_{key}"] = found["accuracy"][key]
         row[f"accuracy_{key}_95"] = found["ci95_of_baselines"][key]
     base, trained = Scorer("game24", device="cpu"), Scorer(model, device="cpu")
-    row["logprob"] = round(mean_logprob(base, rows_of(out / "samples.jsonl")), 3)
+    said, before = (rows_of(x / "samples.jsonl") for x in (out, runs / "base-test"))
+    row["gain_sample"] = gain_points(said, before)
+    row["logprob"] = round(mean_logprob(base, said), 3)
     given = rows_of(drawn)
     row["drawn_mass"] = [round(drawn_mass(x, given), 4) for x in (base, trained)]
     if verb == "rlhf":
