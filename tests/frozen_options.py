@@ -38,7 +38,7 @@ OPTIONS = {
         *MODEL, *PROMPTS, "out", "max_new_tokens", "gamma", "max_expansions", "deltas", "policy",
         "study", "seed", "quick",
     ],
-    "xpo": [*TRAIN, "beta", "alpha", "rounds", "validation"],
+    "xpo": [*TRAIN, "beta", "alpha", "exploration", "rounds", "validation"],
 }  # fmt: skip
 # those without a default: any value, and one of a choice
 MUST = ("model", "out", "input", "task", "samples")

@@ -19,8 +19,9 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.records import Row, write_rows
+from sharpen.training.checks import check_beta
 from sharpen.training.groups import paired_group
-from sharpen.training.objectives import Dpo, Square, check_beta
+from sharpen.training.objectives import Dpo, Square
 from sharpen.training.pairs import Pairs, choose_pairs
 from sharpen.training.scaling import standardise
 
@@ -69,9 +70,15 @@ def check(config: RlhfConfig) -> None:
     """Refuse what has no optimum or no pairs.
 
     Raises:
-        InputError: If beta is not above 0, N < 2, or an option would change nothing.
+        InputError: If beta is not above 0, N < 2, what is drawn is greedy, or an option would
+            change nothing.
     """
     check_beta(config.beta)
+    if config.samples is None and config.temperature == 0:
+        raise InputError(
+            "`temperature` must be above 0 in rlhf, got 0: greedy draws of a prompt are all one "
+            "completion, which makes no pair; take 1."
+        )
     if config.n < 2:
         raise InputError(f"`n` must be at least 2 for pairs, got {config.n}.")
     if config.loss == "dpo" and config.standardise != "none":
@@ -82,7 +89,7 @@ def check(config: RlhfConfig) -> None:
 
 
 def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
-    """The pairs of each prompt; prompts with fewer than two usable samples are left out.
+    """The pairs of each prompt; prompts without two usable samples that differ are left out.
 
     Raises:
         InputError: If no prompt has a pair.
@@ -94,7 +101,8 @@ def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
     groups, preferences = [], []
     bounds = pairwise(groups_N.tolist())
     for row, prompt, (a, b) in zip(drawn.rows, drawn.prompts, bounds, strict=True):
-        pairs = choose_pairs(config.pairs, reward[a:b], usable[a:b], generator)
+        said = [tuple(ids) for ids in row["completion_ids"]]
+        pairs = choose_pairs(config.pairs, reward[a:b], usable[a:b], generator, said)
         if config.loss == "dpo":
             pairs = preferred(pairs, reward[a:b])
             preferences += pair_rows(row, prompt, pairs)
@@ -105,7 +113,7 @@ def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
         two = "two finished completions" + (" of unequal reward" if config.loss == "dpo" else "")
         raise InputError(
             f"`{'n' if config.samples is None else 'samples'}` must leave at least {two} of some "
-            "prompt, got none; raise `--max-new-tokens` or `-n`."
+            "prompt, got none that differ; raise `--max-new-tokens`, `-n` or `--temperature`."
         )
     if config.loss == "dpo":
         write_rows(Path(config.out) / PAIRS, preferences)

@@ -18,13 +18,14 @@ from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.scoring import Scorer
 from sharpen.training.fit import MODEL
-from sharpen.training.groups import Group
+from sharpen.training.groups import Batch, Group
+from sharpen.training.losses import square_loss
 from sharpen.training.objectives import Objective
 from sharpen.training.options import FitOptions
 from sharpen.training.value import regularised_value
 
 from .sources import Source
-from .stages import sample_into
+from .stages import sample_into, score_samples
 from .training import SAMPLES, TIMINGS, Drawn, TrainConfig, fit_into, rate
 
 VALIDATION = "validation"
@@ -36,7 +37,7 @@ class Data:
     """Pairs (y, y') of every prompt, of all rounds so far.
 
     Attributes:
-        value_bound: Largest |beta log pi/pi_base| of a y, under the policy that drew it.
+        value_bound: Largest |beta log pi/pi_base| of a y or y', under the policy of its round.
         reward_bound: Largest -log pi_base of a y or y', in nats.
     """
 
@@ -48,10 +49,27 @@ class Data:
         self.value_bound = 0.0
         self.reward_bound = 0.0
 
-    def add(self, drawn: Drawn, base: Drawn, t: int, *, n: int, beta: float) -> None:
+    def add(
+        self,
+        drawn: Drawn,
+        base: Drawn,
+        t: int,
+        *,
+        n: int,
+        beta: float,
+        policy: list[list[float]] | None = None,
+    ) -> None:
         """Add round t >= 1: y_i of each prompt from `drawn`, y'_i from its n samples of `base`.
 
         A pair with an unusable side is left out.
+
+        Args:
+            drawn: Of the policy of the round.
+            base: Of the base model, n a prompt for each round.
+            t: The round.
+            n: Pairs a prompt.
+            beta: Weight of the KL term.
+            policy: log pi of each prompt's n y', in nats; None where the policy is the base.
         """
         for p, (policy_row, base_row) in enumerate(zip(_each(drawn), _each(base), strict=True)):
             for i in range(n):
@@ -63,8 +81,10 @@ class Data:
                     self.reference[p].append(row["reference"][g])
                     self.reward[p].append(row["reward"][g])
                     self.reward_bound = max(self.reward_bound, -row["reference"][g])
-                ratio = math.fsum(policy_row["logprobs"][i]) - policy_row["reference"][i]
-                self.value_bound = max(self.value_bound, abs(beta * ratio))
+                ratios = [math.fsum(policy_row["logprobs"][i]) - policy_row["reference"][i]]
+                if policy is not None:
+                    ratios.append(policy[p][i] - base_row["reference"][(t - 1) * n + i])
+                self.value_bound = max(self.value_bound, *(abs(beta * ratio) for ratio in ratios))
 
     def groups(self) -> list[Group]:
         """One group a prompt, of all its pairs.
@@ -112,6 +132,42 @@ class Stage:
         )
         return rate(folder, self.scorer, self.source, rows, self.reward)
 
+    def logprobs(self, path: Path, policy: PreTrainedModel, rows: list[Row]) -> list[list[float]]:
+        """Log pi of given completions of each prompt under `policy`, in nats; kept in `path`."""
+        scorer = Scorer(policy, max_tokens=self.config.max_tokens)
+        scores = score_samples(path, scorer, rows, ("logprob",), Journal(path.parent / TIMINGS))
+        return [logprob_G.tolist() for logprob_G in scores.by_prompt("logprob")]
+
+    def terms(
+        self, folder: Path, policy: PreTrainedModel, groups: list[Group], optimism: float
+    ) -> Row:
+        """The two terms of the loss that the fit of a round has left, and what they are made of.
+
+        Returns:
+            `pairs`, `square` (mean e^2, nats^2), `base_logprob` (mean log pi(y'), nats) and
+            `optimism_term`, its product with `optimism`.
+        """
+        batch = Batch.of(groups)
+        rows = [
+            {"prompt_id": str(p), "prompt_ids": prompt, "completion_ids": completions,
+             "finish_reasons": ["stop"] * len(completions)}
+            for p, (prompt, completions) in enumerate(
+                zip(batch.prompts, batch.completions, strict=True)
+            )
+        ]  # fmt: skip
+        found = self.logprobs(folder / "scores-fitted.jsonl", policy, rows)
+        logprob_N = torch.tensor([x for group in found for x in group], dtype=torch.float64)
+        square = square_loss(
+            logprob_N - batch.reference, batch.reward, batch.pairs, beta=self.beta
+        ).item()
+        base = logprob_N[batch.pairs[:, 1]].mean().item()
+        terms = {"square": square, "base_logprob": base, "optimism_term": optimism * base}
+        return {"pairs": len(batch.pairs)} | {
+            # a policy that diverged has none
+            name: value if math.isfinite(value) else None
+            for name, value in terms.items()
+        }
+
     def judge(self, folder: Path, policy: PreTrainedModel, prompts: list[Prompt]) -> float | None:
         """J_beta on prompts that are not fitted; None where no sample was finished."""
         draws = replace(self.config.sampling(), n=N_JUDGE)
@@ -147,6 +203,12 @@ class Stage:
             dtype=base.dtype,
             trust_remote_code=self.config.trust_remote_code,
         )
+
+
+def of_round(row: Row, t: int, n: int) -> Row:
+    """A record of samples with those n alone that belong to round t >= 1."""
+    lists = "completions", "completion_ids", "logprobs", "finish_reasons"
+    return row | {name: row[name][(t - 1) * n : t * n] for name in lists}
 
 
 def _each(drawn: Drawn) -> list[Row]:

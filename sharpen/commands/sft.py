@@ -58,12 +58,35 @@ def check(config: SftConfig) -> None:
     """Refuse weights that cannot be.
 
     Raises:
-        InputError: If the temperature of soft weights is not above 0 and finite.
+        InputError: If the temperature of soft weights is not above 0 and finite, or samples to be
+            weighted so are not the model's own.
     """
     if not 0 < config.soft_temperature < float("inf"):
         raise InputError(
             f"`soft_temperature` must be above 0 and finite, got {config.soft_temperature}."
         )
+    if config.weights == "soft" and (config.temperature, config.top_p) != (1.0, 1.0):
+        raise InputError(
+            "`temperature` and `top_p` must be 1 with `--weights soft`, got "
+            f"{config.temperature} and {config.top_p}: the fit would tend to "
+            f"q exp(reward / soft_temperature), q {law_of(config.temperature, config.top_p)}, not "
+            "to the base model's own pi exp(reward / soft_temperature)."
+        )
+
+
+def law_of(temperature: float, top_p: float) -> str:
+    """What samples are drawn from, in words.
+
+    Example:
+        >>> law_of(0.5, 1.0)
+        'drawing each token from pi^2'
+        >>> law_of(1.0, 0.9)
+        'drawing each token from the top 0.9 of pi'
+    """
+    if temperature == 0:
+        return "the greedy completion alone"
+    power = "pi" if temperature == 1 else f"pi^{1 / temperature:.4g}"
+    return f"drawing each token from {'' if top_p == 1 else f'the top {top_p:g} of '}{power}"
 
 
 def choose(config: SftConfig, drawn: Drawn) -> Choice:

@@ -5,8 +5,9 @@
         pi_{t+1} = argmin  mean_D e^2 + alpha (V + R)^2 mean_D log pi(y')
     the pi_t of highest J_beta on prompts that were held out
 
-V and R bound |beta log pi/pi_base| and -log pi_base; here they are the largest seen in D. Writes
-into its run directory: `samples.jsonl` and `scores.jsonl` (of the base model), a folder
+V and R bound |beta log pi/pi_base| and -log pi_base; here they are the largest seen in D, of y and
+y'. alpha is a number, or with `--alpha auto` the proof's beta / (V + R) c / sqrt(T). Writes into
+its run directory: `samples.jsonl` and `scores.jsonl` (of the base model), a folder
 `round-T/` each with its own samples, scores, losses, checkpoints and model, `validation/` beside
 them, `rounds.jsonl`, and in the end `model/` and `summary.json`.
 """
@@ -28,13 +29,14 @@ from sharpen.sampling.prompts import render_all
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS as EVERY_REWARD
 from sharpen.scoring.rewards import options_needed
+from sharpen.training.checks import check_beta, check_optimism
 from sharpen.training.fit import MODEL
-from sharpen.training.losses import optimism_weight
-from sharpen.training.objectives import Square, check_beta, check_optimism
+from sharpen.training.objectives import Square
+from sharpen.training.optimism import optimism_weight, proof_alpha
 from sharpen.training.saving import save_whole
 
 from .options import option
-from .rounds import Data, Stage
+from .rounds import Data, Stage, of_round
 from .sources import open_source
 from .training import (
     TrainConfig,
@@ -47,7 +49,7 @@ from .training import (
 
 log = logging.getLogger("sharpen")
 
-ROUNDS = "rounds.jsonl"
+ROUNDS, AUTO = "rounds.jsonl", "auto"
 # those that need answers depend on the other samples of a prompt
 REWARDS = tuple(name for name in EVERY_REWARD if not options_needed(name))
 
@@ -63,8 +65,15 @@ class XpoConfig(TrainConfig):
     beta: float = option(
         "weight of the KL term; of logprob the optimum is the power 1 + 1/beta of the base", 1.0
     )
-    alpha: float = option(
-        "optimism; the loss gets alpha (V + R)^2 times the log-prob of base samples", 1e-4
+    alpha: str = option(
+        "optimism; the loss gets alpha (V + R)^2 times the log-prob of base samples; a number, or "
+        "auto: beta / (V + R) times exploration / sqrt(rounds), as in the proof",
+        "1e-4",
+    )
+    exploration: float = option(
+        "c of `--alpha auto`: 1 is the proof's for a linear softmax, and outweighs the squares "
+        "where rounds are few",
+        1.0,
     )
     validation: int = option("prompts held out to choose the round by", 32)
 
@@ -91,24 +100,56 @@ def run(config: XpoConfig) -> None:
         for t in range(1, config.rounds + 1):
             folder = out / f"round-{t}"
             drawn = stage.draw(folder, policy, fitted, replace(draws, seed=config.seed + t))
-            data.add(drawn, base_drawn, t, n=config.n, beta=config.beta)
-            optimism = optimism_weight(config.alpha, data.value_bound, data.reward_bound)
-            policy = stage.fit(
-                folder, policy, data.groups(), Square(config.beta, optimism), options
-            )
-            value = stage.judge(folder, policy, held_out)
-            found.append({"round": t, "value": value, "optimism": optimism})
+            rows = [of_round(row, t, config.n) for row in base_drawn.rows]
+            own = folder / "scores-base.jsonl"
+            moved = None if policy is base else stage.logprobs(own, policy, rows)
+            data.add(drawn, base_drawn, t, n=config.n, beta=config.beta, policy=moved)
+            alpha = alpha_of(config, data)
+            optimism = optimism_weight(alpha, data.value_bound, data.reward_bound)
+            groups = data.groups()
+            policy = stage.fit(folder, policy, groups, Square(config.beta, optimism), options)
+            found.append({
+                "round": t, "value": stage.judge(folder, policy, held_out), "alpha": alpha,
+                "value_bound": data.value_bound, "reward_bound": data.reward_bound,
+                "optimism": optimism, **stage.terms(folder, policy, groups, optimism),
+            })  # fmt: skip
             write_rows(out / ROUNDS, found)
         best = best_round(found)
         chosen = base if best == 0 else stage.load(out / f"round-{best}")
         if not (out / MODEL).exists():
             save_whole(chosen, tokenizer, out / MODEL)
-        shown = ["none" if row["value"] is None else f"{row['value']:.4f}" for row in found]
-        finish(
-            out, config, {"prompts": len(fitted), "held_out": len(held_out), "rounds": found},
-            f"J_beta on {len(held_out)} held-out prompts: base {shown[0]}, "
-            f"rounds {' '.join(shown[1:])}; kept: {f'round {best}' if best else 'the base'}",
-        )  # fmt: skip
+        summary = {
+            "prompts": len(fitted), "held_out": len(held_out), "kept_round": best, "rounds": found,
+        }  # fmt: skip
+        finish(out, config, summary, said(found, best, len(held_out)))
+
+
+def said(found: list[Row], best: int, n_held_out: int) -> str:
+    """What the rounds came to, in lines: J_beta of all, and the terms of each."""
+    values = [_shown(row["value"]) for row in found]
+    lines = [
+        f"J_beta on {n_held_out} held-out prompts: base {values[0]}, "
+        f"rounds {' '.join(values[1:])}; kept: {f'round {best}' if best else 'the base'}"
+    ]
+    lines += [
+        f"round {row['round']}: mean e^2 {_shown(row['square'])}, optimism {row['optimism']:.4g} x "
+        f"mean log pi(y') {_shown(row['base_logprob'])} = {_shown(row['optimism_term'])}"
+        for row in found[1:]
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def alpha_of(config: XpoConfig, data: Data) -> float:
+    """The algorithm's alpha: the given one, or the proof's for what has been seen."""
+    if config.alpha == AUTO:
+        return proof_alpha(
+            config.exploration, config.beta, data.value_bound, data.reward_bound, config.rounds
+        )
+    return float(config.alpha)
 
 
 def check(config: XpoConfig) -> None:
@@ -118,7 +159,21 @@ def check(config: XpoConfig) -> None:
         InputError: If an option is out of its range.
     """
     check_beta(config.beta)
-    check_optimism("alpha", config.alpha)
+    check_optimism("exploration", config.exploration)
+    if config.alpha != AUTO:
+        try:
+            check_optimism("alpha", float(config.alpha))
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"`alpha` must be a number or {AUTO}, got {config.alpha!r}."
+            ) from error
+        if config.exploration != 1:
+            raise InputError(
+                f"`exploration` must be left out with `--alpha {config.alpha}`, got "
+                f"{config.exploration}: it is the constant of `--alpha {AUTO}`."
+            )
     for name in ("rounds", "validation"):
         if getattr(config, name) < 1:
             raise InputError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
@@ -136,10 +191,11 @@ def check(config: XpoConfig) -> None:
 
 def settings(config: XpoConfig, device: torch.device) -> dict[str, Any]:
     """Everything that the outputs depend on."""
-    names = ("reward", "beta", "alpha", "rounds", "validation")
+    names = ("reward", "beta", "exploration", "rounds", "validation")
     return {
         **training_settings("xpo", config, device),
         **{name: getattr(config, name) for name in names},
+        "alpha": AUTO if config.alpha == AUTO else float(config.alpha),
     }
 
 

@@ -9,6 +9,7 @@ P prompts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from sharpen.errors import InputError
 from sharpen.scoring import Scores
@@ -72,8 +73,12 @@ def sample_adaptively(
             "`temperature` and `top_p` must be 1, because the rule counts draws of the model's own "
             f"distribution, got {config.temperature} and {config.top_p}."
         )
-    if round_size < 1:
+    if not round_size >= 1:
         raise InputError(f"`round_size` must be at least 1, got {round_size}.")
+    if not isinstance(round_size, Integral):
+        raise InputError(f"`round_size` must be a whole number, got {round_size}.")
+    # what is wrong is wrong of no prompts, too
+    Stopping(delta, config.n)
     rules = [Stopping(delta, config.n) for _ in prompts]
     drawn = [Samples(prompt.id, [], [], [], []) for prompt in prompts]
     n_seen = 0

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float64, Int64
@@ -56,6 +57,7 @@ class Metropolis:
         rules = [
             ("alpha", self.alpha >= 1, "at least 1"),
             ("steps", self.steps >= 1, "at least 1"),
+            ("steps", isinstance(self.steps, Integral), "a whole number"),
             ("proposal_temperature", tau is None or 0 < tau < math.inf, "above 0 and finite"),
         ]
         check_settings(self, rules)

@@ -13,6 +13,7 @@ B = G N slots of particles, A of them open, C that go on, G prompts of P tokens,
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -63,6 +64,10 @@ class ParticleFilter:
             ("threshold", 0 <= self.threshold <= 1, "in [0, 1]"),
             ("ramp", self.ramp >= 0, "at least 0"),
             ("proposal_temperature", tau is None or 0 < tau < math.inf, "above 0 and finite"),
+        ]
+        rules += [
+            (name, isinstance(getattr(self, name), Integral), "a whole number")
+            for name in ("particles", "every", "ramp")
         ]
         check_settings(self, rules)
 

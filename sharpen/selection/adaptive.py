@@ -15,6 +15,7 @@ N completions of all prompts together, P prompts, K draws of one prompt.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -82,8 +83,10 @@ class Stopping:
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
             raise InputError(f"`delta` must be in (0, 1), got {self.delta}.")
-        if self.cap < 1:
+        if not self.cap >= 1:
             raise InputError(f"`cap` must be at least 1, got {self.cap}.")
+        if not isinstance(self.cap, Integral):
+            raise InputError(f"`cap` must be a whole number, got {self.cap}.")
 
     @property
     def is_over(self) -> bool:
@@ -106,7 +109,16 @@ class Stopping:
         Args:
             logprobs: Of whole completions, nats; None for one that is not eligible. It counts as a
                 draw, and is never the best.
+
+        Raises:
+            InputError: If one is NaN or infinity, which nothing could beat; none is taken then.
         """
+        bad = [x for x in logprobs if x is not None and not x < math.inf]
+        if bad:
+            raise InputError(
+                f"`logprobs` must be numbers below infinity, got {bad[0]}; give None for a draw "
+                "that must not be chosen."
+            )
         log_mu = math.log(math.log(2 / self.delta))
         for logprob in logprobs:
             if self.is_over:
@@ -144,7 +156,10 @@ def adaptive_best_of_n(
         (tensor([2, 1]), tensor([3, 2]), 0.5)
     """
     sizes = scores.groups.diff().tolist()
-    rules = [Stopping(delta, max(sizes, default=1) or 1 if cap is None else cap) for _ in sizes]
+    most = max(sizes, default=1) or 1 if cap is None else cap
+    # what is wrong is wrong of no prompts, too
+    Stopping(delta, most)
+    rules = [Stopping(delta, most) for _ in sizes]
     for rule, logprobs in zip(rules, draws_in_order(scores), strict=True):
         rule.see(logprobs)
     return outcome_of(rules)

@@ -12,7 +12,7 @@ Text stands beside text, an assistant's turn beside messages: a template is appl
 G completions of one prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,8 @@ def dpo_rows(
         pairs: As in `choose_pairs`.
         margin: At least 0: of equals, none is to be preferred.
     """
-    for i, j in choose_pairs(pairs, group.reward, group.eligible, generator):
+    keys = [_key(group, g) for g in range(len(group.completions))]
+    for i, j in choose_pairs(pairs, group.reward, group.eligible, generator, keys):
         if group.reward[i] - group.reward[j] > margin:
             yield {
                 "prompt": group.prompt,
@@ -161,12 +162,16 @@ def unique(group: Rated) -> Rated:
     seen: set[Any] = set()
     eligible = []
     for g, ok in enumerate(group.eligible):
-        ids = group.completion_ids
-        key = group.completions[g] if ids is None else tuple(ids[g])
+        key = _key(group, g)
         eligible.append(ok and key not in seen)
         if ok:
             seen.add(key)
     return replace(group, eligible=eligible)
+
+
+def _key(group: Rated, g: int) -> Hashable:
+    """What completions are told apart by: ids, or text where they are not known."""
+    return group.completions[g] if group.completion_ids is None else tuple(group.completion_ids[g])
 
 
 def _source(group: Rated, g: int) -> Row:

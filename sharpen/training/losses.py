@@ -4,6 +4,8 @@ S scored tokens, N completions of all prompts of a batch, Q pairs of completions
 
 A loss sees a completion through l(y) = log pi(y | x), the sum of its tokens' log-probs under the
 policy, and l0(y) = log pi_base(y | x), which is constant.
+
+What has no optimum or no mean is refused: see `checks`, also for what is not looked at on a GPU.
 """
 
 from typing import Literal
@@ -11,6 +13,17 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+
+from .checks import (
+    check_beta,
+    check_choice,
+    check_lengths,
+    check_optimism,
+    check_pairs,
+    check_weights,
+)
+
+Per = Literal["token", "sequence"]
 
 
 def sequence_sums(
@@ -32,7 +45,7 @@ def nll(
     offsets: Int64[Tensor, " bounds"],
     weight: Float64[Tensor, " bounds-1"],
     *,
-    per: Literal["token", "sequence"] = "token",
+    per: Per = "token",
 ) -> Float64[Tensor, ""]:
     """Weighted negative log-likelihood of completions, in nats.
 
@@ -51,6 +64,9 @@ def nll(
         weight: At least 0; one above it at least.
         per: What the mean is over.
 
+    Raises:
+        InputError: If there is no such `per`, or the weights are not as above.
+
     Source:
         Huang et al. 2024, arXiv:2412.01951, section 2.1; Tomihari and Sato 2026, arXiv:2605.04542.
 
@@ -62,6 +78,8 @@ def nll(
         >>> round(nll(logprob, offsets, weight, per="token").item(), 4)
         2.3333
     """
+    check_choice("per", per, Per)
+    check_weights(weight, offsets)
     weight_N = weight.to(logprob.device)
     size_N = offsets.diff().to(weight_N) if per == "token" else torch.ones_like(weight_N)
     return -(weight_N * sequence_sums(logprob, offsets)).sum() / (weight_N * size_N).sum()
@@ -84,8 +102,11 @@ def square_loss(
     Args:
         log_ratio: l - l0 of each completion.
         reward: r of each completion.
-        pairs: Indices (y, y') of completions of one prompt.
-        beta: Weight of the KL term, above 0; small sharpens more.
+        pairs: Indices (y, y') of completions of one prompt; at least one pair.
+        beta: Weight of the KL term, above 0 and finite; small sharpens more.
+
+    Raises:
+        InputError: If `beta` or `pairs` is not as above, or the lengths differ.
 
     Source:
         Huang et al. 2024, arXiv:2412.01951, Eq. (8); one step of REBEL, arXiv:2404.16767.
@@ -96,6 +117,9 @@ def square_loss(
         >>> square_loss(log_ratio, reward, torch.tensor([[0, 1]]), beta=2.0).item()
         1.0
     """
+    check_beta(beta)
+    check_lengths(log_ratio=log_ratio, reward=reward)
+    check_pairs(pairs, len(log_ratio))
     implicit_Q = beta * _differences(log_ratio, pairs)
     return (implicit_Q - _differences(reward.to(log_ratio), pairs)).square().mean()
 
@@ -120,7 +144,7 @@ def xpo_loss(
         sum beta l(y') + beta / (alpha (V + R)^2) sum e^2,
 
     which, multiplied by alpha (V + R)^2 / beta, is this loss with optimism = alpha (V + R)^2: see
-    `optimism_weight`.
+    `optimism.optimism_weight`.
 
     Args:
         logprob: l of each completion.
@@ -128,7 +152,10 @@ def xpo_loss(
         reward: r of each completion.
         pairs: Indices (y, y'): y from the policy, y' from the base model, of one prompt.
         beta: As in `square_loss`.
-        optimism: Weight of the second term, at least 0, in nats.
+        optimism: Weight of the second term, at least 0 and finite, in nats.
+
+    Raises:
+        InputError: If `optimism` is not as above, or as `square_loss` does.
 
     Source:
         Huang et al. 2024, arXiv:2412.01951, Algorithm 1 and appendix J.2.
@@ -139,28 +166,10 @@ def xpo_loss(
         >>> xpo_loss(logprob, base, base, torch.tensor([[0, 1]]), beta=2.0, optimism=0.1).item()
         0.55
     """
+    check_optimism("optimism", optimism)
+    check_lengths(logprob=logprob, reference=reference)
     error = square_loss(logprob - reference.to(logprob), reward, pairs, beta=beta)
     return error + optimism * logprob[pairs[:, 1].to(logprob.device)].mean()
-
-
-def optimism_weight(alpha: float, value_bound: float, reward_bound: float) -> float:
-    """Weight of XPO's optimism on the scale of the squared loss.
-
-        alpha (V + R)^2
-
-    Args:
-        alpha: The algorithm's, at least 0. The theory's is proportional to beta / (R + V) T^(-1/2).
-        value_bound: V >= |beta log pi / pi_base|.
-        reward_bound: R >= log 1 / pi_base.
-
-    Source:
-        Huang et al. 2024, arXiv:2412.01951, appendix J.2.
-
-    Example:
-        >>> optimism_weight(0.001, 4.0, 6.0)
-        0.1
-    """
-    return alpha * (value_bound + reward_bound) ** 2
 
 
 def dpo_loss(
@@ -175,8 +184,11 @@ def dpo_loss(
 
     Args:
         log_ratio: l - l0 of each completion.
-        pairs: Indices (preferred, other) of completions of one prompt.
-        beta: Above 0.
+        pairs: Indices (preferred, other) of completions of one prompt; at least one pair.
+        beta: Above 0 and finite.
+
+    Raises:
+        InputError: If `beta` or `pairs` is not as above.
 
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, Eq. (7).
@@ -186,6 +198,8 @@ def dpo_loss(
         >>> round(dpo_loss(log_ratio, torch.tensor([[0, 1]]), beta=1.0).item(), 4)
         0.6931
     """
+    check_beta(beta)
+    check_pairs(pairs, len(log_ratio))
     return -torch.nn.functional.logsigmoid(beta * _differences(log_ratio, pairs)).mean()
 
 

@@ -1,17 +1,14 @@
 """An objective: from the token log-probs of a batch to the scalar that a step lowers."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from sharpen.errors import InputError
-
+from .checks import check_beta, check_choice, check_optimism
 from .groups import Batch
-from .losses import dpo_loss, nll, sequence_sums, square_loss, xpo_loss
+from .losses import Per, dpo_loss, nll, sequence_sums, square_loss, xpo_loss
 
 # log-probs [S] of a batch under the policy, and the batch
 Objective = Callable[[Tensor, Batch], Tensor]
@@ -21,7 +18,11 @@ Objective = Callable[[Tensor, Batch], Tensor]
 class Likelihood:
     """Fit the weighted completions: SFT-Sharpening, power self-distillation. See `nll`."""
 
-    per: Literal["token", "sequence"] = "token"
+    per: Per = "token"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no mean."""
+        check_choice("per", self.per, Per)
 
     def __call__(self, logprob: Float[Tensor, " S"], batch: Batch) -> Float64[Tensor, ""]:
         """The loss of a batch."""
@@ -66,23 +67,3 @@ class Dpo:
         """The loss of a batch."""
         logprob_N = sequence_sums(logprob, batch.offsets)
         return dpo_loss(logprob_N - batch.reference.to(logprob_N), batch.pairs, beta=self.beta)
-
-
-def check_beta(beta: float) -> None:
-    """Refuse a beta without an optimum.
-
-    Raises:
-        InputError: If it is not above 0 and finite.
-    """
-    if not 0 < beta < math.inf:
-        raise InputError(f"`beta` must be above 0 and finite, got {beta}; try 1.")
-
-
-def check_optimism(name: str, value: float) -> None:
-    """Refuse pessimism.
-
-    Raises:
-        InputError: If it is not at least 0 and finite.
-    """
-    if not 0 <= value < math.inf:
-        raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")

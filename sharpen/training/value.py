@@ -6,6 +6,8 @@ N completions.
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from .checks import check_beta, check_lengths
+
 
 def regularised_value(
     reward: Float64[Tensor, " N"],
@@ -25,7 +27,10 @@ def regularised_value(
         reward: Of completions drawn from pi.
         log_ratio: log pi - log pi_base of each, in nats.
         eligible: Which completions count.
-        beta: Weight of the divergence.
+        beta: Weight of the divergence, above 0 and finite.
+
+    Raises:
+        InputError: If `beta` is not as above, or the lengths differ.
 
     Source:
         Huang et al. 2024, arXiv:2412.01951, Eq. (3) and the last line of Algorithm 1.
@@ -38,4 +43,6 @@ def regularised_value(
         >>> regularised_value(reward, log_ratio, eligible, beta=2.0)
         -3.0
     """
+    check_beta(beta)
+    check_lengths(reward=reward, log_ratio=log_ratio, eligible=eligible)
     return float((reward - beta * log_ratio)[eligible].mean())

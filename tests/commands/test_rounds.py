@@ -85,6 +85,22 @@ def test_bounds_are_the_largest_of_what_is_fitted():
     assert (data.value_bound, data.reward_bound) == (1.5, 30.0)
 
 
+def test_the_value_bound_is_over_both_sides_of_a_pair():
+    data = Data(PROMPTS)
+    base = drawn("b", [[-1.0, -2.0], [-3.0, -4.0]])
+    policy = drawn("y", [[-5.0], [-9.0]], own=[[-8.0], [-7.5]])
+    # of round 2, the second y' of each: from -2 to -9 and from -4 to -4
+    data.add(policy, base, 2, n=1, beta=0.5, policy=[[-9.0], [-4.0]])
+    assert data.value_bound == 0.5 * 7
+    # a y' that the policy made likelier counts as well
+    data.add(policy, base, 1, n=1, beta=2.0, policy=[[-1.0], [-0.5]])
+    assert data.value_bound == 2.0 * 3
+    # and one whose pair is left out does not
+    cut = drawn("y", [[-5.0], [-9.0]], finished=[[False], [False]])
+    data.add(cut, base, 1, n=1, beta=2.0, policy=[[-99.0], [-99.0]])
+    assert data.value_bound == 2.0 * 3
+
+
 @pytest.mark.parametrize("side", ["policy", "base"])
 def test_a_pair_needs_both_of_its_sides(side):
     broken = {"finished": [[False], [True]], "reward": [1.0, 2.0]}
@@ -132,11 +148,49 @@ def test_the_round_of_highest_value_is_kept(values, best):
     assert best_round([{"round": t, "value": value} for t, value in enumerate(values)]) == best
 
 
+def check_terms(out, found):
+    """Both terms and both bounds of each round, from the samples and models that it left."""
+    base_rows = rows(out / "samples.jsonl")
+    models = [load_model("game24", device="cpu")]
+    models += [load_model(out / f"round-{t}" / "model", device="cpu") for t in (1, 2)]
+
+    def logprob(model, row, ids):
+        return Scorer(model).score([row["prompt_ids"]], [[ids]]).reward("logprob").item()
+
+    data, value, bound = [], 0.0, 0.0
+    for t in (1, 2):
+        for p, own in enumerate(rows(out / f"round-{t}" / "samples.jsonl")):
+            for i in range(2):
+                sides = [(own, i), (base_rows[p], 2 * (t - 1) + i)]
+                if all(row["finish_reasons"][g] == "stop" for row, g in sides):
+                    data.append([(row, row["completion_ids"][g]) for row, g in sides])
+                    # of the round's pairs, under the round's policy
+                    l0 = [logprob(models[0], *side) for side in data[-1]]
+                    moved = [logprob(models[t - 1], *side) for side in data[-1]]
+                    value = max(value, *(abs(x - y) for x, y in zip(moved, l0, strict=True)))
+                    bound = max(bound, *(-x for x in l0))
+        # under what the round made of it; beta is 1
+        errors, base = [], []
+        for pair in data:
+            l0, l1 = ([logprob(m, *side) for side in pair] for m in (models[0], models[t]))
+            errors.append((l1[0] - l1[1]) - 2 * (l0[0] - l0[1]))
+            base.append(l1[1])
+        row = found[t]
+        assert row["pairs"] == len(data)
+        assert row["square"] == pytest.approx(sum(e**2 for e in errors) / len(data), rel=1e-3)
+        assert row["base_logprob"] == pytest.approx(sum(base) / len(base), rel=1e-4)
+        assert row["optimism_term"] == pytest.approx(row["optimism"] * row["base_logprob"])
+        assert row["value_bound"] == pytest.approx(value, abs=1e-4)
+        assert row["reward_bound"] == pytest.approx(bound, rel=1e-4)
+        assert row["optimism"] == pytest.approx(row["alpha"] * (value + bound) ** 2, rel=1e-3)
+
+
 def test_xpo_samples_from_the_policy_keeps_the_best_round_and_goes_on(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = ["xpo", *COMMON, "--limit", "3", "-n", "2", "--rounds", "2", "--validation", "1"]
     assert main([*argv, "--lr", "1e-5", "--out", str(whole)]) == 0
-    assert "J_beta on 1 held-out prompts: base -" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "J_beta on 1 held-out prompts: base -" in printed
     found = rows(whole / "rounds.jsonl")
     assert [row["round"] for row in found] == [0, 1, 2]
     # J_beta of each round, from what it left: mean of r - beta (log pi - log pi_base), beta 1
@@ -154,6 +208,11 @@ def test_xpo_samples_from_the_policy_keeps_the_best_round_and_goes_on(tmp_path, 
         assert 0 < len(terms) <= N_JUDGE
         assert value == pytest.approx(sum(terms) / len(terms), abs=1e-4)
     best = max(found, key=lambda row: row["value"])["round"]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["kept_round"], summary["rounds"]) == (best, found)
+    kept = f"round {best}" if best else "the base"
+    assert f"kept: {kept}\nround 1: mean e^2 {found[1]['square']:.4f}, optimism " in printed
+    check_terms(whole, found)
     if best:
         kept = whole / f"round-{best}" / "model" / "model.safetensors"
         assert kept.read_bytes() == (whole / "model" / "model.safetensors").read_bytes()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from itertools import combinations
 
 import pytest
 from transformers import TrainerCallback
@@ -127,8 +128,8 @@ def test_soft_weights_fit_every_sample(sft, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "n_pairs"),
     [
-        (["--pairs", "random"], 18),
-        (["--pairs", "all", "--standardise", "prompt", "--reward", "majority"], 90),
+        (["--pairs", "random"], 15),
+        (["--pairs", "all", "--standardise", "prompt", "--reward", "majority"], 83),
         (["--pairs", "best_worst", "--loss", "dpo", "--lora-rank", "2"], 6),
     ],
     ids=["random", "all", "dpo"],
@@ -138,6 +139,10 @@ def test_rlhf_fits_pairs(sft, tmp_path, capsys, extra, n_pairs):
     argv = ["rlhf", *COMMON, "--samples", str(sft[0] / "samples.jsonl"), "--lr", "1e-5", *extra]
     assert main([*argv, "--epochs", "2", "--out", str(out)]) == 0
     assert f"fitted {n_pairs} pairs of 6 of 6 prompts" in capsys.readouterr().out
+    if "all" in extra:
+        # of 90 those of two completions that differ
+        said = [[tuple(x) for x in r["completion_ids"]] for r in rows(sft[0] / "samples.jsonl")]
+        assert n_pairs == sum(a != b for group in said for a, b in combinations(group, 2))
     losses = [row["loss"] for row in rows(out / "losses.jsonl")]
     assert len(losses) == 6
     assert sum(losses[3:]) < sum(losses[:3])
@@ -150,3 +155,15 @@ def test_the_transductive_setting_is_named(sft, tmp_path):
     argv = ["sft", *COMMON, "-n", "2", "--split", "sharpen+test", "--limit", "2"]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["setting"] == "transductive"
+
+
+def test_a_prompt_of_copies_counts_as_without_pairs(sft, tmp_path, capsys):
+    out, path = tmp_path / "rlhf", tmp_path / "copies.jsonl"
+    samples = rows(sft[0] / "samples.jsonl")
+    for name in ("completions", "completion_ids", "logprobs", "finish_reasons"):
+        samples[0][name] = samples[0][name][:1] * 6
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    argv = ["rlhf", *COMMON, "--samples", str(path), "--pairs", "best_worst", "--lr", "1e-5"]
+    assert main([*argv, "--out", str(out)]) == 0
+    assert "fitted 5 pairs of 5 of 6 prompts" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["prompts_fitted"] == 5

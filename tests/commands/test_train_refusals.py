@@ -33,10 +33,38 @@ BASE = ["--model", "game24", "--task", "game24", "--out", "out", "--max-new-toke
             "`standardise` must be none with `--loss dpo`, got all",
         ),
         (["xpo", *BASE, "--alpha", "nan"], "`alpha` must be at least 0 and finite, got nan"),
+        (["xpo", *BASE, "--alpha", "car"], "`alpha` must be a number or auto, got 'car'"),
+        (
+            ["xpo", *BASE, "--exploration", "0.1"],
+            "`exploration` must be left out with `--alpha 1e-4`, got 0.1",
+        ),
+        (
+            ["xpo", *BASE, "--alpha", "auto", "--exploration", "-1"],
+            "`exploration` must be at least 0 and finite, got -1.0",
+        ),
         (["xpo", *BASE, "--validation", "0"], "`validation` must be at least 1, got 0"),
         (["xpo", *BASE, "-n", "0"], "`n` must be at least 1, got 0"),
         (["xpo", *BASE, "--reward", "rpc"], "in xpo, got 'rpc'"),
         (["xpo", *BASE, "--top-p", "0.9"], "`temperature` and `top_p` must be 1 in xpo"),
+        (
+            ["sft", *BASE, "--weights", "soft", "--temperature", "0.5"],
+            "got 0.5 and 1.0: the fit would tend to q exp(reward / soft_temperature), q drawing "
+            "each token from pi^2, not to",
+        ),
+        (
+            ["sft", *BASE, "--weights", "soft", "--temperature", "0"],
+            "`temperature` and `top_p` must be 1 with `--weights soft`, got 0.0 and 1.0: the fit "
+            "would tend to q exp(reward / soft_temperature), q the greedy completion alone",
+        ),
+        (
+            ["sft", *BASE, "--weights", "soft", "--top-p", "0.9"],
+            "got 1.0 and 0.9: the fit would tend to q exp(reward / soft_temperature), q drawing "
+            "each token from the top 0.9 of pi, not",
+        ),
+        (
+            ["rlhf", *BASE, "--temperature", "0"],
+            "`temperature` must be above 0 in rlhf, got 0: greedy draws of a prompt are all one",
+        ),
         (["sft", *BASE, "-n", "0"], "`n` must be at least 1, got 0"),
         (["sft", *BASE, "--epochs", "0"], "`epochs` must be above 0 and finite, got 0.0"),
         (["sft", *BASE, "--limit", "0"], "`limit` must be at least 1, got 0"),
@@ -109,6 +137,11 @@ CUT = {"finish_reasons": ["length", "length"]}
             "rlhf",
             [row(finish_reasons=["stop", "length"])],
             "`samples` must leave at least two finished completions of some prompt, got none",
+        ),
+        (
+            "rlhf",
+            [row(completion_ids=[[5, 2], [5, 2]])],
+            "two finished completions of some prompt, got none that differ; raise",
         ),
     ],
 )

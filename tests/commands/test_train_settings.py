@@ -21,8 +21,8 @@ OTHER = {
     "top_p": 0.5, "max_new_tokens": 7, "seed": 7, "lr": 0.5, "epochs": 0.5, "batch": 7,
     "lora_rank": 7, "save_every": 7, "trainer": ["bf16=true"], "reward": "mean_logprob",
     "weights": "soft", "soft_temperature": 0.5, "per": "sequence", "beta": 0.5,
-    "pairs": "all", "standardise": "all", "loss": "dpo", "alpha": 0.5, "rounds": 7,
-    "validation": 7, "scores": "sampler",
+    "pairs": "all", "standardise": "all", "loss": "dpo", "alpha": "0.5", "rounds": 7,
+    "exploration": 0.5, "validation": 7, "scores": "sampler",
 }  # fmt: skip
 
 

@@ -155,3 +155,12 @@ def test_first_shifts_the_samples(game24):
 def test_bad_settings_are_refused(config, options, message):
     with pytest.raises(InputError, match=message):
         sample_adaptively(TableSampler(), table_prompts(), SamplingConfig(**config), **options)
+
+
+def test_bad_settings_are_refused_of_no_prompts_too():
+    def nothing(**options):
+        return sample_adaptively(TableSampler(), [], SamplingConfig(), **options)
+
+    assert nothing().samples == []
+    with pytest.raises(InputError, match=r"`delta` must be in \(0, 1\), got 5"):
+        nothing(delta=5.0)

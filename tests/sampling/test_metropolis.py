@@ -217,6 +217,14 @@ def test_settings_that_cannot_be_walked_are_refused(options, message):
         Metropolis(**options)
 
 
+def test_a_broken_number_of_moves_is_refused():
+    # the types that tests run under would refuse it before
+    power = Metropolis()
+    object.__setattr__(power, "steps", 2.5)
+    with pytest.raises(InputError, match=r"`steps` must be a whole number, got 2\.5"):
+        power.__post_init__()
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.5}, {"top_p": 0.9}])
 def test_the_callers_temperature_is_refused(options):
     with pytest.raises(InputError, match="must be 1 for a sampler of the power distribution"):

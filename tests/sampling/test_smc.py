@@ -190,6 +190,15 @@ def test_settings_that_cannot_be_led_are_refused(options, message):
         ParticleFilter(**options)
 
 
+@pytest.mark.parametrize("name", ["particles", "every", "ramp"])
+def test_broken_numbers_are_refused(name):
+    # the types that tests run under would refuse them before
+    power = ParticleFilter()
+    object.__setattr__(power, name, 2.5)
+    with pytest.raises(InputError, match=f"`{name}` must be a whole number, got 2.5"):
+        power.__post_init__()
+
+
 def test_particles_that_do_not_fit_are_refused():
     message = r"rows:1: `max_tokens` must hold 8 particles of 9 tokens .* of 7, 79 in all, got 78"
     with pytest.raises(InputError, match=message):

@@ -136,3 +136,31 @@ def test_bad_settings_are_refused():
             adaptive_best_of_n(scores, delta=delta)
     with pytest.raises(InputError, match=r"`cap` must be at least 1, got 0"):
         adaptive_best_of_n(scores, delta=0.1, cap=0)
+
+
+def test_bad_settings_are_refused_of_no_prompts_too():
+    nothing = Scores.from_logprobs([])
+    assert adaptive_best_of_n(nothing).chosen.tolist() == []
+    with pytest.raises(InputError, match=r"`delta` must be in \(0, 1\), got 5"):
+        adaptive_best_of_n(nothing, delta=5.0)
+    with pytest.raises(InputError, match="`cap` must be at least 1, got -1"):
+        adaptive_best_of_n(nothing, cap=-1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+def test_a_draw_that_nothing_could_beat_is_refused_and_not_taken(bad):
+    rule = Stopping(0.5, cap=10)
+    with pytest.raises(InputError, match=f"`logprobs` must be numbers below infinity, got {bad}"):
+        rule.see([-3.0, bad])
+    assert (rule.n_used, rule.best, rule.chosen) == (0, -INF, -1)
+    # and goes on as if it had not been there
+    rule.see([-1.5, None, -0.5, -0.1])
+    assert (rule.n_used, rule.chosen, rule.is_certified) == (3, 2, True)
+
+
+def test_a_broken_number_of_draws_is_refused():
+    # the types that tests run under would refuse it before
+    rule = Stopping(0.5, cap=3)
+    rule.cap = 2.5
+    with pytest.raises(InputError, match=r"`cap` must be a whole number, got 2\.5"):
+        rule.__post_init__()

@@ -122,3 +122,14 @@ def test_equal_completions_count_once():
 
 def test_a_prompt_alone():
     assert list(prompt_rows(group())) == [{"prompt": "q", "prompt_id": "p"}]
+
+
+def test_a_completion_is_never_set_against_its_copy():
+    ids = {"prompt_ids": [1], "completion_ids": [[7], [8, 2], [7], [8, 3], []]}
+    # a copy whose reward is off by its rounding
+    copies = group((1.0, 4.0, 1.5, 3.0, NAN), **ids)
+    rows = dpo_rows(copies, drawn(), pairs="all")
+    found = [(row["chosen_sample_id"], row["rejected_sample_id"]) for row in rows]
+    assert found == [(1, 0), (3, 0), (1, 2), (1, 3), (3, 2)]
+    texts = Rated("f:1", "p", "q", ["a", "a", "b"], [1.0, 2.0, 3.0], [True] * 3)
+    assert [row["rejected"] for row in dpo_rows(texts, drawn(), pairs="all")] == ["a", "a"]

@@ -42,3 +42,51 @@ def test_fewer_than_two_make_no_pair(kind):
 def test_unknown_kinds_are_refused():
     with pytest.raises(InputError, match="`pairs` must be one of random, all, best_worst"):
         choose_pairs.__wrapped__("some", REWARD, OK, torch.Generator())
+
+
+COPIES = ["a", "b", "a", "c", "b", "b"]
+
+
+@pytest.mark.parametrize("kind", ["all", "random", "best_worst"])
+def test_a_completion_and_its_copy_make_no_pair(kind):
+    reward, ok = [-1.0, -2.0, -1.0, -3.0, -2.0, -2.0], [True] * 6
+    n_random = 0
+    for seed in range(12):
+        found = choose_pairs(kind, reward, ok, torch.Generator().manual_seed(seed), COPIES)
+        assert all(COPIES[i] != COPIES[j] for i, j in found)
+        n_random += len(found)
+    if kind == "all":
+        # of the 15, not the one of "a" and the three of "b"
+        assert len(found) == 15 - 1 - 3
+    if kind == "best_worst":
+        assert found == [(0, 3)]
+    if kind == "random":
+        # each pair of copies that falls together is dropped, the others stay
+        assert 12 < n_random < 12 * 3
+
+
+@pytest.mark.parametrize("kind", ["all", "random", "best_worst"])
+def test_copies_alone_make_no_pair_and_draw_nothing(kind):
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    # copies whose rewards differ by rounding, and one that may not be used
+    assert choose_pairs(kind, [-1.0, -1.1, 0.0], [True, True, False], generator, "aab") == []
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_the_worst_that_differs_is_set_against_the_best():
+    # one reward, of unequal completions: the last one is a copy of the first
+    found = choose_pairs("best_worst", [1.0] * 3, [True] * 3, torch.Generator(), "aba")
+    assert found == [(0, 1)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rewards_that_have_no_difference_are_refused(bad):
+    with pytest.raises(InputError, match=r"`reward` must be finite where eligible, got .* 1;"):
+        pairs("all", [-1.0, bad], [True, True])
+    assert pairs("all", [-1.0, bad, -2.0], [True, False, True]) == [(0, 2)]
+
+
+def test_lists_of_unequal_length_are_refused():
+    with pytest.raises(InputError, match="must be of one length, got 7, 2 and 7"):
+        pairs("all", eligible=[True, True])
