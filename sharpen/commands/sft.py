@@ -23,6 +23,7 @@ from sharpen.training.scaling import tilted_weights
 
 from .once import Choice, OnceConfig, fit_once
 from .options import option
+from .sample_law import check_law
 from .training import Drawn
 
 OWN = ("weights", "soft_temperature", "per")
@@ -64,6 +65,7 @@ def check(config: SftConfig) -> None:
         raise InputError(
             f"`soft_temperature` must be above 0 and finite, got {config.soft_temperature}."
         )
+    check_law(config, "must" if config.weights == "soft" else "any", "`--weights soft`")
 
 
 def choose(config: SftConfig, drawn: Drawn) -> Choice:
