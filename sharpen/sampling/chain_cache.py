@@ -84,14 +84,13 @@ class ChainCache(PromptCache):
         T: Most tokens of a chain.
     """
 
-    layers: list[KeptLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(self, read: PromptCache, counts: Sequence[int], T: int):
         super().__init__()
         self.every, self.some = read.prompts, list(range(len(counts)))
         self.prompts = dict(read.prompts)
         self.owner = [g for g, count in enumerate(counts) for _ in range(count)]
-        self.layers = [KeptLayer(layer, (len(self.owner), T)) for layer in read.layers]
+        self.kept = [KeptLayer(layer, (len(self.owner), T)) for layer in read.layers]
+        self.layers = [*self.kept]
 
     def take(self, rows: Tensor, L: int) -> None:
         """Go on with these rows, after L of their tokens.
@@ -109,15 +108,15 @@ class ChainCache(PromptCache):
             self.prompts = {module: (k[at], v[at]) for module, (k, v) in self.every.items()}
         self.some, self.counts = some, [count[g] for g in some]
         self.rows = PrefixRows.of(self.counts, rows.device)
-        for layer in self.layers:
+        for layer in self.kept:
             layer.take(rows, L)
 
     def begin(self) -> None:
         """What is written from now on can be taken back."""
-        for layer in self.layers:
+        for layer in self.kept:
             layer.begin()
 
     def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
         """Take back what was written since `begin`, of the rows where it says not to."""
-        for layer in self.layers:
+        for layer in self.kept:
             layer.settle(is_taken)

@@ -9,7 +9,6 @@ B chains, G prompts of P tokens, T most new tokens.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from sharpen.errors import InputError
 from sharpen.scoring.forward import evaluating
 
 from . import chains
+from .chain_cache import COPIES
 from .chains import Chains
 from .draw import child_keys, row_key, uniform
 from .hf import Rows
@@ -101,7 +101,8 @@ class MetropolisSampler(PowerSampler):
         model: As for `TransformersSampler`.
         tokenizer: As for `TransformersSampler`.
         power: How to walk.
-        max_tokens: As for `TransformersSampler`.
+        max_tokens: As for `TransformersSampler`, but a chain holds keys and values of three times
+            `max_new_tokens`: of its state, of its proposal, and of what is being decoded.
         sharing: As for `TransformersSampler`; where nothing is shared, whole sequences are read
             again at every token.
     """
@@ -117,6 +118,9 @@ class MetropolisSampler(PowerSampler):
     ):
         super().__init__(model, tokenizer, max_tokens=max_tokens, sharing=sharing)
         self.power = power
+
+    def _held(self, max_new_tokens: int) -> int:
+        return (COPIES if self.route == "shared" else 1) * max_new_tokens
 
     def _run(
         self, prompts: Sequence[Prompt], batch: list[Share], config: SamplingConfig
@@ -138,17 +142,22 @@ class MetropolisSampler(PowerSampler):
         return ChainRows(owners, *state.results(), accepted=rates, **told)
 
     def _collect(self, prompts: Sequence[Prompt], parts: Sequence[Rows], n: int) -> list[Samples]:
-        chains_of = [rows for rows in parts if isinstance(rows, ChainRows)]
-        told = {
-            name: list(itertools.chain.from_iterable(getattr(rows, name) for rows in chains_of))
-            for name in ("accepted", "drawn", "read_again")
-        }
-        return [
-            MetropolisSamples(
-                **vars(samples), **{name: x[i * n : (i + 1) * n] for name, x in told.items()}
+        of = [rows for rows in parts if isinstance(rows, ChainRows)]
+        accepted = [x for rows in of for x in rows.accepted]
+        drawn = [x for rows in of for x in rows.drawn]
+        read_again = [x for rows in of for x in rows.read_again]
+        finished: list[Samples] = []
+        for i, samples in enumerate(super()._collect(prompts, parts, n)):
+            span = slice(i * n, (i + 1) * n)
+            finished.append(
+                MetropolisSamples(
+                    **vars(samples),
+                    accepted=accepted[span],
+                    drawn=drawn[span],
+                    read_again=read_again[span],
+                )
             )
-            for i, samples in enumerate(super()._collect(prompts, parts, n))
-        ]
+        return finished
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ class OnSharedPrompts:
 
     def _run(self, rows: Tensor, ids: Tensor, n_before: int) -> Tensor:
         # rows that go on together go on in place
-        if rows.tolist() != self.running:
+        if (numbers := rows.tolist()) != self.running:
             self.cache.take(rows, n_before)
-            self.running = rows.tolist()
+            self.running = numbers
         with under(StepPlan(self.cache)):
             return next_logits(self.model, ids[:, None], self.cache)
 
