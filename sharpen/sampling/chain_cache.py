@@ -33,7 +33,7 @@ class KeptLayer(OwnLayer):
         super().__init__()
         self.is_forked, self.is_initialized = True, prompts.is_initialized
         self.P, self.shape = prompts.P, shape
-        self.rows: Tensor | None = None
+        self.rows = torch.zeros(0, dtype=torch.int64)
         # keys and values, each [B, Hkv, T, K]; of nothing that was not written is ever read
         self.store: tuple[Tensor, Tensor] | None = None
         self.state: tuple[Tensor, Tensor] | None = None
@@ -47,7 +47,7 @@ class KeptLayer(OwnLayer):
         if self.store is None:
             self.store = self._empty(key_states), self._empty(value_states)
         for kept, new in zip(self.store, (key_states, value_states), strict=True):
-            kept[self.rows, :, start : self.L] = new
+            kept[:, :, start : self.L].index_copy_(0, self.rows, new)
         return found
 
     def take(self, rows: Tensor, L: int) -> None:
@@ -55,7 +55,7 @@ class KeptLayer(OwnLayer):
         self.rows, self.L = rows, L
         self.keys = self.values = None
         if self.store is not None:
-            self.keys, self.values = (x[rows, :, : L + ROOM] for x in self.store)
+            self.keys, self.values = (x[:, :, : L + ROOM].index_select(0, rows) for x in self.store)
 
     def begin(self) -> None:
         """What is written from now on can be taken back."""
