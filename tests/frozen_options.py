@@ -8,7 +8,10 @@ ENDPOINT = [
     "endpoint_rpm", "endpoint_timeout", "endpoint_tries", "endpoint_choices",
 ]  # fmt: skip
 ENGINE = ["engine", "vllm", *ENDPOINT]
-SAMPLER = ["sampler", "alpha", "steps", "particles", "ramp", "proposal_temperature"]
+SAMPLER = [
+    "sampler", "alpha", "steps", "particles", "ramp", "resample_every", "resample_threshold",
+    "proposal_temperature",
+]  # fmt: skip
 FIT = ["lr", "epochs", "batch", "lora_rank", "save_every", "trainer"]
 TRAIN = [*MODEL, *PROMPTS, *DRAW, *FIT, "out", "reward"]
 OPTIONS = {

@@ -27,6 +27,7 @@ from sharpen.training.scaling import standardise
 
 from .once import Choice, OnceConfig, fit_once
 from .options import option
+from .sample_law import check_law
 from .training import PAIRS, Drawn
 
 OWN = ("beta", "pairs", "standardise", "loss")
@@ -86,6 +87,7 @@ def check(config: RlhfConfig) -> None:
             f"`standardise` must be none with `--loss dpo`, got {config.standardise}: that loss "
             "knows which reward is higher, not by how much."
         )
+    check_law(config, "should", "Eq. (8)" if config.loss == "square" else "`--loss dpo`")
 
 
 def choose(config: RlhfConfig, drawn: Drawn) -> Choice:

@@ -18,8 +18,12 @@ OF = {
     "steps": ("mh",),
     "particles": ("smc",),
     "ramp": ("smc",),
+    "resample_every": ("smc",),
+    "resample_threshold": ("smc",),
     "proposal_temperature": ("mh", "smc"),
 }
+# those that the sampler's own settings call otherwise
+FIELDS = {"resample_every": "every", "resample_threshold": "threshold"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class SamplerOptions:
     steps: int | None = option("mh: moves of each chain; default 10")
     particles: int | None = option("smc: particles of each prompt; default 64")
     ramp: int | None = option("smc: tokens over which the power grows from 1; default 0")
+    resample_every: int | None = option("smc: tokens between two looks at weights; default 16")
+    resample_threshold: float | None = option(
+        "smc: resample where the effective size is below this share of particles; default 0.5"
+    )
     proposal_temperature: float | None = option(
         "mh, smc: temperature of the proposal; default 1/alpha"
     )
@@ -53,7 +61,8 @@ class SamplerOptions:
                 )
         if self.sampler == "model":
             return None
-        return (Metropolis if self.sampler == "mh" else ParticleFilter)(**given)
+        kind = Metropolis if self.sampler == "mh" else ParticleFilter
+        return kind(**{FIELDS.get(name, name): value for name, value in given.items()})
 
     def sampler_settings(self) -> dict[str, Any]:
         """What the samples depend on; nothing for the model's own law."""

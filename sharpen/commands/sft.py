@@ -23,6 +23,7 @@ from sharpen.training.scaling import tilted_weights
 
 from .once import Choice, OnceConfig, fit_once
 from .options import option
+from .sample_law import check_law
 from .training import Drawn
 
 OWN = ("weights", "soft_temperature", "per")
@@ -65,28 +66,7 @@ def check(config: SftConfig) -> None:
         raise InputError(
             f"`soft_temperature` must be above 0 and finite, got {config.soft_temperature}."
         )
-    if config.weights == "soft" and (config.temperature, config.top_p) != (1.0, 1.0):
-        raise InputError(
-            "`temperature` and `top_p` must be 1 with `--weights soft`, got "
-            f"{config.temperature} and {config.top_p}: the fit would tend to "
-            f"q exp(reward / soft_temperature), q {law_of(config.temperature, config.top_p)}, not "
-            "to the base model's own pi exp(reward / soft_temperature)."
-        )
-
-
-def law_of(temperature: float, top_p: float) -> str:
-    """What samples are drawn from, in words.
-
-    Example:
-        >>> law_of(0.5, 1.0)
-        'drawing each token from pi^2'
-        >>> law_of(1.0, 0.9)
-        'drawing each token from the top 0.9 of pi'
-    """
-    if temperature == 0:
-        return "the greedy completion alone"
-    power = "pi" if temperature == 1 else f"pi^{1 / temperature:.4g}"
-    return f"drawing each token from {'' if top_p == 1 else f'the top {top_p:g} of '}{power}"
+    check_law(config, "must" if config.weights == "soft" else "any", "`--weights soft`")
 
 
 def choose(config: SftConfig, drawn: Drawn) -> Choice:

@@ -47,7 +47,7 @@ def read(model: PreTrainedModel, prompts: Int64[Tensor, "G P"]) -> ReadPrompts:
     """
     cache = PromptCache()
     with under(PromptPlan(cache)):
-        return ReadPrompts(cache, _run(model, prompts, cache))
+        return ReadPrompts(cache, next_logits(model, prompts, cache))
 
 
 def decode(
@@ -88,11 +88,17 @@ def _decode(
             cache.keep(onward)
             rows_A, token_A = rows_A[onward_C], token_A[onward_C]
         with under(StepPlan(cache)):
-            logits_AV = _run(model, token_A[:, None], cache)
+            logits_AV = next_logits(model, token_A[:, None], cache)
 
 
-def _run(model: PreTrainedModel, ids: Tensor, cache: PromptCache) -> Float[Tensor, "A V"]:
-    """Logits of the last token of each row."""
+def next_logits(model: PreTrainedModel, ids: Tensor, cache: PromptCache) -> Float[Tensor, "A V"]:
+    """Logits of what follows the last token of each row.
+
+    Args:
+        model: Under a plan of the cache.
+        ids: Further tokens of each row.
+        cache: Of what came before.
+    """
     seen, n = cache.get_seq_length(), ids.shape[1]
     position_ids = torch.arange(seen, seen + n, device=ids.device).expand(ids.shape)
     options = accepted(model, position_ids=position_ids, logits_to_keep=1)

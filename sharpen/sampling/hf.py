@@ -123,9 +123,8 @@ class TransformersSampler:
         lengths = [len(prompt.ids) for prompt in prompts]
         parts: list[Rows] = []
         shared = self.route == "shared"
-        for batch in plan_batches(
-            lengths, config.n, config.max_new_tokens, self.max_tokens, shared=shared
-        ):
+        each = self._held(config.max_new_tokens)
+        for batch in plan_batches(lengths, config.n, each, self.max_tokens, shared=shared):
             if all(prompts[share.prompt].id in done for share in batch):
                 continue
             rows = self._run(prompts, batch, config)
@@ -136,6 +135,10 @@ class TransformersSampler:
             finished = self._collect(prompts, parts, config.n)
             parts = []
             yield [samples for samples in finished if samples.prompt_id not in done]
+
+    def _held(self, max_new_tokens: int) -> int:
+        """Tokens whose keys and values a row of this many needs, its prompt's aside."""
+        return max_new_tokens
 
     def _run(self, prompts: Sequence[Prompt], batch: list[Share], config: SamplingConfig) -> "Rows":
         rows = [(share.prompt, i) for share in batch for i in range(share.start, share.stop)]

@@ -3,7 +3,7 @@
 Each completion is the last state of a chain of its own that begins at a plain sample of the model.
 The moves are those of Karan & Du 2025 (arXiv:2510.14901), with the exact ratio of `chains.py`: of
 whole rests, and with the probability of the cut. All chains of a batch move in one decoding, on
-one copy of each prompt's keys: kept tokens are read again as they come.
+one copy of each prompt's keys and on the keys of their kept tokens (`redraw.py`).
 
 B chains, G prompts of P tokens, T most new tokens.
 """
@@ -23,12 +23,14 @@ from sharpen.errors import InputError
 from sharpen.scoring.forward import evaluating
 
 from . import chains
+from .chain_cache import COPIES
 from .chains import Chains
 from .draw import child_keys, row_key, uniform
 from .hf import Rows
 from .plan import Share
-from .power import Decode, PowerSampler, check_settings
+from .power import PowerSampler, check_settings
 from .protocol import Prompt, Samples, SamplingConfig
+from .redraw import OnSharedPrompts, Redrawing, Rereading
 from .tempered_step import TemperedStep
 
 
@@ -80,9 +82,14 @@ class MetropolisSamples(Samples):
 
     Attributes:
         accepted: Share of each chain's moves that were accepted.
+        drawn: Tokens that each chain drew, of its first sample and all proposals.
+        read_again: Kept tokens that its moves read again on shared prompts: one of a move that
+            keeps any. Where nothing is shared, every token drawn reads all that is before it.
     """
 
     accepted: list[float]
+    drawn: list[int]
+    read_again: list[int]
 
 
 class MetropolisSampler(PowerSampler):
@@ -96,7 +103,8 @@ class MetropolisSampler(PowerSampler):
         model: As for `TransformersSampler`.
         tokenizer: As for `TransformersSampler`.
         power: How to walk.
-        max_tokens: As for `TransformersSampler`.
+        max_tokens: As for `TransformersSampler`, but a chain holds keys and values of three times
+            `max_new_tokens`: of its state, of its proposal, and of what is being decoded.
         sharing: As for `TransformersSampler`; where nothing is shared, whole sequences are read
             again at every token.
     """
@@ -113,6 +121,9 @@ class MetropolisSampler(PowerSampler):
         super().__init__(model, tokenizer, max_tokens=max_tokens, sharing=sharing)
         self.power = power
 
+    def _held(self, max_new_tokens: int) -> int:
+        return (COPIES if self.route == "shared" else 1) * max_new_tokens
+
     def _run(
         self, prompts: Sequence[Prompt], batch: list[Share], config: SamplingConfig
     ) -> "ChainRows":
@@ -126,24 +137,38 @@ class MetropolisSampler(PowerSampler):
         ]
         with torch.no_grad(), evaluating(self.model):
             walk = _Walk(self, prompts_GP, counts, torch.tensor(keys, device=device), config)
-            state, accepted_B = walk.run()
+            state = walk.run()
         owners = [share.prompt for share in batch for _ in range(share.start, share.stop)]
-        rates = (accepted_B.double() / self.power.steps).tolist()
-        return ChainRows(owners, *state.results(), rates)
+        rates = (walk.accepted_B.double() / self.power.steps).tolist()
+        told = {"drawn": walk.drawn_B.tolist(), "read_again": walk.read_again_B.tolist()}
+        return ChainRows(owners, *state.results(), accepted=rates, **told)
 
     def _collect(self, prompts: Sequence[Prompt], parts: Sequence[Rows], n: int) -> list[Samples]:
-        rates = [x for rows in parts if isinstance(rows, ChainRows) for x in rows.accepted]
-        return [
-            MetropolisSamples(**vars(samples), accepted=rates[i * n : (i + 1) * n])
-            for i, samples in enumerate(super()._collect(prompts, parts, n))
-        ]
+        of = [rows for rows in parts if isinstance(rows, ChainRows)]
+        accepted = [x for rows in of for x in rows.accepted]
+        drawn = [x for rows in of for x in rows.drawn]
+        read_again = [x for rows in of for x in rows.read_again]
+        finished: list[Samples] = []
+        for i, samples in enumerate(super()._collect(prompts, parts, n)):
+            span = slice(i * n, (i + 1) * n)
+            finished.append(
+                MetropolisSamples(
+                    **vars(samples),
+                    accepted=accepted[span],
+                    drawn=drawn[span],
+                    read_again=read_again[span],
+                )
+            )
+        return finished
 
 
 @dataclass(frozen=True)
 class ChainRows(Rows):
-    """What one batch produced, chain by chain."""
+    """What one batch produced, chain by chain; see `MetropolisSamples`."""
 
     accepted: list[float]
+    drawn: list[int]
+    read_again: list[int]
 
 
 class _Walk:
@@ -158,28 +183,37 @@ class _Walk:
         config: SamplingConfig,
     ):
         self.sampler, self.power, self.config = sampler, sampler.power, config
-        self.counts, self.keys_B = counts, keys
+        self.keys_B = keys
         count_G = torch.tensor(counts, device=prompts.device)
         self.prompts_BP = prompts.repeat_interleave(count_G, dim=0)
-        self.decode: Decode = sampler.opened(prompts, config.max_new_tokens)
+        model, T = sampler.model, config.max_new_tokens
+        self.redraw: Redrawing
+        if sampler.reads_once(prompts.shape[1], T):
+            self.redraw = OnSharedPrompts(model, prompts, counts, T)
+        else:
+            self.redraw = Rereading(model, self.prompts_BP)
+        self.accepted_B = torch.zeros_like(keys)
+        self.drawn_B = torch.zeros_like(keys)
+        self.read_again_B = torch.zeros_like(keys)
 
-    def run(self) -> tuple[Chains, Int64[Tensor, " B"]]:
-        """The last states, and how many moves each chain took."""
+    def run(self) -> Chains:
+        """The last states."""
         state = self._drawn(self._step(self.config, self.keys_B))
-        accepted_B = torch.zeros_like(state.count)
+        self.redraw.settle(torch.ones_like(state.is_open))
         tempered = dataclasses.replace(self.config, temperature=self.power.temperature)
         for move in range(self.power.steps):
             cut_B = (self._uniform(f"cut {move}") * state.count).long()
             step = self._step(tempered, child_keys(self.keys_B, f"move {move}"))
-            step.keep(state.token, cut_B)
+            step.keep(state.token, state.logprob, state.proposal, cut_B)
             new = self._drawn(step)
             log_r_B = chains.log_ratio(state, new, cut_B, self.power.alpha)
             # a state whose logits are NaN stays, and none is ever entered
             is_taken_B = self._uniform(f"accept {move}").log() < log_r_B
             is_taken_B &= ~(state.is_nan | new.is_nan)
+            self.redraw.settle(is_taken_B)
             state = state.moved(new, is_taken_B)
-            accepted_B += is_taken_B
-        return state, accepted_B
+            self.accepted_B += is_taken_B
+        return state
 
     def _step(self, config: SamplingConfig, keys: Int64[Tensor, " B"]) -> TemperedStep:
         model, eos_ids = self.sampler.model, self.sampler.eos_ids
@@ -187,7 +221,9 @@ class _Walk:
         return TemperedStep(model, self.prompts_BP, keys, eos_ids, config, tau)
 
     def _drawn(self, step: TemperedStep) -> Chains:
-        self.decode(self.counts, step)
+        self.redraw(step)
+        self.drawn_B += step.count_B - step.n_kept_B
+        self.read_again_B += step.n_kept_B > 0
         return Chains(
             step.token_BT,
             step.logprob_BT,

@@ -39,8 +39,9 @@ class ParticleFilter:
         threshold: Resample a prompt where the effective size of its particles is below this share
             of N; 0 never does.
         ramp: Tokens over which the power grows from 1 to alpha; 0 for alpha from the first token.
-        proposal_temperature: At which tokens are drawn; None for 1 / alpha, where the weights vary
-            least among proposals that see no further than the next token.
+        proposal_temperature: At which tokens are drawn; None for 1 / alpha, where without a ramp
+            the weights vary least among proposals that see no further than the next token. While
+            the power grows that would be 1 / alpha_t; the weights allow for the difference.
     """
 
     alpha: float = 4.0

@@ -64,11 +64,14 @@ class PowerSampler(TransformersSampler):
 
     def opened(self, prompts: Int64[Tensor, "G P"], max_new_tokens: int) -> Decode:
         """Decodes rows of these prompts, as often as it is called; reads them once if it can."""
-        P = prompts.shape[1]
-        if self._shares and not crosses_rope_boundary(self.model, P, P + max_new_tokens):
+        if self.reads_once(prompts.shape[1], max_new_tokens):
             prompts_read = read(self.model, prompts)
             return lambda counts, take: decode_again(self.model, prompts_read, counts, take)
         return lambda counts, take: decode_rereading(self.model, prompts, counts, take)
+
+    def reads_once(self, P: int, max_new_tokens: int) -> bool:
+        """Whether keys of a prompt of P tokens serve for all that follows it; said if never."""
+        return self._shares and not crosses_rope_boundary(self.model, P, P + max_new_tokens)
 
     @functools.cached_property
     def _shares(self) -> bool:

@@ -36,19 +36,33 @@ class TemperedStep(DrawStep):
         super().__init__(model, prompts, keys, eos_ids, config)
         self.proposal_temperature = proposal_temperature
         self.proposal_BT = torch.zeros_like(self.logprob_BT)
-        self.kept_BT = self.token_BT
         self.n_kept_B = torch.zeros_like(self.count_B)
 
-    def keep(self, tokens: Int64[Tensor, "B T"], n: Int64[Tensor, " B"]) -> None:
-        """The first `n` tokens of each row are these, whatever is drawn; none ends a row."""
-        self.kept_BT, self.n_kept_B = tokens, n
+    def keep(
+        self,
+        token: Int64[Tensor, "B T"],
+        logprob: Float32[Tensor, "B T"],
+        proposal: Float32[Tensor, "B T"],
+        n: Int64[Tensor, " B"],
+    ) -> None:
+        """Begin each row with the first `n` of these, drawn before; none ends a row.
+
+        Args:
+            token: Their ids.
+            logprob: As `logprob_BT`.
+            proposal: As `proposal_BT`.
+            n: At most T - 1 of a row.
+        """
+        is_kept_BT = torch.arange(token.shape[1], device=token.device) < n[:, None]
+        self.token_BT = torch.where(is_kept_BT, token, self.token_BT)
+        self.logprob_BT = torch.where(is_kept_BT, logprob, self.logprob_BT)
+        self.proposal_BT = torch.where(is_kept_BT, proposal, self.proposal_BT)
+        self.n_kept_B, self.count_B = n, n.clone()
 
     def _draw(
         self, rows: Int64[Tensor, " A"], is_open: Bool[Tensor, " A"], logits: Float32[Tensor, "A V"]
     ) -> Int64[Tensor, " A"]:
-        is_kept_A = self.step < self.n_kept_B[rows]
-        drawn_A = super()._draw(rows, is_open & ~is_kept_A, logits)
-        token_A = torch.where(is_kept_A, self.kept_BT[rows, self.step], drawn_A)
+        token_A = super()._draw(rows, is_open, logits)
         tempered_AV = logits / self.proposal_temperature
         chosen_A = tempered_AV.gather(1, token_A[:, None]).squeeze(1)
         self.proposal_BT[rows, self.step] = chosen_A - tempered_AV.logsumexp(dim=1)

@@ -7,6 +7,9 @@ for its completions and no [tokens, vocabulary] tensor is made.
 A batch that fits `max_tokens` runs as one graph. A larger one runs in bounded memory: slopes of the
 loss first, then the completions in batches of `max_tokens`, each forgotten before the next, at the
 price of one more forward. So memory does not grow with the number of completions.
+
+Several processes run DDP (`processes.py`). Where the batch of any is too large, all of them run in
+bounded memory, which DDP does not see: gradients are averaged once, when the last piece is done.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from sharpen.scoring import Scorer
 
 from .groups import Batch, Group
 from .objectives import Objective
+from .processes import average_gradients, check_started, check_way, in_any
 
 # Any: what a Trainer passes from its data to its steps
 Inputs = dict[str, Any]
@@ -42,7 +46,8 @@ class GroupTrainer(Trainer):
         callbacks: As `Trainer` takes them.
 
     Raises:
-        InputError: If there is no group, `max_tokens` < 1, or the model is not causal.
+        InputError: If there is no group, `max_tokens` < 1, the model is not causal, or `args` or
+            the launcher shards weights or spreads one process over several GPUs.
     """
 
     # a mean over its batch: the Trainer divides it by the accumulated batches
@@ -60,6 +65,7 @@ class GroupTrainer(Trainer):
     ):
         if not groups:
             raise InputError("`groups` must hold at least one prompt with completions, got none.")
+        check_way(args)
         # a peft model answers to everything that the scorer asks of a model
         self.scorer = Scorer(model, max_tokens=max_tokens)  # type: ignore[arg-type]
         # probed here, before the model is wrapped or cast
@@ -74,6 +80,7 @@ class GroupTrainer(Trainer):
             data_collator=_collate,
             callbacks=callbacks,
         )
+        check_started(self.accelerator)
 
     # as Trainer
     def train(self, *args: Any, **kwargs: Any):
@@ -90,7 +97,8 @@ class GroupTrainer(Trainer):
     ) -> Tensor:
         """Add a batch's gradient; its loss."""
         batch: Batch = inputs["batch"]
-        if self._graph_tokens(batch) <= self.scorer.max_tokens:
+        is_large = self._graph_tokens(batch) > self.scorer.max_tokens
+        if not in_any(is_large, self.accelerator):
             return super().training_step(model, inputs, num_items_in_batch).float()
         return self._bounded_step(model, batch)
 
@@ -108,12 +116,6 @@ class GroupTrainer(Trainer):
         return (loss, {"logprobs": logprob_S}) if return_outputs else loss
 
     def _bounded_step(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self.accelerator.num_processes > 1:
-            raise InputError(
-                f"`max_tokens` must hold a batch in more than one process, got "
-                f"{self.scorer.max_tokens} for {self._graph_tokens(batch)} tokens; raise it, or "
-                "put fewer prompts or completions into a batch."
-            )
         model.train()
         scaler = self.accelerator.scaler
         found = torch.zeros((), device=self.args.device)
@@ -127,6 +129,9 @@ class GroupTrainer(Trainer):
         # a weight that was cast without a graph must not be met again with one
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             self.scorer.backward(batch.prompts, batch.completions, loss)
+        n_processes = self.accelerator.num_processes
+        if n_processes > 1 and self.accelerator.sync_gradients:
+            average_gradients(list(model.parameters()), n_processes)
         return found
 
     def _graph_tokens(self, batch: Batch) -> int:

@@ -65,9 +65,22 @@ def test_worked_examples_go_before_each_prompt(tmp_path, shots):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--sampler", "mh", "--alpha", "3", "--steps", "2"], {"accepted"}),
+        (["--sampler", "mh", "--alpha", "3", "--steps", "2"], {"accepted", "drawn", "read_again"}),
         (
-            ["--sampler", "smc", "--alpha", "3", "--particles", "4", "--ramp", "5"],
+            [
+                "--sampler",
+                "smc",
+                "--alpha",
+                "3",
+                "--particles",
+                "4",
+                "--ramp",
+                "5",
+                "--resample-every",
+                "3",
+                "--resample-threshold",
+                "0.9",
+            ],
             {"particles", "log_z", "effective_size", "n_resampled"},
         ),
     ],
@@ -98,6 +111,13 @@ def test_the_power_distribution_is_sampled_and_continued(tmp_path, flags, told):
     [
         (["--alpha", "4"], "`--alpha` must come with `--sampler` mh or smc, got model"),
         (["--sampler", "mh", "--particles", "4"], "`--particles` must come with `--sampler` smc"),
+        (["--resample-every", "4"], "`--resample-every` must come with `--sampler` smc, got model"),
+        (
+            ["--sampler", "mh", "--resample-threshold", "0.5"],
+            "`--resample-threshold` must come with `--sampler` smc, got mh",
+        ),
+        (["--sampler", "smc", "--resample-every", "0"], "`every` must be at least 1, got 0"),
+        (["--sampler", "smc", "--resample-threshold", "2"], "`threshold` must be in [0, 1], got 2"),
         (["--sampler", "mh", "--alpha", "0.5"], "`alpha` must be at least 1, got 0.5"),
         (["--sampler", "smc", "--temperature", "0.5"], "`temperature` must be 1 for a sampler of"),
         (["--sampler", "smc", "--particles", "999"], "`max_tokens` must hold 999 particles"),
@@ -107,3 +127,15 @@ def test_settings_of_another_sampler_are_refused(tmp_path, capsys, flags, messag
     assert main([*SAMPLE, "--out", str(tmp_path / "a.jsonl"), *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resampling_is_as_often_as_asked_for(tmp_path):
+    often = ["--sampler", "smc", "--particles", "6", "--limit", "2", "--resample-threshold"]
+    counts = {}
+    for threshold, every in ((0, 1), (1, 1), (1, 20)):
+        out = tmp_path / f"{threshold}-{every}.jsonl"
+        rows = sample(out, *often, str(threshold), "--resample-every", str(every))
+        counts[threshold, every] = [row["n_resampled"] for row in rows]
+    assert counts[0, 1] == [0, 0]
+    assert min(counts[1, 1]) > 5
+    assert max(counts[1, 20]) <= 2

@@ -48,19 +48,11 @@ BASE = ["--model", "game24", "--task", "game24", "--out", "out", "--max-new-toke
         (["xpo", *BASE, "--top-p", "0.9"], "`temperature` and `top_p` must be 1 in xpo"),
         (
             ["sft", *BASE, "--weights", "soft", "--temperature", "0.5"],
-            "got 0.5 and 1.0: the fit would tend to q exp(reward / soft_temperature), q drawing "
-            "each token from pi^2, not to",
+            "`temperature` and `top_p` must make plain draws of game24 for `--weights soft`, whose "
+            "optimum is another on other samples, got draws of game24, temperature 0.5; use",
         ),
-        (
-            ["sft", *BASE, "--weights", "soft", "--temperature", "0"],
-            "`temperature` and `top_p` must be 1 with `--weights soft`, got 0.0 and 1.0: the fit "
-            "would tend to q exp(reward / soft_temperature), q the greedy completion alone",
-        ),
-        (
-            ["sft", *BASE, "--weights", "soft", "--top-p", "0.9"],
-            "got 1.0 and 0.9: the fit would tend to q exp(reward / soft_temperature), q drawing "
-            "each token from the top 0.9 of pi, not",
-        ),
+        (["sft", *BASE, "--weights", "soft", "--temperature", "0"], "game24, temperature 0; use"),
+        (["sft", *BASE, "--weights", "soft", "--top-p", "0.9"], "draws of game24, top_p 0.9; use"),
         (
             ["rlhf", *BASE, "--temperature", "0"],
             "`temperature` must be above 0 in rlhf, got 0: greedy draws of a prompt are all one",

@@ -1,0 +1,83 @@
+"""Two processes end with the weights of one, to rounding, and with the same as each other."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from sharpen.errors import InputError
+from sharpen.training.objectives import Square
+from sharpen.training.processes import check_started
+from sharpen.training.trainer import GroupTrainer
+from test_layers import ROOT
+from tiny import tiny
+from tiny_groups import compared
+from training_two_ranks import CASES, fit, losses, weights
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(ROOT / "tests" / "training_two_ranks.py"), str(folder),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {name: [torch.load(folder / f"{name}.{r}.pt") for r in (0, 1)] for name in CASES}
+    return found | {"average": torch.load(folder / "average.pt")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_fit_what_one_fits(two, tmp_path, name):
+    first, second = two[name]
+    assert (first["processes"], first["wrapped"]) == (2, "DistributedDataParallel")
+    assert torch.equal(first["weights"], second["weights"])
+    trainer, n_bounded, before = fit(CASES[name], tmp_path, 1)
+    want = weights(trainer.model)
+    moved = (want - before).norm()
+    assert moved > 1e-4
+    assert (first["weights"] - want).norm() < 1e-4 * moved
+    assert first["losses"] == pytest.approx(losses(trainer), rel=1e-4)
+    # all together, or none: one that waits for the gradients of the other would wait for ever
+    assert first["bounded"] == second["bounded"]
+    assert (first["bounded"] > 0) == ("bounded" in name) == (n_bounded > 0)
+    if name == "some-bounded":
+        assert first["bounded"] < 6
+
+
+def test_gradients_are_averaged_over_all_processes(two):
+    assert two["average"] == [[3.0, 4.0], [0.5, 1.0], None, None]
+
+
+@pytest.mark.parametrize(
+    ("more", "n_gpu", "message"),
+    [
+        ({"fsdp": True}, 0, "`fsdp` must be unset, got True: sharded weights are not supported"),
+        ({}, 2, "one process must have one GPU, got 2; start it with `accelerate launch`"),
+    ],
+)
+def test_ways_that_the_losses_cannot_follow_are_refused(tmp_path, more, n_gpu, message):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False,
+        **more,
+    )  # fmt: skip
+    args._n_gpu = n_gpu
+    with pytest.raises(InputError, match=message):
+        GroupTrainer(tiny(), compared(), Square(1.0), args)
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launcher_that_shards_is_refused(way):
+    check_started(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
+    with pytest.raises(InputError, match=f"the launcher must be DDP, got {way}: sharded weights"):
+        check_started(SimpleNamespace(distributed_type=DistributedType(way)))

@@ -1,0 +1,155 @@
+"""The same fits in one process and in as many as torchrun starts.
+
+torchrun --nproc_per_node 2 tests/training_two_ranks.py OUT: each process saves the weights that it
+ends with, OUT/CASE.RANK.pt, and the first also the losses, OUT/CASE.losses.pt.
+"""
+
+import dataclasses
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from sharpen.training.groups import Batch
+from sharpen.training.objectives import Likelihood, Square
+from sharpen.training.processes import average_gradients
+from sharpen.training.trainer import GroupTrainer
+from tiny import tiny
+from tiny_groups import compared, likelihood
+
+WHOLE = 16384
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fit of six groups.
+
+    Attributes:
+        batch: Groups of all processes together, in one step of one process or of each.
+        accumulated: Batches an update.
+        max_tokens: Of a graph; below that of a batch the step is in bounded memory.
+        lora: Whether adapters are trained alone.
+        uneven: Whether shares weigh differently, so that only accumulation is the same mean.
+    """
+
+    batch: int = 6
+    accumulated: int = 1
+    max_tokens: int = WHOLE
+    lora: bool = False
+    uneven: bool = False
+
+
+def _between():
+    """A budget that some batches of one group pass and others do not."""
+    sizes = sorted(Batch.of([group]).n_tokens for group in compared())
+    assert sizes[0] < sizes[-1]
+    return sizes[len(sizes) // 2] - 1
+
+
+CASES = {
+    "whole": Case(),
+    "bounded": Case(max_tokens=12),
+    "some-bounded": Case(batch=2, accumulated=3, max_tokens=_between()),
+    "lora": Case(lora=True),
+    "lora-bounded": Case(lora=True, max_tokens=12),
+    "uneven": Case(batch=2, uneven=True),
+    "uneven-bounded": Case(batch=2, uneven=True, max_tokens=12),
+}
+
+
+def start(case):
+    """The model that a case begins with."""
+    model = tiny()
+    if not case.lora:
+        return model
+    set_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+
+
+def weights(model):
+    """Of all that is trained, end to end."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def groups(case):
+    """What is fitted; uneven ones lose a completion each, and their weights differ."""
+    if not case.uneven:
+        return compared()
+    return [
+        dataclasses.replace(
+            group,
+            completion_ids=group.completion_ids[: 1 + p % 3],
+            weight=group.weight[: 1 + p % 3],
+        )
+        for p, group in enumerate(likelihood())
+    ]
+
+
+def fit(case, folder, n_processes):
+    """Two epochs; the trainer, how many steps were bounded, and the weights before."""
+    share, more = case.batch // n_processes, {}
+    if case.uneven and n_processes == 1:
+        # the mean of the shares' means
+        share, more = case.batch // 2, {"gradient_accumulation_steps": 2}
+    args = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=share, num_train_epochs=2,
+        **{"gradient_accumulation_steps": case.accumulated} | more,
+        learning_rate=1e-2 if case.lora else 1e-4, lr_scheduler_type="constant", optim="sgd",
+        max_grad_norm=0.0, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1,
+        remove_unused_columns=False, disable_tqdm=True, label_names=[],
+        dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    model = start(case)
+    before = weights(model)
+    objective = Likelihood("token") if case.uneven else Square(1.0)
+    trainer = GroupTrainer(model, groups(case), objective, args, max_tokens=case.max_tokens)
+    bounded = []
+    backward = trainer.scorer.backward
+    trainer.scorer.backward = lambda *given: (bounded.append(1), backward(*given))[1]
+    trainer.train()
+    return trainer, len(bounded), before
+
+
+def losses(trainer):
+    """Of each update."""
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def average(rank):
+    """Gradients of four parameters: of both processes, of the first alone, of none, frozen."""
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    parameters[0].grad = torch.tensor([1.0, 2.0]) + 4 * rank
+    if rank == 0:
+        parameters[1].grad = torch.tensor([1.0, 2.0])
+    parameters[3].requires_grad_(False)
+    average_gradients(parameters, 2)
+    return [None if p.grad is None else p.grad.tolist() for p in parameters]
+
+
+def main(out):
+    """Every case."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name, case in CASES.items():
+        trainer, n_bounded, _ = fit(case, Path(out) / name, 2)
+        accelerator = trainer.accelerator
+        found = {
+            "processes": accelerator.num_processes,
+            "wrapped": type(trainer.model_wrapped).__name__,
+            "weights": weights(trainer.model),
+            "losses": losses(trainer),
+            "bounded": n_bounded,
+        }
+        torch.save(found, Path(out) / f"{name}.{accelerator.process_index}.pt")
+    torch.save(average(accelerator.process_index), Path(out) / "average.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
