@@ -128,7 +128,8 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
             stages += [
                 runs.sample(
                     f"power/mh{budget}-{seed}", n=max(1, sizes.few // 4), seed=seed,
-                    sampler="mh", alpha=ALPHA, steps=max(1, budget - 1),
+                    # a first sample, then moves that draw half of one: docs/algorithms/power.md
+                    sampler="mh", alpha=ALPHA, steps=max(1, 2 * (budget - 1)),
                 ),
                 runs.sample(
                     f"power/smc{budget}-{seed}", n=budget, seed=seed,

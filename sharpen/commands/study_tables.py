@@ -127,9 +127,7 @@ def power_entries(reader: "_Reader") -> list[Entry]:
     for budget in reader.sizes.budgets:
         for kind, title in titles.items():
             names = [f"power/{kind}{budget}-{seed}" for seed in range(reader.sizes.seeds)]
-            # a chain's first sample and its moves; all particles: see docs/algorithms/power.md
-            each = max(2, budget) if kind == "mh" else budget
-            measured = [of_power(reader.pool(x), tokens_each=each, alpha=ALPHA) for x in names]
+            measured = [of_power(reader.pool(x), samples_each=budget, alpha=ALPHA) for x in names]
             found.append(
                 Entry(
                     "power", f"{title}, power {ALPHA:g}", budget, measured, names, tokens_as=budget

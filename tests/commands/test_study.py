@@ -168,6 +168,17 @@ def test_accuracies_are_those_of_the_samples_on_disk(study):
     assert kl == pytest.approx(sum(ratios) / len(ratios), abs=1e-3)
 
 
+def test_tokens_of_chains_are_those_that_they_counted(study):
+    out, _, found = study
+    chains = rows(out / "power" / f"mh{N}-0.jsonl")
+    counted = [
+        a + b for row in chains for a, b in zip(row["drawn"], row["read_again"], strict=True)
+    ]
+    row = by(found, "power", "Metropolis-Hastings, power 4")
+    assert row["tokens"] == pytest.approx(sum(counted) / len(counted), abs=1e-3)
+    assert row["n"] == N
+
+
 def test_rounds_are_those_of_xpo(study):
     out, _, found = study
     own = rows(out / "train" / "xpo-0" / "rounds.jsonl")

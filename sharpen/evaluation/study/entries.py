@@ -91,21 +91,22 @@ def of_samples(pool: Pool, drawn_PG: Float64[np.ndarray, "P G"] | None = None) -
     )
 
 
-def of_power(pool: Pool, *, tokens_each: int, alpha: float) -> Measured:
+def of_power(pool: Pool, *, samples_each: int, alpha: float) -> Measured:
     """One sample of a sampler of p^alpha. Its KL is that of the target, where Z was estimated.
 
     KL(p^alpha / Z || p) = (alpha - 1) E[log p] - log Z,   E under p^alpha / Z, here the samples.
 
     Args:
         pool: Samples; those of a prompt may depend on each other, so there is no pass@n.
-        tokens_each: Tokens that the model reads or writes for each token of a sample.
+        samples_each: Whole completions that are drawn for a sample, where its tokens were not
+            counted.
         alpha: The power.
     """
     one = of_samples(pool)
     kl = None
     if pool.log_z_P is not None:
         kl = (alpha - 1) * one.logprob - _mean(pool.log_z_P)
-    tokens = tokens_each * one.length
+    tokens = samples_each * one.length if pool.cost_PG is None else float(pool.cost_PG.mean())
     return Measured(one.accuracy_P, one.logprob, one.length, tokens, kl=kl)
 
 

@@ -27,12 +27,15 @@ class Pool:
         own_PG: Log-prob of each completion under the model that drew it, at temperature 1.
         length_PG: Tokens of each completion, its end token among them.
         log_z_P: A sampler's estimate of log sum_y p(y | x)^alpha; None if it has none.
+        cost_PG: Completion tokens that the model drew and read again for each sample, where its
+            sampler counts them.
     """
 
     outcome: Outcome
     own_PG: Float64[np.ndarray, "P G"]
     length_PG: Int64[np.ndarray, "P G"]
     log_z_P: Float64[np.ndarray, " P"] | None = None
+    cost_PG: Float64[np.ndarray, "P G"] | None = None
 
     @property
     def correct(self) -> Bool[np.ndarray, "P G"]:
@@ -79,7 +82,10 @@ def pool_of(rows: Sequence[Row], task: Task, examples: Sequence[Example]) -> Poo
     )
     has_z = "log_z" in rows[0]
     log_z_P = np.array(_numbers([row["log_z"] for row in rows])) if has_z else None
-    return Pool(outcome, own_PG, length_PG.astype(np.int64), log_z_P)
+    cost_PG = None
+    if "drawn" in rows[0]:
+        cost_PG = np.array([np.add(row["drawn"], row["read_again"]) for row in rows], dtype=float)
+    return Pool(outcome, own_PG, length_PG.astype(np.int64), log_z_P, cost_PG)
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,10 +87,15 @@ def test_kl_of_greedy_decoding_is_that_of_a_sure_thing(pool):
 
 
 def test_kl_of_the_power_target(pool):
-    found = of_power(pool, tokens_each=10, alpha=4.0)
+    found = of_power(pool, samples_each=10, alpha=4.0)
     assert found.kl == pytest.approx(3 * pool.outcome.reward_PG["logprob"].mean() + 1.5)
     assert found.tokens == 250.0
     assert found.pass_P is None
+
+
+def test_a_sampler_that_counts_its_tokens_is_believed(pool):
+    counted = replace(pool, cost_PG=np.arange(48.0).reshape(6, 8))
+    assert of_power(counted, samples_each=10, alpha=4.0).tokens == pytest.approx(23.5)
 
 
 def test_kl_of_the_power_target_is_exact_on_an_enumerated_law():
