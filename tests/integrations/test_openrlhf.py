@@ -17,7 +17,7 @@ def ask(function, *responses):
 
 
 def test_an_empty_response_is_refused_and_not_the_most_probable_of_all():
-    with pytest.raises(InputError, match="at least one token .* set `unscorable_reward`"):
+    with pytest.raises(InputError, match=r"at least one token .* set `unscorable_reward`"):
         ask(SelfReward("game24"), TEXT, "")
 
 
