@@ -126,6 +126,12 @@ def test_files_are_neither_guessed_nor_written_over(samples, tmp_path, capsys):
     text.write_text('{"prompt": "Numbers: 1", "completion": "1 + 1"}\n')
     assert parity(text, "--against", "sampler") == 2
     assert "must have the sampler's own `logprobs`" in capsys.readouterr().err
+    path = tmp_path / "bad.jsonl"
+    row = {"prompt": "Numbers: 1", "completions": ["1"], "logprobs": [["a", -1.0]]}
+    path.write_text(json.dumps(row) + "\n")
+    assert parity(path, "--against", "sampler") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "bad.jsonl:1: `logprobs`[0][0] must be a number or null, got 'a'" in told
     assert parity(samples, "--against", "sampler", "--out", str(samples)) == 2
     assert "exists; choose another" in capsys.readouterr().err
 
