@@ -85,7 +85,6 @@ def test_a_prompt_is_read_once(model, tokenizer, ids):
 def test_ids_that_come_along_are_taken_instead_of_text(make, model, tokenizer, ids):
     # of one length each, a whole tensor
     prompt_ids = make([tokenizer.encode(text) for text in PROMPTS])
-    ids = [make(row) for row in ids]
     for name in ("prompt_ids", "prompt_token_ids"):
         reward = SelfReward(under=model)
         got = reward(["never", "read"] + [""] * 3, TEXTS, ids, **{name: prompt_ids})

@@ -201,7 +201,7 @@ def _checked(completion_ids: Sequence[Sequence[int]] | None, N: int) -> list[lis
             f"`completion_ids` must hold one list for each of {N} prompts, "
             f"got {len(completion_ids)}."
         )
-    return [ids.tolist() if hasattr(ids, "tolist") else list(ids) for ids in completion_ids]
+    return [list(ids) for ids in completion_ids]
 
 
 # whatever a trainer passes
