@@ -90,6 +90,12 @@ if has lm_eval.models.huggingface; then
 else
   echo "lm_eval: no lm-eval here" >>"$summary"
 fi
+if has fastapi && has uvicorn && has prometheus_client && has msgpack; then
+  step server 45 "$python" -m bench.server --device cuda --dtype bfloat16 --shape 2048 256 16 \
+    --prompts 16 --seconds 5 --out "$out/hosts.jsonl"
+else
+  echo "server: not all of FastAPI, uvicorn, prometheus_client and msgpack here" >>"$summary"
+fi
 if has pytest && has pytest_benchmark; then
   step speed 540 "${pytest[@]}" bench/test_speed.py --benchmark-only \
     --benchmark-json="$out/benchmark.json" --seconds 0.5 --out "$out/speed.jsonl"
@@ -104,6 +110,7 @@ cat "$out/machine.json" "$summary"
 [ -f "$out/speed.jsonl" ] && "$python" -m bench.speed --digest "$out/speed.jsonl"
 # ours beside who it is compared with, and what was asked for
 grep -hE "^tree_attention|^  (ours|FlexAttention|causal) |^  (goal|missing)" "$out/tree.log" 2>/dev/null
+grep -hE "^server|tokens/s" "$out/server.log" 2>/dev/null
 grep -hE "^sharing|^  (ours|padded|DynamicCache|generate)|^  (goal|missing)" "$out/sharing.log" 2>/dev/null
 # few files: what brings them back may take no more
 cp kernels/sharpen_kernels/{_tiles,_tree_attention_tiles}.py "$out"

@@ -2,6 +2,7 @@
 
     python -m bench.server                              # in an environment with sharpen[serve]
     python -m bench.server --prompts 16 --shape 512 64 16 --threads 1 --out FILE.jsonl
+    python -m bench.server --device cuda --dtype bfloat16 --shape 2048 256 16
     python -m bench.server --check                      # tiny shapes, agreement alone
 
     offline           one call of Scorer.score
@@ -9,72 +10,22 @@
     a prompt          over loopback, a prompt with its N completions a request
     a completion      over loopback, one completion a request, as OpenRLHF asks
 
-A random Llama of 4 layers x 256, V = 8192, fp32 on a CPU. Clients run on the same cores, so their
-work is part of what is measured.
+A random Llama of 4 layers x 256, V = 8192. Clients run on the same cores as the server, so their
+work is part of what is measured. Agreement is judged in fp32; bfloat16 rounds as it may.
 """
 
 import argparse
-import contextlib
-import importlib.util
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bench._machine import machine
 from bench._measure import measure
 from bench._rows import Row, write
-from bench._server_clients import answers, request, serving
-from bench._sharing import Problem, V, llama
+from bench._server_ways import CLIENTS, contenders
+from bench._sharing import Problem
 from bench._tables import table
-from sharpen.scoring import Scorer
-from sharpen.server.dialect import scores_of
-from sharpen.server.jobs import Job
-from sharpen.server.micro_batcher import MicroBatcher
-
-CLIENTS = 32
-
-
-@contextlib.contextmanager
-def contenders(
-    problem: Problem, n_prompts: int, threads: int
-) -> Iterator[dict[str, Callable[[], Tensor]]]:
-    """By name, what scores all completions of all prompts; the server ends with the block."""
-    generator = torch.Generator().manual_seed(1)
-    P, C, N = problem.P, problem.C, problem.N
-    prompts = torch.randint(V, (n_prompts, P), generator=generator).tolist()
-    groups = torch.randint(V, (n_prompts, N, C), generator=generator).tolist()
-    each = [(prompt, [one]) for prompt, group in zip(prompts, groups, strict=True) for one in group]
-    scorer = Scorer(llama(), max_tokens=16384)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "offline": lambda: scorer.score(prompts, groups).reward("logprob")
-    }
-    with contextlib.ExitStack() as stack:
-        batcher = stack.enter_context(MicroBatcher(scorer.score))
-        pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
-
-        def one(pair: tuple[list[int], list[list[int]]]) -> Tensor:
-            job = Job(*pair)
-            (tokens,) = batcher.submit([job]).future.result()
-            return scores_of(job, tokens).reward("logprob")
-
-        ways["ours, micro-batcher"] = lambda: torch.cat(list(pool.map(one, each)))
-        if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            scorer.model.save_pretrained(folder)
-            flags = ("--max-tokens", "16384", "--device", "cpu")
-            port = stack.enter_context(serving(folder, *flags, threads=threads))
-            whole = list(zip(prompts, groups, strict=True))
-            for name, pairs in (("a prompt", whole), ("a completion", each)):
-                sent = [request("/score", {"prompt": p, "completions": c}) for p, c in pairs]
-                ways[f"ours, server, {name}"] = lambda sent=sent: torch.tensor(
-                    [x for got in answers(port, sent, CLIENTS) for x in got["rewards"]["logprob"]]
-                )
-        yield ways
 
 
 def main() -> None:
@@ -84,6 +35,8 @@ def main() -> None:
         "--shape", type=int, nargs=3, metavar=("P", "C", "N"), default=(512, 64, 16)
     )
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=30.0, help="of rounds")
     parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
@@ -91,23 +44,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     problem, n = (Problem(20, 5, 3), 5) if args.check else (Problem(*args.shape), args.prompts)
-    with contenders(problem, n, args.threads) as ways:
+    with contenders(problem, n, args.threads, args.device, args.dtype) as ways:
         truth = ways["offline"]()
         errors = {name: (way() - truth).abs().max().item() for name, way in ways.items()}
-        timings, missing = measure(ways, "cpu", 0.0 if args.check else args.seconds)
-    if missing or max(errors.values()) > 1e-3:
+        timings, missing = measure(ways, args.device, 0.0 if args.check else args.seconds)
+    bound = 1e-3 if args.dtype == "float32" else float("inf")
+    # NaN is above no bound, and below none
+    if missing or not max(errors.values()) <= bound:
         raise SystemExit(f"does not agree with the scorer: {errors} {missing}")
     base = timings["offline"]
     rows = [
         Row(
-            "server", name, f"prompts={n} {problem} clients={CLIENTS}", "float32",
+            "server", name, f"prompts={n} {problem} clients={CLIENTS}", args.dtype,
             round(t.median * 1e6, 1), round(t.spread, 3), len(t.seconds),
             round(n * problem.flops / t.median / 1e12, 4), round(t.peak_extra_mib, 2),
-            machine("cpu"), errors[name], "ours" if name != "offline" else "exact",
+            machine(args.device), errors[name], "ours" if name != "offline" else "exact",
         )
         for name, t in timings.items()
     ]  # fmt: skip
-    print(table(f"server, {rows[0].shape}, float32, cpu", rows, missing))
+    print(table(f"server, {rows[0].shape}, {args.dtype}, {args.device}", rows, missing))
     n_tokens = n * (problem.P + problem.N * problem.C)
     for name, t in timings.items():
         ratio = statistics.median(a / b for a, b in zip(base.seconds, t.seconds, strict=True))

@@ -5,13 +5,15 @@ by another engine, and reports the differences token by token. Exit code 0: with
 1: above it; 2: bad input.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,21 +63,23 @@ def run(config: ParityConfig) -> None:
     """
     check(config)
     next(read_rows(config.samples), None)
-    model, tokenizer = load(config)
-    records = list(read_records(config.samples, tokenizer, ModelLimits.of(model)))[: config.limit]
-    scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
-    ours = _in_chunks(records, lambda chunk: _scored(scorer, chunk), "ours")
-    pairs = pair(ours, rate(config, model, records))
+    ours = rated_by_us(config)
+    # another engine of this process wants the memory
+    free()
+    theirs = rate(config, ours.model, ours.records)
+    pairs = pair(ours.logprobs, theirs)
     found = compare(pairs, clip=config.clip)
     report = {
-        "ours": f"sharpen ({scorer.route.sharing})",
+        "ours": f"sharpen ({ours.sharing})",
         "theirs": config.against,
-        "settings": settings(config, model),
+        "settings": settings(config, ours.device),
         "tolerance": config.tolerance,
         "measure": config.measure,
         "is_within": is_within(found, config.tolerance, config.measure),
         "differences": found,
-        "worst": [_shown(pairs, i, records, tokenizer) for i in worst(pairs, config.worst)],
+        "worst": [
+            _shown(pairs, i, ours.records, ours.tokenizer) for i in worst(pairs, config.worst)
+        ],
     }
     sys.stdout.write(format_parity(report) + "\n")
     if config.out is not None:
@@ -83,6 +87,44 @@ def run(config: ParityConfig) -> None:
         sys.stdout.write(f"report: {config.out}\n")
     if not report["is_within"]:
         raise SystemExit(1)
+
+
+class Ours(NamedTuple):
+    """Our side, and what the rest needs of it.
+
+    Attributes:
+        records: That were rated.
+        logprobs: Of each token of each completion of each record, nats.
+        tokenizer: Of the model.
+        sharing: How prompts were shared.
+        device: Where the model ran.
+        model: Where the other side runs it too, else None: its memory is free.
+    """
+
+    records: list[Record]
+    logprobs: list[list[list[float]]]
+    tokenizer: PreTrainedTokenizerBase
+    sharing: str
+    device: str
+    model: PreTrainedModel | None
+
+
+def rated_by_us(config: ParityConfig) -> Ours:
+    """Read the records and rate them; the model is held on to for `--against hf` alone."""
+    model, tokenizer = load(config)
+    records = list(read_records(config.samples, tokenizer, ModelLimits.of(model)))[: config.limit]
+    scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
+    found = _in_chunks(records, lambda chunk: _scored(scorer, chunk), "ours")
+    kept = model if config.against == "hf" else None
+    return Ours(records, found, tokenizer, scorer.route.sharing, model.device.type, kept)
+
+
+def free() -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    # hooks and caches of a model refer to it in circles
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check(config: ParityConfig) -> None:
@@ -116,14 +158,15 @@ def check(config: ParityConfig) -> None:
 
 
 def rate(
-    config: ParityConfig, model: PreTrainedModel, records: list[Record]
+    config: ParityConfig, model: PreTrainedModel | None, records: list[Record]
 ) -> list[list[list[float]]]:
-    """Log-probs of every completion by the other engine."""
+    """Log-probs of every completion by the other engine; `model` is for a plain forward."""
     prompts = [record.prompt_ids for record in records]
     completions = [record.completion_ids for record in records]
     if config.against == "sampler":
         return kept_logprobs([record.place for record in records], [r.row for r in records])
     if config.against == "hf":
+        assert model is not None, "kept by `rated_by_us`"
         return _in_chunks(
             records,
             lambda chunk: forward_logprobs(
@@ -153,10 +196,10 @@ def rate(
         engine.close()
 
 
-def settings(config: ParityConfig, model: PreTrainedModel) -> dict[str, Any]:
+def settings(config: ParityConfig, device: str) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
-        **model_settings(config, model.device.type),
+        **model_settings(config, device),
         "samples": config.samples,
         "endpoint": config.endpoint,
         "endpoint_model": config.endpoint_model or None,

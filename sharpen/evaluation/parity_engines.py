@@ -62,7 +62,7 @@ def server_logprobs(
         progress: Told 1 for each sequence answered.
 
     Raises:
-        EndpointError: If it does not answer, or not with a log-prob of each token.
+        EndpointError: If it does not answer, or not with a log-prob of each token, a number.
     """
     pairs = [
         (i, prompt, completion)
@@ -110,7 +110,16 @@ def _echoed(url: str, answer: dict[str, Any], n_prompt: int, n_completion: int) 
             f"`endpoint` {url}: must echo {end} tokens with their log-probs, got {got}; use a "
             "server that takes token ids, `echo` and `logprobs`."
         )
-    return [float("nan") if x is None else float(x) for x in values[n_prompt:end]]
+    found = []
+    for i, value in enumerate(values[n_prompt:end], n_prompt):
+        number = _nats(value)
+        if number is None:
+            raise EndpointError(
+                f"`endpoint` {url}: `token_logprobs`[{i}] must be a number or null, got {value!r}; "
+                "use a server that answers as OpenAI's completions do."
+            )
+        found.append(number)
+    return found
 
 
 def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[list[list[float]]]:
@@ -121,7 +130,7 @@ def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list
         rows: The records.
 
     Raises:
-        InputError: If a record has none.
+        InputError: If a record has none, or something else among them.
     """
     kept = []
     for place, row in zip(places, rows, strict=True):
@@ -133,5 +142,29 @@ def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list
                 f"{place}: must have the sampler's own `logprobs`; give a file of "
                 "`sharpen sample`, or another `--against`."
             )
-        kept.append([[float("nan") if x is None else float(x) for x in ids] for ids in groups])
+        kept.append([_numbers(f"{place}: `logprobs`[{g}]", ids) for g, ids in enumerate(groups)])
     return kept
+
+
+def _numbers(name: str, values: Sequence[Any]) -> list[float]:
+    found = []
+    for i, value in enumerate(values):
+        number = _nats(value)
+        if number is None:
+            raise InputError(
+                f"{name}[{i}] must be a number or null, got {value!r}; give the file as "
+                "`sharpen sample` wrote it."
+            )
+        found.append(number)
+    return found
+
+
+# JSON of others
+def _nats(value: Any) -> float | None:
+    """A log-prob, NaN for null; None if it is neither."""
+    if value is None:
+        return float("nan")
+    # bool is an int to Python alone
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value)

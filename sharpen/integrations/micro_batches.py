@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from sharpen.errors import ServiceError
 
+from .unscorable import Rated
+
 Ids = tuple[int, ...]
-# prompts, completions of each -> rewards of each
-Rate = Callable[[list[list[int]], list[list[list[int]]]], list[list[float]]]
+# prompts, completions of each -> rewards of each, or why there is none
+Rate = Callable[[list[list[int]], list[list[list[int]]]], list[list[Rated]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +26,7 @@ class Call:
 
     prompt: Ids
     completion: Ids
-    future: "asyncio.Future[float]"
+    future: "asyncio.Future[Rated]"
 
 
 class MicroBatches:
@@ -45,14 +47,14 @@ class MicroBatches:
         self._runner: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sharpen-rate")
 
-    async def reward(self, prompt: Sequence[int], completion: Sequence[int]) -> float:
-        """The reward of one completion.
+    async def reward(self, prompt: Sequence[int], completion: Sequence[int]) -> Rated:
+        """The reward of one completion, or why it has none.
 
         Raises:
             Exception: Whatever rating it alone raises.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[float] = loop.create_future()
+        future: asyncio.Future[Rated] = loop.create_future()
         self._pending.append(Call(tuple(prompt), tuple(completion), future))
         if self._runner is None or self._runner.done():
             self._runner = loop.create_task(self._run())

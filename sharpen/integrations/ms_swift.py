@@ -8,7 +8,7 @@ Written against ms-swift 4.6.0, whose contract was read in its wheel.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sharpen.errors import InputError
@@ -17,6 +17,15 @@ from sharpen.sampling.prompts import render
 from sharpen.scoring import Scorer
 
 from .rating import Rating, rate_by, rate_each, scorer_of, shared
+from .unscorable import SETTING, settled_or_none
+
+# columns of a row that hold more than text
+MEDIA = ("images", "videos", "audios")
+# rl_core/advantage.py sums what the reward functions gave, None left out
+NONE_IS = (
+    f"ms-swift counts as 0 where no other function rates the response, above every log-prob; "
+    f"set `{SETTING}` to a lower number"
+)
 
 
 # **options are fields of `Rating`: a host's configuration
@@ -40,12 +49,38 @@ def self_reward(**options: Any) -> type:
             completions: Sequence[str],
             messages: Sequence[Sequence[dict[str, str]]] = (),
             response_token_ids: Sequence[Any] = (),
-            **_columns: Any,
-        ) -> list[float]:
+            **columns: Any,
+        ) -> list[float | None]:
+            refuse_media(columns)
             scorer, rate = shared(rating, lambda: _open(rating))
-            return rate_rows(scorer.tokenizer, rate, completions, messages, response_token_ids)
+            return rate_rows(
+                scorer.tokenizer,
+                rate,
+                completions,
+                messages,
+                response_token_ids,
+                unscorable_reward=rating.unscorable_reward,
+            )
 
     return SelfReward
+
+
+# columns are whatever the data holds
+def refuse_media(columns: Mapping[str, Any]) -> None:
+    """Refuse rows whose prompts are more than text.
+
+    Raises:
+        InputError: If a row has an image, a video or audio.
+    """
+    for name in MEDIA:
+        values = columns.get(name)
+        for row, value in enumerate(() if values is None else values):
+            # a list of them, or a single one
+            if value is not None and (not hasattr(value, "__len__") or len(value)):
+                raise InputError(
+                    f"`{name}`[{row}] must be empty, got {type(value).__name__}: prompts are rated "
+                    "as text alone; take another reward for such rows."
+                )
 
 
 def rate_rows(
@@ -54,7 +89,9 @@ def rate_rows(
     completions: Sequence[str],
     messages: Sequence[Sequence[dict[str, str]]],
     response_token_ids: Sequence[Any] = (),
-) -> list[float]:
+    *,
+    unscorable_reward: float | None = None,
+) -> list[float | None]:
     """Rewards of rows that hold text, with token ids where the rollout kept them.
 
     The prompt is what stands before the last message, under the tokenizer's own chat template:
@@ -65,7 +102,9 @@ def rate_rows(
         rate: See `rating.rate_by`.
         completions: Text of each row's response.
         messages: Of each row, the response last.
-        response_token_ids: Of each row, a list for each of its turns, or nothing.
+        response_token_ids: Of each row, a list for each of its turns, or the ids of a single one,
+            or nothing; arrays do as well.
+        unscorable_reward: Of a response that has no reward; ms-swift takes None too, see `NONE_IS`.
 
     Raises:
         InputError: If a row has no messages.
@@ -81,13 +120,21 @@ def rate_rows(
         prompt = check_prompt(place, {"prompt": list(conversation[:-1])})
         prompts.append(render(PromptRecord(place, place, prompt), tokenizer).ids)
         kept = response_token_ids[row] if row < len(response_token_ids) else None
-        if kept:
-            # turns, or the ids of a single one
-            last = kept[-1] if isinstance(kept[-1], (list, tuple)) else kept
-            ids.append(list(last))
-        else:
-            ids.append(tokenizer(completions[row], add_special_tokens=False)["input_ids"])
-    return rate_each(rate, prompts, ids)
+        last = _last_turn(kept)
+        ids.append(last or tokenizer(completions[row], add_special_tokens=False)["input_ids"])
+    rated = rate_each(rate, prompts, ids)
+    return [settled_or_none(one, unscorable_reward, NONE_IS) for one in rated]
+
+
+# lists, arrays or None
+def _last_turn(kept: Any) -> list[int]:
+    """Token ids of the last turn of a row, or of its only one; none if there are none."""
+    if kept is None or len(kept) == 0:
+        return []
+    kept = kept.tolist() if hasattr(kept, "tolist") else kept
+    last = kept[-1]
+    turn = last if hasattr(last, "__len__") and getattr(last, "ndim", 1) else kept
+    return [int(token) for token in turn]
 
 
 def _open(rating: Rating) -> tuple[Scorer, Any]:

@@ -24,10 +24,17 @@ from sharpen.errors import InputError
 
 from .micro_batches import Rate
 from .rating import Rating, rate_by, rate_each, scorer_of
+from .unscorable import settled
 
 
+# a tokenizer, and messages as NeMo-RL has them
 def rate_logs(
-    tokenizer: Any, rate: Rate, logs: Sequence[Sequence[dict[str, Any]]], *, add_eos: bool = True
+    tokenizer: Any,
+    rate: Rate,
+    logs: Sequence[Sequence[dict[str, Any]]],
+    *,
+    add_eos: bool = True,
+    unscorable_reward: float | None = None,
 ) -> list[float]:
     """Rewards of conversations of one turn: what the assistant says after all that is before.
 
@@ -36,9 +43,11 @@ def rate_logs(
         rate: See `rating.rate_by`.
         logs: Messages with `role` and `content`; the prompt as the model read it.
         add_eos: Rate the end of the response too; the text does not say whether it was cut.
+        unscorable_reward: Of a response that has no reward.
 
     Raises:
-        InputError: If a conversation does not end with its only message of the assistant.
+        InputError: If a conversation does not end with its only message of the assistant, or a
+            response has no reward and there is none to give it.
     """
     eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
     texts: list[str] = []
@@ -55,7 +64,8 @@ def rate_logs(
         completions.append([*ids, *eos])
     # the template has written special tokens already; the rows of a prompt need its ids once
     ids_of = {x: tokenizer(x, add_special_tokens=False)["input_ids"] for x in dict.fromkeys(texts)}
-    return rate_each(rate, [ids_of[x] for x in texts], completions)
+    rated = rate_each(rate, [ids_of[x] for x in texts], completions)
+    return [settled(one, unscorable_reward) for one in rated]
 
 
 @functools.cache
@@ -77,11 +87,25 @@ def _environment() -> Any:
             if not self.rating.model:
                 raise InputError("`model` must be given for text: its tokenizer makes the ids.")
             scorer = scorer_of(self.rating)
-            self.tokenizer, self.rate = scorer.tokenizer, rate_by(self.rating, scorer)
+            self.tokenizer = scorer.tokenizer
+            self.rate: Rate | None = rate_by(self.rating, scorer)
 
         def step(self, message_log_batch: Any, metadata: Any) -> Any:
-            """Rate a batch; every episode ends here."""
-            rewards = torch.tensor(rate_logs(self.tokenizer, self.rate, message_log_batch))
+            """Rate a batch; every episode ends here.
+
+            Raises:
+                InputError: As `rate_logs`, and after `shutdown`.
+            """
+            if self.rate is None:
+                raise InputError("this environment was shut down; make another one.")
+            rewards = torch.tensor(
+                rate_logs(
+                    self.tokenizer,
+                    self.rate,
+                    message_log_batch,
+                    unscorable_reward=self.rating.unscorable_reward,
+                )
+            )
             return interfaces.EnvironmentReturn(
                 observations=[{"role": "environment", "content": ""} for _ in metadata],
                 metadata=metadata,
@@ -94,6 +118,10 @@ def _environment() -> Any:
         def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, float]]:
             """Leave the batch as it is; tell the mean reward."""
             return batch, {"self_reward/mean": float(batch["rewards"].float().mean())}
+
+        def shutdown(self) -> None:
+            """Let the model go; NeMo-RL calls this where a run or an evaluation ends."""
+            self.rate = None
 
     return ray.remote(SelfRewardEnvironment)
 

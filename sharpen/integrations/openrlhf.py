@@ -4,11 +4,13 @@
 
     reward_func = SelfReward("Qwen/Qwen2.5-0.5B-Instruct", reward="logprob")
 
-or this very file, with the model in the environment variable SHARPEN_MODEL and, if it is not
-"logprob", the reward in SHARPEN_REWARD. OpenRLHF calls from many threads with one text each; calls
+or this very file, with the model in the environment variable SHARPEN_MODEL and, if they are wanted,
+the reward ("logprob") in SHARPEN_REWARD and what a response without one gets (an error) in
+SHARPEN_UNSCORABLE_REWARD. OpenRLHF calls from many threads with one text each; calls
 that overlap are scored together, and texts of one prompt share it. Nothing of OpenRLHF is imported.
 """
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -20,19 +22,24 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 from sharpen.limits import ModelLimits
-from sharpen.scoring import Scorer
+from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import REWARDS, options_needed
-from sharpen.server.dialect import Desk
+from sharpen.server.dialect import Desk, broken, scores_of
+from sharpen.server.jobs import Job
 from sharpen.server.limits import ServerLimits
 from sharpen.server.micro_batcher import MicroBatcher
-from sharpen.server.reward_hosts import read_get_reward
+from sharpen.server.reward_hosts import LOGS, read_get_reward
 from sharpen.server.texts import Texts
+from sharpen_kernels import TokenStats
+
+from .unscorable import EMPTY, Rated, Unscorable, checked, not_finite, settled
 
 if TYPE_CHECKING:
     import transformers
 
 MODEL_VARIABLE = "SHARPEN_MODEL"
 REWARD_VARIABLE = "SHARPEN_REWARD"
+UNSCORABLE_VARIABLE = "SHARPEN_UNSCORABLE_REWARD"
 
 
 class SelfReward:
@@ -44,9 +51,11 @@ class SelfReward:
         tokenizer: Default: the one of the path.
         max_tokens: Tokens of one forward.
         wait_seconds: How long a call waits for others to share a batch.
+        unscorable_reward: What a response gets that is empty, or whose log-prob or reward is not
+            finite; default: an error, with which OpenRLHF ends the run.
 
     Raises:
-        InputError: If there is no such model or reward.
+        InputError: If there is no such model or reward, or `unscorable_reward` is not finite.
 
     Example:
         >>> reward_func = SelfReward("game24")
@@ -64,7 +73,9 @@ class SelfReward:
         tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
         max_tokens: int = 16384,
         wait_seconds: float = 0.01,
+        unscorable_reward: float | None = None,
     ):
+        self._otherwise = checked(unscorable_reward)
         if reward not in REWARDS or options_needed(reward):
             known = ", ".join(name for name in REWARDS if not options_needed(name))
             raise InputError(f"`reward` must be one of {known}, got {reward!r}.")
@@ -102,18 +113,39 @@ class SelfReward:
 
         Raises:
             SharpenError: If a query does not begin with its prompt, is beyond the model's context,
-                or its log-prob is not finite.
+                or has no reward and `unscorable_reward` is not given.
         """
         body = {"query": list(queries), "prompts": list(prompts)}
         asked = read_get_reward(body, self._desk)
-        found = asked.answer(self._batcher.submit(asked.jobs).future.result())
-        logs = {name: torch.tensor(values) for name, values in found["extra_logs"].items()}
-        rewards = torch.tensor(found["rewards"])
-        return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+        results = self._batcher.submit(asked.jobs).future.result()
+        rows = [self._row(*pair) for pair in zip(asked.jobs, results, strict=True)]
+        rewards, *logs = (torch.tensor(column) for column in zip(*rows, strict=True))
+        named: dict[str, Tensor] = dict(zip((*LOGS, "n_tokens"), logs, strict=True))
+        return {"rewards": rewards, "scores": rewards, "extra_logs": named}
+
+    def _row(self, job: Job, tokens: TokenStats) -> tuple[float, ...]:
+        """The reward of one response, then what is logged of it: NaN where it has none."""
+        assert tokens.logprob is not None
+        scores, n_tokens = scores_of(job, tokens), len(tokens.logprob)
+        rated = _rated(scores, tokens.logprob, self._desk.reward)
+        logs = [
+            float("nan") if isinstance(rated, Unscorable) else scores.reward(x).item() for x in LOGS
+        ]
+        return settled(rated, self._otherwise), *logs, float(n_tokens)
+
+
+def _rated(scores: Scores, logprob: Tensor, reward: str) -> Rated:
+    if len(logprob) == 0:
+        return EMPTY
+    why = broken(logprob)
+    if why is not None:
+        return Unscorable("not_finite", why)
+    value = scores.reward(reward).item()
+    return value if math.isfinite(value) else not_finite(reward, value)
 
 
 _LOCK = threading.Lock()
-_OPENED: dict[tuple[str, str], SelfReward] = {}
+_OPENED: dict[tuple[str, str, float | None], SelfReward] = {}
 
 
 # as `SelfReward.__call__`
@@ -123,7 +155,8 @@ def reward_func(
     """`SelfReward` of the model that the environment names, opened at the first call.
 
     Raises:
-        InputError: If SHARPEN_MODEL is not set, and as `SelfReward`.
+        InputError: If SHARPEN_MODEL is not set, SHARPEN_UNSCORABLE_REWARD is no finite number, and
+            as `SelfReward`.
     """
     model = os.environ.get(MODEL_VARIABLE)
     if not model:
@@ -131,9 +164,21 @@ def reward_func(
             f"the environment variable {MODEL_VARIABLE} must name the model that rates, got none; "
             "set it, or give OpenRLHF a file of your own with a SelfReward."
         )
-    key = model, os.environ.get(REWARD_VARIABLE, "logprob")
+    otherwise = _number(os.environ.get(UNSCORABLE_VARIABLE))
+    key = model, os.environ.get(REWARD_VARIABLE, "logprob"), otherwise
     # threads come together at the first call
     with _LOCK:
         if key not in _OPENED:
-            _OPENED[key] = SelfReward(model, reward=key[1])
+            _OPENED[key] = SelfReward(model, reward=key[1], unscorable_reward=otherwise)
     return _OPENED[key](queries, prompts, labels, **kwargs)
+
+
+def _number(text: str | None) -> float | None:
+    if not text:
+        return None
+    try:
+        return checked(float(text))
+    except ValueError as error:
+        raise InputError(
+            f"the environment variable {UNSCORABLE_VARIABLE} must be a finite number, got {text!r}."
+        ) from error

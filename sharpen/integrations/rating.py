@@ -1,22 +1,25 @@
 """How completions are rated inside another program: a frozen model here, or one that is served."""
 
-import hashlib
-import json
+import math
 import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sharpen.errors import InputError
 from sharpen.evaluation.parity_engines import server_logprobs
-from sharpen.runs import Journal
+from sharpen.limits import ModelLimits
 from sharpen.sampling.endpoint_client import EndpointClient
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 
+from .kept_rewards import kept
 from .micro_batches import Rate
+from .unscorable import EMPTY, Rated, Unscorable, checked, not_finite, too_long
+
+# what a reward depends on
+NUMBERS_OF = ("model", "reward", "endpoint", "endpoint_model", "dtype")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Rating:
         keep: Folder to keep rewards in: a run that is begun again does not rate the same
             completion twice. Several processes may share it.
         wait_ms: How long a call waits for others of its batch.
+        unscorable_reward: What a response gets that has no reward, because it is empty, too long
+            for the model, or of no finite log-prob; default: None where the host takes it, else
+            an error.
     """
 
     model: str = ""
@@ -48,6 +54,7 @@ class Rating:
     max_tokens: int = 16384
     keep: str | None = None
     wait_ms: float = 10.0
+    unscorable_reward: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot rate.
@@ -55,6 +62,7 @@ class Rating:
         Raises:
             InputError: If so.
         """
+        checked(self.unscorable_reward)
         if self.reward not in REWARDS:
             raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {self.reward!r}.")
         if options_needed(self.reward):
@@ -82,7 +90,9 @@ class Rating:
         for name in given:
             if name not in known:
                 raise InputError(f"unknown option {name!r} of sharpen; known: {', '.join(known)}.")
-        return cls(**given)
+        # YAML says -3 where a float is meant
+        otherwise = checked(given.get("unscorable_reward"))
+        return cls(**{**given, "unscorable_reward": otherwise})
 
 
 def rate_by(rating: Rating, scorer: Scorer | None = None) -> Rate:
@@ -96,12 +106,15 @@ def rate_by(rating: Rating, scorer: Scorer | None = None) -> Rate:
         InputError: If the model cannot be loaded, or a key is not there.
     """
     rate = _by_endpoint(rating) if rating.endpoint is not None else _by_model(rating, scorer)
-    return rate if rating.keep is None else _kept(rating, Path(rating.keep), rate)
+    if rating.keep is None:
+        return rate
+    depends = {name: asdict(rating)[name] for name in NUMBERS_OF}
+    return kept(depends, Path(rating.keep), rate)
 
 
 def rate_each(
     rate: Rate, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> list[float]:
+) -> list[Rated]:
     """The reward of each row, a prompt and one completion; equal prompts are read once.
 
     Example:
@@ -134,10 +147,16 @@ def scorer_of(rating: Rating) -> Scorer:
 def _by_model(rating: Rating, scorer: Scorer | None) -> Rate:
     scorer = scorer or scorer_of(rating)
     stats = tuple(dict.fromkeys(["logprob", *stats_needed(rating.reward)]))
+    max_length = ModelLimits.of(scorer.model).max_length
 
-    def rate(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[float]]:
-        _check(completions)
-        return _rewards(scorer.score(prompts, completions, stats=stats), rating.reward)
+    def rate(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[Rated]]:
+        return _rated(
+            prompts,
+            completions,
+            lambda some, groups: scorer.score(some, groups, stats=stats),
+            rating.reward,
+            max_length,
+        )
 
     return rate
 
@@ -154,74 +173,54 @@ def _by_endpoint(rating: Rating) -> Rate:
             )
     client = EndpointClient(rating.endpoint, key=key)
 
-    def rate(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[float]]:
-        _check(completions)
-        kept = server_logprobs(client, rating.endpoint_model, prompts, completions)
-        return _rewards(Scores.from_logprobs(kept), rating.reward)
+    def score(prompts: list[list[int]], completions: list[list[list[int]]]) -> Scores:
+        return Scores.from_logprobs(
+            server_logprobs(client, rating.endpoint_model, prompts, completions)
+        )
+
+    def rate(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[Rated]]:
+        return _rated(prompts, completions, score, rating.reward, None)
 
     return rate
 
 
-def _check(completions: list[list[list[int]]]) -> None:
-    if any(not ids for group in completions for ids in group):
-        raise InputError("a completion must hold at least one token to be rated, got none.")
+def _rated(
+    prompts: list[list[int]],
+    completions: list[list[list[int]]],
+    score: Callable[[list[list[int]], list[list[list[int]]]], Scores],
+    reward: str,
+    max_length: int | None,
+) -> list[list[Rated]]:
+    """The reward of each completion that can be read, and why the others have none."""
+    found = [
+        [_unreadable(len(prompt), len(ids), max_length) for ids in group]
+        for prompt, group in zip(prompts, completions, strict=True)
+    ]
+    readable = [
+        [ids for ids, why in zip(group, whys, strict=True) if why is None]
+        for group, whys in zip(completions, found, strict=True)
+    ]
+    asked = [p for p, group in enumerate(readable) if group]
+    rewards: Iterator[float] = iter(())
+    if asked:
+        scores = score([prompts[p] for p in asked], [readable[p] for p in asked])
+        rewards = iter(scores.reward(reward).tolist())
+    return [
+        [_finite(reward, next(rewards)) if why is None else why for why in whys] for whys in found
+    ]
 
 
-def _rewards(scores: Scores, reward: str) -> list[list[float]]:
-    found = [group.tolist() for group in scores.by_prompt(reward)]
-    if any(value != value for group in found for value in group):
-        raise InputError(
-            f"`reward` {reward} is NaN: the model's logits are; look for NaN in its weights, or "
-            "overflow in half precision."
-        )
-    return found
+def _unreadable(n_prompt: int, n_completion: int, max_length: int | None) -> Unscorable | None:
+    if n_completion == 0:
+        return EMPTY
+    # the last token is predicted, and never read
+    if max_length is not None and n_prompt + n_completion - 1 > max_length:
+        return too_long(n_prompt, n_completion, max_length)
+    return None
 
 
-def _kept(rating: Rating, folder: Path, rate: Rate) -> Rate:
-    """`rate`, with what it found kept in a folder of JSON lines, one file a process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # what a reward depends on
-    names = ("model", "reward", "endpoint", "endpoint_model", "dtype")
-    base = json.dumps({name: asdict(rating)[name] for name in names}, sort_keys=True)
-    known = dict(_read_kept(folder))
-    journal = Journal(folder / f"rewards-{uuid.uuid4().hex}.jsonl")
-
-    def key(prompt: list[int], completion: list[int]) -> str:
-        text = json.dumps([base, prompt, completion])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    def rate_new(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[float]]:
-        keys = [[key(p, c) for c in group] for p, group in zip(prompts, completions, strict=True)]
-        # the same completion twice is rated once
-        todo = [
-            {k: c for k, c in zip(ks, group, strict=True) if k not in known}
-            for ks, group in zip(keys, completions, strict=True)
-        ]
-        asked = [i for i, new in enumerate(todo) if new]
-        if asked:
-            groups = [list(todo[i].values()) for i in asked]
-            found = rate([prompts[i] for i in asked], groups)
-            fresh = {
-                k: x
-                for i, values in zip(asked, found, strict=True)
-                for k, x in zip(todo[i], values, strict=True)
-            }
-            journal.append({"key": k, "reward": x} for k, x in fresh.items())
-            known.update(fresh)
-        return [[known[k] for k in ks] for ks in keys]
-
-    return rate_new
-
-
-def _read_kept(folder: Path) -> list[tuple[str, float]]:
-    found = []
-    for path in sorted(folder.glob("rewards-*.jsonl")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            # without its newline it is one that another process is writing, or that a crash tore
-            if line.endswith(b"\n"):
-                row = json.loads(line)
-                found.append((row["key"], row["reward"]))
-    return found
+def _finite(reward: str, value: float) -> Rated:
+    return value if math.isfinite(value) else not_finite(reward, value)
 
 
 # one a process: a host makes many reward functions of one model

@@ -16,6 +16,7 @@ from sharpen.scoring import Scorer
 
 from .micro_batches import MicroBatches, Rate
 from .rating import Rating, rate_by, scorer_of, shared
+from .unscorable import settled
 
 # a batch belongs to one event loop
 _batches: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Rating, MicroBatches]]"
@@ -52,7 +53,8 @@ async def compute_score(
         `score`, as verl wants it, and `self_reward`, for its metrics.
 
     Raises:
-        InputError: If the prompt is not there, or an option is bad.
+        InputError: If the prompt is not there, an option is bad, or the response has no reward and
+            `unscorable_reward` is not given: verl then ends the run.
     """
     rating = Rating.of(options)
     scorer, rate = shared(rating, lambda: _open(rating))
@@ -73,7 +75,8 @@ async def compute_score(
     batches = _batches.setdefault(loop, {})
     if rating not in batches:
         batches[rating] = MicroBatches(rate, wait_s=rating.wait_ms / 1000)
-    reward = await batches[rating].reward(prompt_ids, ids)
+    rated = await batches[rating].reward(prompt_ids, ids)
+    reward = settled(rated, rating.unscorable_reward)
     return {"score": reward, "self_reward": reward}
 
 

@@ -17,6 +17,7 @@ from sharpen.errors import InputError
 
 from .micro_batches import MicroBatches
 from .rating import Rating, rate_by, shared
+from .unscorable import settled
 
 
 def response_ids(batch: Any) -> tuple[list[int], list[int]]:
@@ -70,6 +71,7 @@ def _manager() -> type:
                 options.setdefault("model", config.actor_rollout_ref.model.path)
             rating = Rating.of(options)
             rate = shared(rating, lambda: rate_by(rating))
+            self.unscorable_reward = rating.unscorable_reward
             self.batches = MicroBatches(rate, wait_s=rating.wait_ms / 1000)
 
         async def run_single(self, data: Any) -> dict[str, Any]:
@@ -79,10 +81,12 @@ def _manager() -> type:
                 `reward_score`, and `reward_extra_info` for verl's metrics.
 
             Raises:
-                InputError: If this response cannot be rated.
+                InputError: If this response has no reward and `unscorable_reward` is not given:
+                    verl then ends the run.
             """
             prompt, response = response_ids(data[-1:][0].batch)
-            reward = await self.batches.reward(prompt, response)
+            rated = await self.batches.reward(prompt, response)
+            reward = settled(rated, self.unscorable_reward)
             extra = {"self_reward": reward, "response_tokens": len(response)}
             return {"reward_score": reward, "reward_extra_info": extra}
 

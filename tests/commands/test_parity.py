@@ -1,12 +1,14 @@
 """`sharpen parity`: engines that agree, a token that was tampered with, what is refused."""
 
 import json
+import weakref
 
 import pytest
 import torch
 
 from completions_server import serving
 from sharpen.cli import main
+from sharpen.commands import parity as parity_command
 from sharpen.models import load_model
 
 MODEL = ["--model", "game24", "--device", "cpu"]
@@ -124,5 +126,46 @@ def test_files_are_neither_guessed_nor_written_over(samples, tmp_path, capsys):
     text.write_text('{"prompt": "Numbers: 1", "completion": "1 + 1"}\n')
     assert parity(text, "--against", "sampler") == 2
     assert "must have the sampler's own `logprobs`" in capsys.readouterr().err
+    path = tmp_path / "bad.jsonl"
+    row = {"prompt": "Numbers: 1", "completions": ["1"], "logprobs": [["a", -1.0]]}
+    path.write_text(json.dumps(row) + "\n")
+    assert parity(path, "--against", "sampler") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "bad.jsonl:1: `logprobs`[0][0] must be a number or null, got 'a'" in told
     assert parity(samples, "--against", "sampler", "--out", str(samples)) == 2
     assert "exists; choose another" in capsys.readouterr().err
+
+
+def test_our_model_is_gone_when_another_engine_starts(samples, monkeypatch, capsys):
+    held, states = [], []
+    own = parity_command.load
+
+    def watched(config):
+        model, tokenizer = own(config)
+        held.append(weakref.ref(model))
+        return model, tokenizer
+
+    class Engine:
+        """In vLLM's place; an engine takes its memory when it is made."""
+
+        def __init__(self, model, **options):
+            states.append([model() for model in held])
+
+        def logprobs(self, prompts, completions):
+            rows = [json.loads(line) for line in samples.read_text().splitlines()]
+            assert [row["completion_ids"] for row in rows] == completions
+            return [row["logprobs"] for row in rows]
+
+        def close(self):
+            states.append("closed")
+
+    monkeypatch.setattr(parity_command, "load", watched)
+    monkeypatch.setattr(parity_command, "VllmEngine", Engine)
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(states)))
+    assert parity(samples, "--against", "vllm", "--tolerance", "1e-4") == 0
+    assert states == [[None], "closed"]
+    # before the engine was made
+    assert emptied[:1] == [0]
+    assert "sharpen (tree) - vllm: 72 tokens" in capsys.readouterr().out

@@ -187,3 +187,30 @@ def test_kept_log_probs_are_read_from_records():
     for bad in ({"completions": ["a"]}, {"completions": ["a"], "logprobs": [-1.0]}):
         with pytest.raises(InputError, match=r"f:1: must have the sampler's own `logprobs`"):
             kept_logprobs(["f:1"], [bad])
+
+
+BAD = ["a", "-1.0", True, [-1.0], {"logprob": -1.0}]
+
+
+@pytest.mark.parametrize("value", BAD, ids=str)
+def test_what_is_no_number_among_kept_log_probs_is_named(value):
+    rows = [{"logprobs": [[-1.0]]}, {"logprobs": [[-1.0], [-1, None, value]]}]
+    with pytest.raises(InputError) as told:
+        kept_logprobs(["s.jsonl:1", "s.jsonl:2"], rows)
+    wanted = f"s.jsonl:2: `logprobs`[1][2] must be a number or null, got {value!r}"
+    assert str(told.value).startswith(wanted)
+
+
+@pytest.mark.parametrize("value", BAD, ids=str)
+def test_what_is_no_number_in_an_answer_is_named(value):
+    def answer(body):
+        found = echo(body, 1)
+        found["choices"][0]["logprobs"]["token_logprobs"][3] = value
+        return found
+
+    with serving() as (url, server):
+        server.answer = answer
+        with pytest.raises(EndpointError) as told:
+            server_logprobs(EndpointClient(url), "m", [[9, 8]], [[[1, 2]]])
+    assert url in str(told.value)
+    assert f"`token_logprobs`[3] must be a number or null, got {value!r}" in str(told.value)

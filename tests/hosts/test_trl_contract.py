@@ -10,9 +10,12 @@ import trl
 from trl.trainer import add_fused_lm_head
 from trl.trainer import utils as theirs
 
+from sharpen.errors import InputError
 from sharpen.integrations import trl as ours
-from trl_tiny import batch, saved
+from trl_tiny import batch, online, saved
 
+# of TRL's own configuration
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 OPS = ("selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits")
 
 
@@ -36,6 +39,36 @@ def test_what_is_overridden_is_there_and_is_called_so(kind):
     assert names[:6] == [
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "got"),
+    [
+        (None, "got none in TRL"),
+        (lambda self, model, ids, mask, keep: None, "got one that takes model, ids, mask, keep in"),
+    ],
+    ids=["gone", "changed"],
+)
+def test_a_trl_that_changed_the_method_is_named(method, got, monkeypatch, tmp_path):
+    name = "_get_per_token_logps_and_entropies"
+    if method is None:
+        monkeypatch.delattr(trl.RLOOTrainer, name)
+    else:
+        monkeypatch.setattr(trl.RLOOTrainer, name, method)
+    with pytest.raises(InputError, match=rf"needs TRL's method {name}\(model, .*{got}") as told:
+        online("RLOO", saved(tmp_path), tmp_path, shared=True)
+    assert trl.__version__ in str(told.value)
+
+
+def test_a_trl_that_asks_no_head_is_named_and_not_silently_its_own(monkeypatch, tmp_path):
+    trainer = online("GRPO", saved(tmp_path), tmp_path, shared=True, max_steps=1)
+    # a loss of the plain logits, as a later TRL may have it
+    monkeypatch.setattr(
+        trl.GRPOTrainer, "compute_loss", lambda self, model, *_, **__: model.lm_head.weight.sum()
+    )
+    with pytest.raises(InputError, match="`fused_lm_head=True`, got TRL") as told:
+        trainer.train()
+    assert trl.__version__ in str(told.value)
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 5)], ids=str)

@@ -44,8 +44,9 @@ def test_the_page_runs(tmp_path):
     data.mkdir()
     line = json.dumps({"prompt": "Numbers: 4 4 6 8 Target: 24\n"}) + "\n"
     (data / "train.jsonl").write_text(line * 4)
-    trl = Path(sys.executable).parent / "trl"
-    printed = run([str(trl), "grpo", "--config", "run.yaml"], tmp_path)
-    assert printed.count("'self_reward/mean_logprob/mean'") == 2, printed[-3000:]
-    assert printed.count("'rewards/self_reward/mean'") == 2
-    assert (tmp_path / "from_yaml" / "model.safetensors").is_file()
+    for verb in ("grpo", "rloo"):
+        command = [str(Path(sys.executable).parent / "trl"), verb, "--config", "run.yaml"]
+        printed = run([*command, "--output_dir", verb], tmp_path)
+        assert printed.count("'self_reward/mean_logprob/mean'") == 2, printed[-3000:]
+        assert printed.count("'rewards/self_reward/mean'") == 2
+        assert (tmp_path / verb / "model.safetensors").is_file()

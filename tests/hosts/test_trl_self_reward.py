@@ -201,3 +201,26 @@ def test_a_reward_that_is_no_callback_finds_its_trainer(folder, tmp_path):
     trainer = online("GRPO", folder, tmp_path, shared=True, reward=reward, max_steps=2, beta=0.0)
     trainer.train()
     assert_one_of(reward.seen[1], by_hand(folder, reward.seen[0]))
+
+
+def test_rewards_by_group_in_a_real_run(folder, tmp_path):
+    reward = Watched("mean_logprob", under="base", normalize=True)
+    trainer = online(
+        "GRPO", folder, tmp_path, shared=True, reward=reward, callbacks=[reward], max_steps=1
+    )
+    trainer.train()
+    ids, got = reward.seen
+    assert len(got) == 8
+    candidates = []
+    for order in (PROMPTS, PROMPTS[::-1]):
+        heads = [load_tokenizer("game24").encode(text) for text in order]
+        raw = Scorer(folder).score(heads, [ids[:4], ids[4:]]).reward("mean_logprob").view(2, 4)
+        centred = raw - raw.mean(dim=1, keepdim=True)
+        candidates.append((centred / (raw.std(dim=1, keepdim=True) + 1e-4)).flatten())
+    assert_one_of(got, candidates)
+    groups = torch.tensor(got).view(2, 4)
+    torch.testing.assert_close(groups.mean(dim=1), torch.zeros(2), rtol=0, atol=1e-5)
+    # what is logged is the reward as it was, in nats
+    (row,) = (row for row in trainer.state.log_history if "reward" in row)
+    assert row["self_reward/mean_logprob/mean"] < -1
+    assert row["reward"] == pytest.approx(0, abs=1e-5)

@@ -9,7 +9,8 @@ import torch
 from completions_server import serving
 from sharpen.errors import InputError
 from sharpen.integrations.rating import Rating, rate_by
-from sharpen.scoring import Scorer
+from sharpen.integrations.unscorable import EMPTY, not_finite, settled
+from sharpen.scoring import Scorer, Scores
 from tiny import alone, ragged, tiny
 
 
@@ -97,14 +98,52 @@ def test_what_was_rated_is_kept_across_processes(scorer, tmp_path):
     assert {tuple(json.loads(line)) for line in lines} == {("key", "reward")}
 
 
-def test_empty_completions_and_nan_are_told(scorer):
-    rate = rate_by(Rating(model="tiny"), scorer)
+def test_a_completion_without_a_reward_is_told_in_its_place(scorer, tmp_path):
+    kept = tmp_path / "kept"
+    rate = rate_by(Rating(model="tiny", keep=str(kept)), scorer)
+    ((alone,),) = rate([[1, 2]], [[[3]]])
+    long = [3] * scorer.model.config.max_position_embeddings
+    found = rate([[1, 2], [4]], [[[3], [], long], [[]]])
+    assert found[0][0] == pytest.approx(alone, abs=1e-5)
+    assert [one.cause for one in (*found[0][1:], *found[1])] == ["empty", "too_long", "empty"]
     with pytest.raises(InputError, match="at least one token to be rated"):
-        rate([[1, 2]], [[[3], []]])
+        settled(found[0][1], None)
+    with pytest.raises(InputError, match=r"must fit the context of \d+ tokens .* got 2 \+ "):
+        settled(found[0][2], None)
+    # what fits but for the last token, which is never read, is rated
+    assert isinstance(rate([[1, 2]], [[long[1:]]])[0][0], float)
     with torch.no_grad():
         scorer.model.lm_head.weight[5] = float("nan")
+    ((broken,),) = rate([[1, 2]], [[[6]]])
     with pytest.raises(InputError, match="`reward` logprob is NaN"):
-        rate([[1, 2]], [[[3]]])
+        settled(broken, None)
+    assert broken.cause == "not_finite"
+    # only numbers are kept
+    (path,) = kept.iterdir()
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_an_impossible_token_has_no_reward(scorer, monkeypatch):
+    kept = Scores.from_logprobs([[[-1.0, -float("inf")]]])
+    monkeypatch.setattr(scorer, "score", lambda *_, **__: kept)
+    ((found,),) = rate_by(Rating(model="tiny"), scorer)([[1]], [[[2, 3]]])
+    assert found.cause == "not_finite"
+    assert "`reward` logprob is -inf: the model calls one of its tokens impossible" in found.why
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), "0", True])
+def test_what_such_a_completion_gets_is_a_finite_number(given):
+    with pytest.raises(InputError, match="`unscorable_reward` must be a finite number, or left"):
+        Rating.of({"model": "m", "unscorable_reward": given})
+    assert Rating.of({"model": "m", "unscorable_reward": -3}).unscorable_reward == -3
+
+
+def test_each_cause_is_logged_once(caplog):
+    for found in (EMPTY, EMPTY, not_finite("logprob", float("nan")), EMPTY):
+        assert settled(found, -3.0) == -3
+    assert [settled(x, -3.0) for x in (0.5, 0.0)] == [0.5, 0]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "got none); it gets `unscorable_reward`, -3. Others of its kind" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -144,3 +144,7 @@ def test_errors():
         selective_log_softmax(logits, index[:2])
     with pytest.raises(InputError, match="one id a row"):
         selective_log_softmax_and_entropy(logits, index[..., None])
+    for function in (selective_log_softmax, selective_log_softmax_and_entropy):
+        for shape in ((3,), (4, 3), (3, 5), (3, 4, 1)):
+            with pytest.raises(InputError, match=r"`row_mask` must be .* `index`, \(3, 4\), got"):
+                function(logits, index, row_mask=torch.ones(shape))

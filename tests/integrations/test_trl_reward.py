@@ -3,6 +3,7 @@
 import inspect
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -80,8 +81,10 @@ def test_a_prompt_is_read_once(model, tokenizer, ids):
     assert sum(read) <= 2 * len(tokenizer.encode(PROMPTS[0])) + sum(map(len, ids))
 
 
-def test_ids_that_come_along_are_taken_instead_of_text(model, tokenizer, ids):
-    prompt_ids = [tokenizer.encode(text) for text in PROMPTS]
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=lambda f: f.__name__)
+def test_ids_that_come_along_are_taken_instead_of_text(make, model, tokenizer, ids):
+    # of one length each, a whole tensor
+    prompt_ids = make([tokenizer.encode(text) for text in PROMPTS])
     for name in ("prompt_ids", "prompt_token_ids"):
         reward = SelfReward(under=model)
         got = reward(["never", "read"] + [""] * 3, TEXTS, ids, **{name: prompt_ids})
@@ -202,6 +205,8 @@ def test_calls_are_checked(model, ids):
         SelfReward(under=model)(PROMPTS, TEXTS)
     with pytest.raises(InputError, match="one list for each of 5 prompts, got 2"):
         SelfReward(under=model)(PROMPTS, TEXTS, ids[:2])
+    with pytest.raises(InputError, match="`prompt_ids` must hold one list for each of 5"):
+        SelfReward(under=model)(PROMPTS, TEXTS, ids, prompt_ids=torch.tensor([[5]]))
     with pytest.raises(InputError, match="prompts need a tokenizer"):
         SelfReward(under=model)(PROMPTS, TEXTS, ids)
 

@@ -9,6 +9,7 @@ of a group, goes through the layers once.
 import functools
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,35 @@ def add_fused_lm_head(
         InputError: If TRL is not installed, an option is not as above, or the model is not causal.
             Calls raise it for what is not a padded batch of token ids.
     """
+    put_head(model, temperature, cast_lm_head_to_fp32, outputs, max_tokens)
+
+
+@dataclass
+class Calls:
+    """How often a head was asked.
+
+    Attributes:
+        n: Calls with `fused_lm_head=True`.
+    """
+
+    n: int = 0
+
+
+# arguments as of `add_fused_lm_head`
+def put_head(
+    model: "transformers.PreTrainedModel",
+    temperature: float,
+    cast_lm_head_to_fp32: bool,
+    outputs: Sequence[str],
+    max_tokens: int,
+) -> Calls:
+    """`add_fused_lm_head`, with a count of the calls that the head will get.
+
+    Raises:
+        InputError: As there.
+    """
     output_class = host("trl.trainer.utils").FusedCausalLMOutput
+    calls = Calls()
     if cast_lm_head_to_fp32:
         raise InputError(
             "`cast_lm_head_to_fp32` must be False with shared prompts, got True; leave it out: "
@@ -77,6 +106,7 @@ def add_fused_lm_head(
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return own(*args, **kwargs)
+        calls.n += 1
         if args or kwargs.get("input_ids") is None or kwargs.get("labels") is None:
             raise InputError(
                 "the shared head must be given `input_ids` and `labels` by name, got "
@@ -87,6 +117,7 @@ def add_fused_lm_head(
         return fused(**kwargs)
 
     model.forward = types.MethodType(forward, model)
+    return calls
 
 
 def _refuse(rest: dict[str, Any]) -> None:

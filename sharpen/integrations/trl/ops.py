@@ -113,6 +113,11 @@ def _stats(
             f"`index` must be {tuple(rows_shape)} or that with one more dimension, for logits of "
             f"shape {tuple(logits.shape)}; got {tuple(index.shape)}."
         )
+    if row_mask is not None and row_mask.shape != index.shape:
+        raise InputError(
+            f"`row_mask` must be of the shape of `index`, {tuple(index.shape)}, got "
+            f"{tuple(row_mask.shape)}."
+        )
     V = logits.shape[-1]
     flat_RV = logits.reshape(-1, V)
     target_S = index.reshape(-1).long()

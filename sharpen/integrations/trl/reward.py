@@ -128,7 +128,7 @@ class SelfReward(TrainerCallback):
         """
         ids = _checked(completion_ids, len(prompts))
         facts = self.facts.seen(given)
-        prompt_ids = next((given[name] for name in PROMPT_NAMES if given.get(name)), None)
+        prompt_ids = _prompt_ids(given, len(prompts))
         sizes = group_sizes(prompts if prompt_ids is None else prompt_ids)
         if self._looks_at_groups:
             facts.check_whole(sizes)
@@ -141,7 +141,7 @@ class SelfReward(TrainerCallback):
                 facts.check_rendered_here()
                 heads = prompt_tokens([prompts[i] for i in firsts], tokenizer, template)
             else:
-                heads = [list(prompt_ids[i]) for i in firsts]
+                heads = [prompt_ids[i] for i in firsts]
             with self.judge.scorer(facts.model, facts.ref_model, facts.step) as scorer:
                 scores = scorer.score(heads, cut(ids, sizes), stats=stats_needed(self.reward))
         return self._rewards(scores, completions, ids, given.get("log_metric"))
@@ -202,6 +202,22 @@ def _checked(completion_ids: Sequence[Sequence[int]] | None, N: int) -> list[lis
             f"got {len(completion_ids)}."
         )
     return [list(ids) for ids in completion_ids]
+
+
+# whatever a trainer passes
+def _prompt_ids(given: Mapping[str, Any], N: int) -> list[list[int]] | None:
+    """Token ids of each prompt, where they came along: lists, or arrays and tensors."""
+    for name in PROMPT_NAMES:
+        rows = given.get(name)
+        # the truth of a tensor is an error, and an empty column says nothing
+        if rows is None or len(rows) == 0:
+            continue
+        if len(rows) != N:
+            raise InputError(
+                f"`{name}` must hold one list for each of {N} completions, got {len(rows)}."
+            )
+        return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
+    return None
 
 
 def _text(completion: Any) -> str:

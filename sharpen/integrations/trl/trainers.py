@@ -6,19 +6,26 @@ the model's own rounding. What is shared is what a forward sees: completions of 
 micro-batch, and, for old and reference log-probs, in the whole generation batch.
 """
 
+import inspect
 from typing import Any
 
 from transformers import ProcessorMixin
 
 from sharpen.errors import InputError
 
-from ._host import trainer_class
-from .fused_head import add_fused_lm_head
+from ._host import host, trainer_class
+from .fused_head import put_head
 from .reference_columns import use_reference_columns
 
 # a name each, as a base class must be one
 _GRPO, _RLOO = trainer_class("GRPOTrainer"), trainer_class("RLOOTrainer")
 _DPO, _KTO = trainer_class("DPOTrainer"), trainer_class("KTOTrainer")
+
+
+# of GRPO and RLOO in TRL 1.15 and 1.16: private, and held on to by a test and at construction
+PER_TOKEN = "_get_per_token_logps_and_entropies"
+TAKES = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+OTHER_TRL = "take TRL 1.15 or 1.16, a newer sharpen, or TRL's own trainer"
 
 
 class SharedPrefixMixin:
@@ -30,7 +37,8 @@ class SharedPrefixMixin:
         **kwargs: As the trainer takes them.
 
     Raises:
-        InputError: For sharded models (FSDP, DeepSpeed), Liger kernels and vision processors.
+        InputError: For sharded models (FSDP, DeepSpeed), Liger kernels and vision processors, and
+            for a TRL whose trainers are built otherwise.
     """
 
     shared_outputs: tuple[str, ...] = ("log_probs", "entropy")
@@ -45,13 +53,44 @@ class SharedPrefixMixin:
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             models.append((trainer.accelerator.unwrap_model(reference), ("log_probs",)))
+        heads = []
         for model, outputs in models:
             base = model.get_base_model() if hasattr(model, "peft_config") else model
-            add_fused_lm_head(base, temperature, outputs=outputs, max_tokens=max_tokens)
+            heads.append(put_head(base, temperature, False, outputs, max_tokens))
+        self._policy_head = heads[0]
+
+    # as `transformers.Trainer.compute_loss`
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loss.
+
+        Raises:
+            InputError: If TRL computed it without the head that it was given.
+        """
+        own: Any = super()
+        before = self._policy_head.n
+        found = own.compute_loss(*args, **kwargs)
+        if self._policy_head.n == before:
+            raise InputError(
+                f"{type(self).__name__} is for trainers that call their model with "
+                f"`fused_lm_head=True`, got TRL {host().__version__}, whose trainer did not; "
+                f"{OTHER_TRL}."
+            )
+        return found
 
 
 class _WholeGroups:
     """Of GRPO and RLOO: log-probs without gradients of a whole generation batch in one call."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        own: Any = getattr(super(), PER_TOKEN, None)
+        names = [] if own is None else list(inspect.signature(own).parameters)
+        if names[: len(TAKES)] != list(TAKES):
+            got = f"one that takes {', '.join(names)}" if names else "none"
+            raise InputError(
+                f"{type(self).__name__} needs TRL's method {PER_TOKEN}({', '.join(TAKES)}, ...), "
+                f"got {got} in TRL {host().__version__}; {OTHER_TRL}."
+            )
 
     # TRL cuts the batch into chunks of rows, and so would cut groups; `max_tokens` bounds memory
     def _get_per_token_logps_and_entropies(
