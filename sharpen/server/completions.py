@@ -66,8 +66,10 @@ def read_completions(body: object, desk: Desk, created: int) -> Asked:
     jobs = []
     for i, (_, ids) in enumerate(prompts):
         first = 1 if echo else len(ids)
-        desk.model.check(f"prompt[{i}]", ids, [STANDIN] * extra)
-        jobs.append(Job(ids[:first], [[*ids[first:], *[STANDIN] * extra]], stats))
+        after = [*ids[first:], *[STANDIN] * extra]
+        # as in the scorer: the last token is predicted, and never read
+        desk.model.check(f"prompt[{i}]", ids, [STANDIN] * extra, unread=min(1, len(after)))
+        jobs.append(Job(ids[:first], [after], stats))
     style = Style(echo, extra, k, boolean(fields, "return_tokens_as_token_ids", False))
 
     def answer(results: Sequence[TokenStats]) -> Answer:

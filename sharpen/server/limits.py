@@ -15,8 +15,8 @@ class ServerLimits:
         max_request_bytes: Body of a request.
         max_request_tokens: Tokens of all prompts and completions of a request.
         max_n: Completions, or prompts, of a request.
-        max_queue: Prompts with their completions that may wait; a request that comes while so many
-            do is told to come back.
+        max_queue: Prompts with their completions that may wait; a request that would make them
+            more is told to come back, unless none waits.
     """
 
     max_request_bytes: int = 8 * 2**20

@@ -41,7 +41,7 @@ class MicroBatcher:
     Args:
         score: `Scorer.score`; called by one thread alone.
         max_tokens: Tokens of one call, each prompt counted once; a larger job goes alone.
-        max_queue: Jobs that may wait.
+        max_queue: Jobs that may wait; those of one request may be more while no other waits.
         wait_seconds: How long the newest job waits for company.
         observe: Called by the thread after each call.
 
@@ -110,11 +110,12 @@ class MicroBatcher:
         with self._changed:
             if self._is_closing:
                 raise _shutting_down()
-            if len(self._waiting) >= self.max_queue:
+            # more than the bound alone is let in while nothing waits, or it never would be
+            if self._waiting and len(self._waiting) + len(jobs) > self.max_queue:
                 raise RefusedError(
                     429,
-                    f"{len(self._waiting)} prompts wait already, of at most {self.max_queue}; "
-                    "send it again later.",
+                    f"{len(self._waiting)} prompts wait already, of at most {self.max_queue}, and "
+                    f"the request has {len(jobs)}; send it again later.",
                     code="queue_full",
                     retry_after=self._retry_after(),
                 )

@@ -13,8 +13,11 @@ from lm_eval.tasks import TaskManager
 
 from server_desk import PROMPT, RIGHT, WRONG
 from serving import serving
+from sharpen.evaluation.parity_engines import server_logprobs
 from sharpen.integrations.openrlhf import SelfReward
+from sharpen.integrations.rating import Rating, rate_by
 from sharpen.models import SHIPPED
+from sharpen.sampling.endpoint_client import EndpointClient
 from sharpen.scoring import Scorer
 from test_layers import ROOT
 
@@ -161,6 +164,18 @@ def test_llama_factory_gets_a_score_a_conversation(server, offline):
     ids = [offline.tokenizer.encode(x, add_special_tokens=False) for x in body["messages"]]
     want = offline.score([x[:1] for x in ids], [[x[1:]] for x in ids]).reward("logprob")
     assert torch.allclose(scores, want, atol=1e-4)
+
+
+def test_rows_that_fill_the_context_are_rated_through_the_server(server, offline):
+    prompt, completion = opening(offline), [7, 9] * 512
+    completion = completion[: 1024 - len(prompt)]
+    scores = offline.score([prompt], [[completion]])
+    url = f"{server.url}/v1"
+    (((*found,),),) = server_logprobs(EndpointClient(url), "game24", [prompt], [[completion]])
+    assert found == pytest.approx(scores.tokens.logprob.tolist(), abs=1e-4)
+    rate = rate_by(Rating(endpoint=url, endpoint_model="game24"))
+    ((reward,),) = rate([prompt], [[completion]])
+    assert reward == pytest.approx(scores.reward("logprob").item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("page", ["server", "openrlhf", "llama-factory"])
