@@ -6,6 +6,9 @@ from sharpen.errors import InputError
 
 from .refusal import RefusedError
 
+# far more than tokens of text have; chosen, so that no text of the context is refused by its size
+CHARS_PER_TOKEN = 256
+
 
 @dataclass(frozen=True)
 class ServerLimits:
@@ -34,6 +37,15 @@ class ServerLimits:
             value = getattr(self, field.name)
             if value < 1:
                 raise InputError(f"`{field.name}` must be at least 1, got {value}.")
+
+    def max_chars(self, context: int | None) -> int:
+        """Characters that a text may have to be tokenised at all.
+
+        Args:
+            context: Tokens that the model can read; None if it has no limit.
+        """
+        n_tokens = self.max_request_tokens if context is None else context
+        return CHARS_PER_TOKEN * min(n_tokens, self.max_request_tokens)
 
     def check_bytes(self, n_bytes: int) -> None:
         """Refuse a body that is too large; `n_bytes` may be what has come of it so far.

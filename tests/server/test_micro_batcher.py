@@ -126,11 +126,11 @@ def test_a_request_of_many_jobs_cannot_overshoot_the_bound():
         first = busy(batcher, score)
         # nothing waits, so that more than the bound gets in, or it never would
         large = batcher.submit([Job([1], [[i]]) for i in range(4)])
-        with pytest.raises(RefusedError, match="4 prompts wait already, of at most 3, .* has 1;"):
+        with pytest.raises(RefusedError, match="4 prompts wait already, of at most 3, and"):
             batcher.submit([Job([1], [[5]])])
         batcher.abandon(large)
         kept = batcher.submit([Job([1], [[6]]), Job([1], [[7]])])
-        with pytest.raises(RefusedError, match="2 prompts wait already, of at most 3, .* has 2;"):
+        with pytest.raises(RefusedError, match="2 prompts wait already, of at most 3, and"):
             batcher.submit([Job([1], [[8]]), Job([1], [[9]])])
         last = batcher.submit([Job([1], [[8]])])
         assert batcher.n_waiting == 3

@@ -103,7 +103,7 @@ def test_a_completion_may_end_one_token_after_the_context_as_in_the_scorer():
     body = {"prompt": [1, 5], "completions": [[7] * 1023]}
     found = answered(read_score(body, desk()))["rewards"]["logprob"]
     assert found == scorer().score([[1, 5]], [[[7] * 1023]]).reward("logprob").numpy()
-    with pytest.raises(InputError, match="2 . 1024 = 1026"):
+    with pytest.raises(InputError, match="1024 = 1026"):
         read_score(body | {"completions": [[7] * 1024]}, desk())
 
 
