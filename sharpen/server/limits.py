@@ -6,6 +6,8 @@ from sharpen.errors import InputError
 
 from .refusal import RefusedError
 
+# requests of the largest size that may be inside together; chosen
+N_INSIDE = 32
 # far more than tokens of text have; chosen, so that no text of the context is refused by its size
 CHARS_PER_TOKEN = 256
 
@@ -59,6 +61,22 @@ class ServerLimits:
                 f"a request must be at most {self.max_request_bytes} bytes, got {n_bytes} or more; "
                 "send several, or start the server with a larger `--max-request-bytes`.",
                 code="request_too_large",
+            )
+
+    def check_inside(self, n_bytes: int) -> None:
+        """Refuse a body that would make the bytes inside too many.
+
+        Raises:
+            RefusedError: 429.
+        """
+        most = N_INSIDE * self.max_request_bytes
+        if n_bytes > most:
+            raise RefusedError(
+                429,
+                f"requests inside hold more than {most} bytes already, {N_INSIDE} times "
+                "`--max-request-bytes`; send it again later.",
+                code="too_many_bytes",
+                retry_after=1,
             )
 
     def check_n(self, field: str, n: int) -> None:

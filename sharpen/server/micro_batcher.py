@@ -18,7 +18,7 @@ from sharpen_kernels import TokenStats
 
 from .calls import Batch, Score, called
 from .jobs import Job, choose
-from .refusal import RefusedError
+from .refusal import RefusedError, shutting_down
 from .tickets import Ticket
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,11 @@ class MicroBatcher:
         return self._thread.is_alive()
 
     @property
+    def is_closing(self) -> bool:
+        """Whether it takes no more."""
+        return self._is_closing
+
+    @property
     def n_waiting(self) -> int:
         """Jobs in the queue."""
         return len(self._waiting)
@@ -109,7 +114,7 @@ class MicroBatcher:
         items = [_Item(job, ticket, i, now) for i, job in enumerate(jobs)]
         with self._changed:
             if self._is_closing:
-                raise _shutting_down()
+                raise shutting_down()
             # more than the bound alone is let in while nothing waits, or it never would be
             if self._waiting and len(self._waiting) + len(jobs) > self.max_queue:
                 raise RefusedError(
@@ -230,8 +235,4 @@ class MicroBatcher:
 
 def _refuse(items: Sequence[_Item]) -> None:
     for item in items:
-        item.ticket.fail(_shutting_down())
-
-
-def _shutting_down() -> RefusedError:
-    return RefusedError(503, "the server is shutting down.", code="shutting_down")
+        item.ticket.fail(shutting_down())

@@ -61,6 +61,11 @@ class RefusedError(SharpenError):
         }
 
 
+def shutting_down() -> RefusedError:
+    """What everybody is told who is not answered any more; another server may be there soon."""
+    return RefusedError(503, "the server is shutting down.", code="shutting_down", retry_after=1)
+
+
 def refusal_of(error: Exception) -> RefusedError:
     """What a client is told of an error that came out of scoring or of reading its request."""
     if isinstance(error, RefusedError):
