@@ -12,7 +12,7 @@ from sharpen.models import load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.server.access import api_key
-from sharpen.server.app import Service
+from sharpen.server.answering import Service
 from sharpen.server.dialect import Desk
 from sharpen.server.limits import ServerLimits
 from sharpen.server.metrics import Metrics

@@ -31,6 +31,15 @@ class Held:
         self._n_body = 0
         self._n_answer = 0
 
+    def check(self, n_bytes: int) -> None:
+        """Refuse a body that says it has so many.
+
+        Raises:
+            RefusedError: As `receive`.
+        """
+        self._limits.check_bytes(n_bytes)
+        self._limits.check_inside(self._inside.n_bytes + n_bytes)
+
     def receive(self, n_bytes: int) -> None:
         """More of its body has come.
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .calls import Batch
+from .inside import Inside
 from .micro_batcher import MicroBatcher
 from .optional import needed
 from .unscorable import Cause
@@ -35,6 +36,8 @@ class Metrics:
             "cause",
         )  # fmt: skip
         self._waiting = made("Gauge", "queue_prompts", "Prompts that wait for the scorer.")
+        self._inside = made("Gauge", "requests_inside", "Requests not answered yet, this one too.")
+        self._bytes = made("Gauge", "inside_bytes", "Bytes of their bodies, and of answers sent.")
         self._calls = made("Histogram", "batch_prompts", "Distinct prompts a call.", buckets=SIZES)
         self._jobs = made("Histogram", "batch_jobs", "Jobs a call of the scorer.", buckets=SIZES)
         self._completions = made("Counter", "completions", "Completions scored.")
@@ -44,6 +47,11 @@ class Metrics:
     def watch(self, batcher: MicroBatcher) -> None:
         """Tell the length of its queue."""
         self._waiting.set_function(lambda: batcher.n_waiting)
+
+    def watch_inside(self, inside: Inside) -> None:
+        """Tell how many requests are inside, and what they hold."""
+        self._inside.set_function(lambda: inside.n_requests)
+        self._bytes.set_function(lambda: inside.n_bytes)
 
     def batch(self, batch: Batch) -> None:
         """One call of the scorer."""

@@ -43,6 +43,9 @@ class RefusedError(SharpenError):
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
+        # of a body that came too slowly more may follow, of a server that ends nothing
+        if self.status in (408, 503):
+            headers["Connection"] = "close"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
