@@ -7,7 +7,7 @@ here.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from typing import Any
 
 from .access import check_key
@@ -26,6 +26,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 # what a load balancer asks, without a key and also while the server shuts down
 OPEN = ("/health",)
+# of an answer that are sent at a time; chosen
+SEND_BYTES = 2**18
 # where a request finds what it holds
 HELD = "sharpen.held"
 
@@ -68,7 +70,8 @@ class Gate:
                     status = message["status"]
                 if held is not None:
                     held.send(len(message.get("body", b"")))
-                await send(message)
+                for part in _parts(message):
+                    await send(part)
 
             try:
                 self._check(scope)
@@ -95,6 +98,18 @@ class Gate:
         check_key(self._key, headers.get(b"authorization", b""))
         if self.is_draining:
             raise shutting_down()
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A message of an answer as several, so that the client's pace is felt between them.
+
+    uvicorn waits before it sends, not after: a whole answer would be taken for sent at once.
+    """
+    body = message.get("body", b"")
+    ends = range(SEND_BYTES, len(body), SEND_BYTES)
+    for end in ends:
+        yield {**message, "body": body[end - SEND_BYTES : end], "more_body": True}
+    yield {**message, "body": body[ends[-1] :]} if ends else message
 
 
 async def refuse(refusal: RefusedError, send: Send) -> None:

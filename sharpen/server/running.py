@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 TICK_SECONDS = 0.02
 LAST_SECONDS = 20.0  # for bodies that are read and answers that are sent when the queue is dropped
-GRACE_SECONDS = 2  # for clients that do not take their answers even then
+GRACE_SECONDS = 5  # for clients that do not take their answers even then
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection, so that they close it
 
 

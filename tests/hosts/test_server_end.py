@@ -97,7 +97,8 @@ def test_a_third_signal_ends_what_two_cannot(model):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
         client.sendall(head.encode() + content)
-        while server.metrics()["sharpen_inside_bytes"] < 4_000_000:
+        # what has been sent of it is small beside the 11 MB that it is
+        while server.metrics()["sharpen_inside_bytes"] < 2**23:
             pass
         draining(server)
         server.process.send_signal(signal.SIGINT)
