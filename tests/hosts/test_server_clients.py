@@ -1,6 +1,5 @@
-"""Clients of the server: OpenAI's, lm-eval, the requests of trainers, the docs' examples."""
+"""Clients of the server: OpenAI's, lm-eval, the requests of trainers, rows of hosts."""
 
-import doctest
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from sharpen.integrations.rating import Rating, rate_by
 from sharpen.models import SHIPPED
 from sharpen.sampling.endpoint_client import EndpointClient
 from sharpen.scoring import Scorer
-from test_layers import ROOT
 
 PATH = str(SHIPPED["game24"])
 
@@ -176,14 +174,3 @@ def test_rows_that_fill_the_context_are_rated_through_the_server(server, offline
     rate = rate_by(Rating(endpoint=url, endpoint_model="game24"))
     ((reward,),) = rate([prompt], [[completion]])
     assert reward == pytest.approx(scores.reward("logprob").item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("page", ["server", "openrlhf", "llama-factory"])
-def test_examples_of_the_docs(server, page):
-    text = (ROOT / "docs" / "hosts" / f"{page}.md").read_text()
-    text = text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
-    test = doctest.DocTestParser().get_doctest(text, {}, page, f"{page}.md", 0)
-    told = []
-    result = doctest.DocTestRunner().run(test, out=told.append)
-    assert result.attempted >= 3
-    assert result.failed == 0, "".join(told)
