@@ -174,3 +174,26 @@ def test_rows_that_fill_the_context_are_rated_through_the_server(server, offline
     rate = rate_by(Rating(endpoint=url, endpoint_model="game24"))
     ((reward,),) = rate([prompt], [[completion]])
     assert reward == pytest.approx(scores.reward("logprob").item(), rel=1e-5)
+
+
+def test_samples_without_a_reward_get_the_chosen_one_and_are_counted():
+    long = PROMPT + "8 " * 1100
+    with serving("game24", "--unscorable-reward", "-1000") as server:
+        ask = {"query": [PROMPT], "prompts": [PROMPT], "labels": ["24"]}
+        found = server.post("/get_reward", ask)
+        assert (found["rewards"], found["extra_logs"]["unscorable"]) == ([-1000.0], [1.0])
+        assert server.post("/get_reward", ask | {"query": [long]})["rewards"] == [-1000.0]
+        scores = server.post("/v1/score/evaluation", {"messages": ["8", PROMPT + RIGHT, "8"]})
+        assert scores["scores"][::2] == [-1000.0] * 2
+        assert -1000 < scores["scores"][1] < 0
+        # a text of so many characters is not even tokenised
+        endless = PROMPT + "8 " * (256 * 1024)
+        assert server.post("/get_reward", ask | {"query": [endless]})["rewards"] == [-1000.0]
+        status, said, _ = server.ask("/score", {"prompt": endless, "completions": []})
+        assert (status, said["error"]["code"]) == (422, "too_long")
+        seen = server.metrics()
+        code, log = server.end()
+    assert seen['sharpen_unscorable_total{cause="empty"}'] == 3
+    assert seen['sharpen_unscorable_total{cause="too_long"}'] == 2
+    assert code == 0
+    assert log.count("as of all that cannot be rated") == 2
