@@ -7,7 +7,7 @@ has the arrays alone, under the keys that lead to them joined by a dot.
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,23 @@ NPZ = ("application/x-npz", "application/npz")
 # entries of a list that are written at a time; chosen: some milliseconds where each is twenty
 # log-probs
 PIECE = 512
+
+
+class Made(Sequence[Any]):
+    """A list of which each entry is made when it is read: one at a time is in memory."""
+
+    def __init__(self, n: int, make: Callable[[int], Any]):
+        self._n = n
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._n
+
+    # as a sequence has it: an index, or a slice
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(self._n)[index]]
+        return self._make(range(self._n)[index])
 
 
 def decoded(body: bytes, content_type: str) -> Any:
@@ -68,7 +85,7 @@ def encoded(answer: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
             arrays: dict[str, Any] = dict(_arrays(answer))
             np.savez(buffer, **arrays)
             return buffer.getvalue(), kind
-    return "".join(_json_pieces(answer)).encode(), JSON
+    return b"".join(piece.encode() for piece in _json_pieces(answer)), JSON
 
 
 def numbers(array: Any) -> list[Any]:
@@ -87,18 +104,14 @@ def _json_pieces(value: Any) -> Iterator[str]:
             yield f"{',' if i else '{'}{_dumped(key)}:"
             yield from _json_pieces(inner)
         yield "}" if value else "{}"
-    elif isinstance(value, (list, np.ndarray)) and len(value) > 0:
-        # what a list holds is alike
-        is_deep = isinstance(value[0], Mapping) and any(
-            isinstance(inner, (Mapping, list, np.ndarray)) for inner in value[0].values()
-        )
-        step = 1 if is_deep else PIECE
-        for start in range(0, len(value), step):
-            yield "," if start else "["
-            if is_deep:
-                yield from _json_pieces(value[start])
-            else:
-                yield _dumped(value[start : start + step])[1:-1]
+    elif isinstance(value, Made):
+        for i, inner in enumerate(value):
+            yield "," if i else "["
+            yield from _json_pieces(inner)
+        yield "]" if value else "[]"
+    elif isinstance(value, (list, np.ndarray)) and len(value) > PIECE:
+        for start in range(0, len(value), PIECE):
+            yield f"{',' if start else '['}{_dumped(value[start : start + PIECE])[1:-1]}"
         yield "]"
     else:
         yield _dumped(value)
@@ -121,7 +134,10 @@ def _load_msgpack(body: bytes) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _as_map(array: Any) -> dict[str, Any]:
+# of an array or of a list that is made as it is read
+def _as_map(array: Any) -> Any:
+    if isinstance(array, Made):
+        return list(array)
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return {"dtype": little.dtype.str, "shape": list(array.shape), "data": little.tobytes()}
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
 
@@ -98,8 +99,9 @@ def test_a_third_signal_ends_what_two_cannot(model):
         client.connect(("127.0.0.1", server.port))
         client.sendall(head.encode() + content)
         # what has been sent of it is small beside the 11 MB that it is
+        until = time.monotonic() + SECONDS
         while server.metrics()["sharpen_inside_bytes"] < 2**23:
-            pass
+            assert time.monotonic() < until, "a whole answer was taken for sent at once"
         draining(server)
         server.process.send_signal(signal.SIGINT)
         server.process.send_signal(signal.SIGTERM)

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sharpen.server.bodies import PIECE, _json_pieces, decoded, encoded
+from sharpen.server.bodies import PIECE, Made, _json_pieces, decoded, encoded
 from sharpen.server.refusal import RefusedError
 
 
@@ -80,3 +80,21 @@ def test_long_arrays_keep_their_rows():
     assert found["none"] == []
     # in pieces, so that others run between them
     assert max(map(len, _json_pieces({"x": table}))) < len(body) / 4
+
+
+def test_what_is_made_as_it_is_read_is_a_list_in_every_form():
+    msgpack = pytest.importorskip("msgpack")
+
+    def make(i):
+        made.append(i)
+        return {"i": i, "x": list(range(PIECE + i))}
+
+    made = []
+    answer = {"choices": Made(3, make), "none": Made(0, make)}
+    want = {"choices": [{"i": i, "x": list(range(PIECE + i))} for i in range(3)], "none": []}
+    assert made == []
+    assert json.loads(encoded(answer)[0]) == want
+    assert made == [0, 1, 2]
+    assert answer["choices"][-1] == want["choices"][2]
+    assert answer["choices"][1:] == want["choices"][1:]
+    assert msgpack.unpackb(encoded(answer, "application/msgpack")[0]) == want
