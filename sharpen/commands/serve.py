@@ -12,7 +12,7 @@ from sharpen.models import load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.server.access import api_key
-from sharpen.server.app import Service
+from sharpen.server.answering import Service
 from sharpen.server.dialect import Desk
 from sharpen.server.limits import ServerLimits
 from sharpen.server.metrics import Metrics
@@ -20,6 +20,7 @@ from sharpen.server.micro_batcher import MicroBatcher
 from sharpen.server.optional import needed
 from sharpen.server.running import address_of, bound, serve
 from sharpen.server.texts import Texts
+from sharpen.server.unscorable import Unscorable
 
 from .options import ModelOptions, option
 
@@ -39,6 +40,10 @@ class ServeConfig(ModelOptions):
     port: int = option("port to listen on; 0 takes a free one", 8000)
     name: str | None = option("what requests call the model; default: as `--model` says")
     reward: str = option("what trainers get that ask for one number", "logprob")
+    unscorable_reward: float | None = option(
+        "what they get for a sample that is empty, too long or has no finite log-prob; "
+        "default: an error"
+    )
     wait_ms: float = option("how long the newest request waits for others to share a batch", 5.0)
     max_queue: int = option("prompts that may wait; more get 429", DEFAULT.max_queue)
     max_n: int = option("completions or prompts of one request", DEFAULT.max_n)
@@ -79,7 +84,15 @@ def run(config: ServeConfig) -> None:
         )
         metrics.watch(batcher)
         name = config.name or config.model
-        desk = Desk(name, ModelLimits.of(model), limits, Texts(tokenizer), config.reward)
+        accepts = ModelLimits.of(model)
+        desk = Desk(
+            name,
+            accepts,
+            limits,
+            Texts(tokenizer, max_chars=limits.max_chars(accepts.max_length)),
+            config.reward,
+            Unscorable(config.unscorable_reward, metrics.unscorable),
+        )
         sys.stdout.write(f"sharpen: serving {name} at {address_of(listener)}\n")
         sys.stdout.flush()
         service = Service(desk, batcher, metrics, key)
@@ -98,6 +111,7 @@ def check(config: ServeConfig) -> None:
         raise InputError(f"`reward` {config.reward} needs answers, which only `/score` can get.")
     if config.max_tokens < 1:
         raise InputError(f"`max_tokens` must be at least 1, got {config.max_tokens}.")
+    Unscorable(config.unscorable_reward)
     for name in ("wait_ms", "drain_seconds"):
         value = getattr(config, name)
         if not 0 <= value < float("inf"):

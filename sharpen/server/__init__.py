@@ -3,5 +3,6 @@
     bytes -> `bodies` -> a dialect (`score`, `completions`, `reward_hosts`) -> jobs
           -> `micro_batcher` (one thread, one scorer) -> the dialect again -> `bodies` -> bytes
 
-`app` and `running` alone know FastAPI and uvicorn.
+`answering` takes a request along this way, `gate` stands before it. `app`, `answering` and
+`running` alone know FastAPI, Starlette and uvicorn.
 """

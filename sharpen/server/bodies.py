@@ -7,7 +7,7 @@ has the arrays alone, under the keys that lead to them joined by a dot.
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,27 @@ from .refusal import RefusedError
 JSON = "application/json"
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
 NPZ = ("application/x-npz", "application/npz")
+
+# entries of a list that are written at a time; chosen: some milliseconds where each is twenty
+# log-probs
+PIECE = 512
+
+
+class Made(Sequence[Any]):
+    """A list of which each entry is made when it is read: one at a time is in memory."""
+
+    def __init__(self, n: int, make: Callable[[int], Any]):
+        self._n = n
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._n
+
+    # as a sequence has it: an index, or a slice
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(self._n)[index]]
+        return self._make(range(self._n)[index])
 
 
 def decoded(body: bytes, content_type: str) -> Any:
@@ -64,8 +85,7 @@ def encoded(answer: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
             arrays: dict[str, Any] = dict(_arrays(answer))
             np.savez(buffer, **arrays)
             return buffer.getvalue(), kind
-    text = json.dumps(answer, default=numbers, allow_nan=False, separators=(",", ":"))
-    return text.encode(), JSON
+    return b"".join(piece.encode() for piece in _json_pieces(answer)), JSON
 
 
 def numbers(array: Any) -> list[Any]:
@@ -75,6 +95,30 @@ def numbers(array: Any) -> list[Any]:
     objects = array.astype(object)
     objects[~np.isfinite(array)] = None
     return objects.tolist()
+
+
+def _json_pieces(value: Any) -> Iterator[str]:
+    """JSON in pieces: while one is written, no other thread of the process runs."""
+    if isinstance(value, Mapping):
+        for i, (key, inner) in enumerate(value.items()):
+            yield f"{',' if i else '{'}{_dumped(key)}:"
+            yield from _json_pieces(inner)
+        yield "}" if value else "{}"
+    elif isinstance(value, Made):
+        for i, inner in enumerate(value):
+            yield "," if i else "["
+            yield from _json_pieces(inner)
+        yield "]" if value else "[]"
+    elif isinstance(value, (list, np.ndarray)) and len(value) > PIECE:
+        for start in range(0, len(value), PIECE):
+            yield f"{',' if start else '['}{_dumped(value[start : start + PIECE])[1:-1]}"
+        yield "]"
+    else:
+        yield _dumped(value)
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, default=numbers, allow_nan=False, separators=(",", ":"))
 
 
 def _load_json(body: bytes) -> Any:
@@ -90,7 +134,10 @@ def _load_msgpack(body: bytes) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _as_map(array: Any) -> dict[str, Any]:
+# of an array or of a list that is made as it is read
+def _as_map(array: Any) -> Any:
+    if isinstance(array, Made):
+        return list(array)
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return {"dtype": little.dtype.str, "shape": list(array.shape), "data": little.tobytes()}
 

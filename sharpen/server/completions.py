@@ -12,6 +12,7 @@ from typing import Any
 
 from sharpen_kernels import TokenStats
 
+from .bodies import Made
 from .choices import Given, Style, choice
 from .dialect import Answer, Asked, Desk
 from .fields import Body, as_object, boolean, text, whole, wrong
@@ -66,16 +67,16 @@ def read_completions(body: object, desk: Desk, created: int) -> Asked:
     jobs = []
     for i, (_, ids) in enumerate(prompts):
         first = 1 if echo else len(ids)
-        desk.model.check(f"prompt[{i}]", ids, [STANDIN] * extra)
-        jobs.append(Job(ids[:first], [[*ids[first:], *[STANDIN] * extra]], stats))
+        after = [*ids[first:], *[STANDIN] * extra]
+        # as in the scorer: the last token is predicted, and never read
+        desk.model.check(f"prompt[{i}]", ids, [STANDIN] * extra, unread=min(1, len(after)))
+        jobs.append(Job(ids[:first], [after], stats))
     style = Style(echo, extra, k, boolean(fields, "return_tokens_as_token_ids", False))
 
     def answer(results: Sequence[TokenStats]) -> Answer:
         found = results if is_scored else [None] * len(prompts)
-        choices = [
-            choice(i, given, tokens, style, desk.texts)
-            for i, (given, tokens) in enumerate(zip(prompts, found, strict=True))
-        ]
+        # a dictionary a token is much where there are a hundred thousand
+        choices = Made(len(prompts), lambda i: choice(i, prompts[i], found[i], style, desk.texts))
         n_prompt = sum(len(ids) for _, ids in prompts)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": extra * len(prompts)}
         return {

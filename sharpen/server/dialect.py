@@ -1,7 +1,7 @@
 """What every dialect of the server is: a body to jobs, and their statistics to an answer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .jobs import Job
 from .limits import ServerLimits
 from .refusal import RefusedError
 from .texts import Texts
+from .unscorable import Unscorable
 
 Answer = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ class Desk:
         limits: Of a request.
         texts: Reads text.
         reward: What hosts get that ask for one number.
+        unscorable: What they get for a sample that cannot be rated.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Desk:
     limits: ServerLimits
     texts: Texts
     reward: str = "logprob"
+    unscorable: Unscorable = field(default_factory=Unscorable)
 
     def check(self, asked: Asked) -> Asked:
         """`asked`, if it is within the limits of one request.

@@ -6,6 +6,11 @@ from sharpen.errors import InputError
 
 from .refusal import RefusedError
 
+# requests of the largest size that may be inside together; chosen
+N_INSIDE = 32
+# far more than tokens of text have; chosen, so that no text of the context is refused by its size
+CHARS_PER_TOKEN = 256
+
 
 @dataclass(frozen=True)
 class ServerLimits:
@@ -15,8 +20,8 @@ class ServerLimits:
         max_request_bytes: Body of a request.
         max_request_tokens: Tokens of all prompts and completions of a request.
         max_n: Completions, or prompts, of a request.
-        max_queue: Prompts with their completions that may wait; a request that comes while so many
-            do is told to come back.
+        max_queue: Prompts with their completions that may wait; a request that would make them
+            more is told to come back, unless none waits.
     """
 
     max_request_bytes: int = 8 * 2**20
@@ -35,6 +40,15 @@ class ServerLimits:
             if value < 1:
                 raise InputError(f"`{field.name}` must be at least 1, got {value}.")
 
+    def max_chars(self, context: int | None) -> int:
+        """Characters that a text may have to be tokenised at all.
+
+        Args:
+            context: Tokens that the model can read; None if it has no limit.
+        """
+        n_tokens = self.max_request_tokens if context is None else context
+        return CHARS_PER_TOKEN * min(n_tokens, self.max_request_tokens)
+
     def check_bytes(self, n_bytes: int) -> None:
         """Refuse a body that is too large; `n_bytes` may be what has come of it so far.
 
@@ -47,6 +61,22 @@ class ServerLimits:
                 f"a request must be at most {self.max_request_bytes} bytes, got {n_bytes} or more; "
                 "send several, or start the server with a larger `--max-request-bytes`.",
                 code="request_too_large",
+            )
+
+    def check_inside(self, n_bytes: int) -> None:
+        """Refuse a body that would make the bytes inside too many.
+
+        Raises:
+            RefusedError: 429.
+        """
+        most = N_INSIDE * self.max_request_bytes
+        if n_bytes > most:
+            raise RefusedError(
+                429,
+                f"requests inside hold more than {most} bytes already, {N_INSIDE} times "
+                "`--max-request-bytes`; send it again later.",
+                code="too_many_bytes",
+                retry_after=1,
             )
 
     def check_n(self, field: str, n: int) -> None:

@@ -3,8 +3,10 @@
 from typing import Any
 
 from .calls import Batch
+from .inside import Inside
 from .micro_batcher import MicroBatcher
 from .optional import needed
+from .unscorable import Cause
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -29,7 +31,13 @@ class Metrics:
             buckets=SECONDS,
         )  # fmt: skip
         self._abandoned = made("Counter", "abandoned", "Requests whose client went away.")
+        self._unscorable = made(
+            "Counter", "unscorable", "Samples that got the reward of `--unscorable-reward`.",
+            "cause",
+        )  # fmt: skip
         self._waiting = made("Gauge", "queue_prompts", "Prompts that wait for the scorer.")
+        self._inside = made("Gauge", "requests_inside", "Requests not answered yet, this one too.")
+        self._bytes = made("Gauge", "inside_bytes", "Bytes of their bodies, and of answers sent.")
         self._calls = made("Histogram", "batch_prompts", "Distinct prompts a call.", buckets=SIZES)
         self._jobs = made("Histogram", "batch_jobs", "Jobs a call of the scorer.", buckets=SIZES)
         self._completions = made("Counter", "completions", "Completions scored.")
@@ -39,6 +47,11 @@ class Metrics:
     def watch(self, batcher: MicroBatcher) -> None:
         """Tell the length of its queue."""
         self._waiting.set_function(lambda: batcher.n_waiting)
+
+    def watch_inside(self, inside: Inside) -> None:
+        """Tell how many requests are inside, and what they hold."""
+        self._inside.set_function(lambda: inside.n_requests)
+        self._bytes.set_function(lambda: inside.n_bytes)
 
     def batch(self, batch: Batch) -> None:
         """One call of the scorer."""
@@ -56,6 +69,10 @@ class Metrics:
     def abandoned(self) -> None:
         """One client that did not wait for its answer."""
         self._abandoned.inc()
+
+    def unscorable(self, cause: Cause) -> None:
+        """One sample that was not rated, and got the reward that was chosen for these."""
+        self._unscorable.labels(cause).inc()
 
     def text(self) -> tuple[bytes, str]:
         """Everything, and its content type."""

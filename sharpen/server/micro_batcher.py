@@ -18,7 +18,7 @@ from sharpen_kernels import TokenStats
 
 from .calls import Batch, Score, called
 from .jobs import Job, choose
-from .refusal import RefusedError
+from .refusal import RefusedError, shutting_down
 from .tickets import Ticket
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class MicroBatcher:
     Args:
         score: `Scorer.score`; called by one thread alone.
         max_tokens: Tokens of one call, each prompt counted once; a larger job goes alone.
-        max_queue: Jobs that may wait.
+        max_queue: Jobs that may wait; those of one request may be more while no other waits.
         wait_seconds: How long the newest job waits for company.
         observe: Called by the thread after each call.
 
@@ -91,6 +91,11 @@ class MicroBatcher:
         return self._thread.is_alive()
 
     @property
+    def is_closing(self) -> bool:
+        """Whether it takes no more."""
+        return self._is_closing
+
+    @property
     def n_waiting(self) -> int:
         """Jobs in the queue."""
         return len(self._waiting)
@@ -109,12 +114,13 @@ class MicroBatcher:
         items = [_Item(job, ticket, i, now) for i, job in enumerate(jobs)]
         with self._changed:
             if self._is_closing:
-                raise _shutting_down()
-            if len(self._waiting) >= self.max_queue:
+                raise shutting_down()
+            # more than the bound alone is let in while nothing waits, or it never would be
+            if self._waiting and len(self._waiting) + len(jobs) > self.max_queue:
                 raise RefusedError(
                     429,
-                    f"{len(self._waiting)} prompts wait already, of at most {self.max_queue}; "
-                    "send it again later.",
+                    f"{len(self._waiting)} prompts wait already, of at most {self.max_queue}, and "
+                    f"the request has {len(jobs)}; send it again later.",
                     code="queue_full",
                     retry_after=self._retry_after(),
                 )
@@ -229,8 +235,4 @@ class MicroBatcher:
 
 def _refuse(items: Sequence[_Item]) -> None:
     for item in items:
-        item.ticket.fail(_shutting_down())
-
-
-def _shutting_down() -> RefusedError:
-    return RefusedError(503, "the server is shutting down.", code="shutting_down")
+        item.ticket.fail(shutting_down())

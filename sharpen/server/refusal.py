@@ -4,6 +4,8 @@ from typing import Any
 
 from sharpen.errors import SharpenError
 
+# characters; a refusal that quotes its request must not be as large
+LONGEST = 1000
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -12,7 +14,7 @@ class RefusedError(SharpenError):
 
     Attributes:
         status: The HTTP status.
-        message: One line: name, wanted, got, fix.
+        message: One line, shortened if it is very long: name, wanted, got, fix.
         param: The field at fault, or None.
         code: A word for programs.
         retry_after: Whole seconds after which the same request may succeed, or None.
@@ -27,10 +29,11 @@ class RefusedError(SharpenError):
         code: str = "invalid_request",
         retry_after: int | None = None,
     ):
+        message = _shortened(message, LONGEST)
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = None if param is None else _shortened(param, 100)
         self.code = code
         self.retry_after = retry_after
 
@@ -40,6 +43,9 @@ class RefusedError(SharpenError):
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
+        # of a body that came too slowly more may follow, of a server that ends nothing
+        if self.status in (408, 503):
+            headers["Connection"] = "close"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
@@ -58,6 +64,11 @@ class RefusedError(SharpenError):
         }
 
 
+def shutting_down() -> RefusedError:
+    """What everybody is told who is not answered any more; another server may be there soon."""
+    return RefusedError(503, "the server is shutting down.", code="shutting_down", retry_after=1)
+
+
 def refusal_of(error: Exception) -> RefusedError:
     """What a client is told of an error that came out of scoring or of reading its request."""
     if isinstance(error, RefusedError):
@@ -71,3 +82,7 @@ def refusal_of(error: Exception) -> RefusedError:
     return RefusedError(
         500, f"scoring failed ({type(error).__name__}: {reason}).", code="scoring_failed"
     )
+
+
+def _shortened(text: str, n: int) -> str:
+    return text if len(text) <= n else text[: n - 3] + "..."

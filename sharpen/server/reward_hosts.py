@@ -5,21 +5,39 @@ OpenRLHF, `/get_reward`: {"query": [text], "prompts": [text], "labels": [...]} t
 LLaMA-Factory, `/v1/score/evaluation`: {"model": ..., "messages": [text]} to {"scores": [x]}; a text
 is a whole conversation as the chat template wrote it.
 
-Both send what they decoded from ids with its special tokens, so none are added here.
+Both send what they decoded from ids with its special tokens, so none are added here. What cannot be
+rated (an empty completion, whose 0 nats would be more than any other's; a text that is longer than
+the context; a log-prob that is no number) is refused, or gets the reward of `Desk.unscorable`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from sharpen.errors import SharpenError
 from sharpen_kernels import TokenStats
 
 from .dialect import Answer, Asked, Desk, refuse_broken, scores_of, stats_of
 from .fields import as_object, texts, wrong
 from .jobs import Job
 from .refusal import RefusedError
+from .texts import TOO_LONG
 
 # of every completion, beside the reward
-LOGS = ("logprob", "mean_logprob")
+LOGS = ("logprob", "mean_logprob", "n_tokens")
+
+# of a text, by the name it has in refusals
+Split = Callable[[str], tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One text: what to score of it, or the reward that it gets unscored."""
+
+    job: Job | None
+    reward: float = 0.0
 
 
 def read_get_reward(body: object, desk: Desk) -> Asked:
@@ -34,17 +52,17 @@ def read_get_reward(body: object, desk: Desk) -> Asked:
     if len(prompts) != len(queries):
         raise wrong("prompts", f"a list of {len(queries)}, one a query", f"{len(prompts)} of them")
     desk.limits.check_n("query", len(queries))
-    pairs = [
-        desk.texts.split(query, prompt, f"query[{i}]")
+
+    samples = [
+        _sample(partial(desk.texts.split, query, prompt), f"query[{i}]", desk)
         for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
     ]
-    jobs = _jobs(pairs, "query", desk)
 
     def answer(results: Sequence[TokenStats]) -> Answer:
-        rewards, logs = _rewards(jobs, results, "query", desk.reward)
+        rewards, logs = _rewards(samples, results, "query", desk)
         return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
-    return desk.check(Asked(jobs, answer))
+    return desk.check(Asked(_jobs(samples), answer))
 
 
 def read_evaluation(body: object, desk: Desk) -> Asked:
@@ -55,41 +73,84 @@ def read_evaluation(body: object, desk: Desk) -> Asked:
     """
     whole = texts(as_object(body), "messages")
     desk.limits.check_n("messages", len(whole))
-    pairs = [desk.texts.split_last(text, f"messages[{i}]") for i, text in enumerate(whole)]
-    jobs = _jobs(pairs, "messages", desk)
+
+    samples = [
+        _sample(partial(desk.texts.split_last, text), f"messages[{i}]", desk)
+        for i, text in enumerate(whole)
+    ]
 
     def answer(results: Sequence[TokenStats]) -> Answer:
-        rewards, _ = _rewards(jobs, results, "messages", desk.reward)
+        rewards, _ = _rewards(samples, results, "messages", desk)
         return {"object": "score.evaluation", "model": desk.name, "scores": rewards}
 
-    return desk.check(Asked(jobs, answer))
+    return desk.check(Asked(_jobs(samples), answer))
 
 
-def _jobs(pairs: Sequence[tuple[list[int], list[int]]], field: str, desk: Desk) -> list[Job]:
-    stats = stats_of([desk.reward, *LOGS])
-    for i, (prompt, completion) in enumerate(pairs):
-        desk.model.check(f"{field}[{i}]", prompt, completion)
-    return [Job(prompt, [completion], stats) for prompt, completion in pairs]
+def _sample(split: Split, name: str, desk: Desk) -> _Sample:
+    try:
+        prompt, completion = split(name)
+    except RefusedError as refusal:
+        if refusal.code != TOO_LONG:
+            raise
+        return _Sample(None, desk.unscorable.reward_of("too_long", refusal))
+    # a prompt of nothing, or ids of another model, are no fault of one sample
+    replace(desk.model, max_length=None).check(name, prompt, completion)
+    try:
+        # as in the scorer: the last token is predicted, and never read
+        desk.model.check(name, prompt, completion, unread=min(1, len(completion)))
+    except SharpenError as refusal:
+        return _Sample(None, desk.unscorable.reward_of("too_long", refusal))
+    if not completion:
+        refusal = RefusedError(
+            422,
+            f"`{name}` must hold at least one token after its prompt, got none, which would get 0 "
+            "nats and so the best reward; leave it out, or start the server with "
+            "`--unscorable-reward`.",
+            param=name,
+            code="empty_completion",
+        )
+        return _Sample(None, desk.unscorable.reward_of("empty", refusal))
+    return _Sample(Job(prompt, [completion], stats_of([desk.reward, "logprob", "mean_logprob"])))
+
+
+def _jobs(samples: Sequence[_Sample]) -> list[Job]:
+    return [sample.job for sample in samples if sample.job is not None]
 
 
 def _rewards(
-    jobs: Sequence[Job], results: Sequence[TokenStats], field: str, reward: str
+    samples: Sequence[_Sample], results: Sequence[TokenStats], field: str, desk: Desk
 ) -> tuple[list[float], dict[str, Any]]:
-    """Reward of each job, which has one completion, and what to log."""
+    """Reward of each sample, and what to log; logs of one that was not rated are 0."""
     rewards: list[float] = []
-    logs: dict[str, list[float]] = {name: [] for name in (*LOGS, "n_tokens")}
-    for i, (job, tokens) in enumerate(zip(jobs, results, strict=True)):
-        assert tokens.logprob is not None
-        # these hosts read numbers alone
-        refuse_broken(f"{field}[{i}]", tokens.logprob)
-        scores = scores_of(job, tokens)
-        value = scores.reward(reward)
-        if not value.isfinite():
-            raise RefusedError(
-                422, f"`{field}[{i}]`: {reward} is {value.item()}.", code="not_finite"
-            )
-        rewards.append(value.item())
-        for name in LOGS:
-            logs[name].append(scores.reward(name).item())
-        logs["n_tokens"].append(float(len(tokens.logprob)))
-    return rewards, logs
+    rows: list[dict[str, float]] = []
+    left = iter(results)
+    for i, sample in enumerate(samples):
+        reward, row = sample.reward, None
+        if sample.job is not None:
+            try:
+                reward, row = _rated(sample.job, next(left), f"{field}[{i}]", desk.reward)
+            except RefusedError as refusal:
+                reward = desk.unscorable.reward_of("not_finite", refusal)
+        rewards.append(reward)
+        rows.append(dict.fromkeys(LOGS, 0.0) if row is None else row)
+        if not desk.unscorable.is_refused:
+            rows[-1]["unscorable"] = float(row is None)
+    names = rows[0] if rows else LOGS
+    return rewards, {name: [row[name] for row in rows] for name in names}
+
+
+def _rated(job: Job, tokens: TokenStats, name: str, reward: str) -> tuple[float, dict[str, float]]:
+    """Reward of a job, which has one completion, and what to log.
+
+    Raises:
+        RefusedError: If one is no finite number: these hosts read numbers alone.
+    """
+    assert tokens.logprob is not None
+    refuse_broken(name, tokens.logprob)
+    scores = scores_of(job, tokens)
+    found = {key: scores.reward(key).item() for key in {reward, "logprob", "mean_logprob"}}
+    if not math.isfinite(found[reward]):
+        raise RefusedError(422, f"`{name}`: {reward} is {found[reward]}.", code="not_finite")
+    n_tokens = float(len(tokens.logprob))
+    row = {"logprob": found["logprob"], "mean_logprob": found["mean_logprob"], "n_tokens": n_tokens}
+    return found[reward], row

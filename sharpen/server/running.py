@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sharpen.errors import InputError
 
-from .app import Service, build
+from .answering import Service
+from .app import build
 from .gate import Gate
 from .optional import needed
 
@@ -17,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 TICK_SECONDS = 0.02
+LAST_SECONDS = 20.0  # for bodies that are read and answers that are sent when the queue is dropped
+GRACE_SECONDS = 5  # for clients that do not take their answers even then
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection, so that they close it
 
 
@@ -49,8 +54,9 @@ def address_of(listener: socket.socket) -> str:
 def serve(service: Service, listener: socket.socket, *, drain_seconds: float = 60.0) -> None:
     """Answer requests until SIGTERM or SIGINT, then those accepted, then return.
 
-    New requests get 503 from the signal on. What is not answered `drain_seconds` later gets it
-    too, and so does everything at a second signal.
+    New requests, and those whose bodies are not whole, get 503 from the signal on. What is not
+    answered `drain_seconds` later, or at a second signal, gets it too, but for what the scorer
+    reads at that moment. A third signal ends the process at once.
 
     Raises:
         InputError: If FastAPI or uvicorn is not installed.
@@ -59,7 +65,7 @@ def serve(service: Service, listener: socket.socket, *, drain_seconds: float = 6
     app, gate = build(service)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="off",
-        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     server = _server(uvicorn, config, gate)
 
@@ -74,6 +80,7 @@ def serve(service: Service, listener: socket.socket, *, drain_seconds: float = 6
     try:
         asyncio.run(run())
     finally:
+        service.bodies.shutdown(wait=False, cancel_futures=True)
         service.batcher.close(drop=True)
 
 
@@ -83,9 +90,11 @@ def _server(uvicorn: Any, config: Any, gate: Gate) -> Any:
         """uvicorn closes its port at a signal; this one answers 503 until all is answered."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            """First signal: let nobody in. Second: end."""
-            if gate.is_draining:
-                self.should_exit = self.force_exit = True
+            """First signal: let nobody in. Second: drop what waits. Third: end."""
+            if gate.is_dropping:
+                signal.signal(sig, signal.SIG_DFL)
+                signal.raise_signal(sig)
+            gate.is_dropping = gate.is_draining
             gate.is_draining = True
 
     return Draining(config)
@@ -95,12 +104,20 @@ async def _drain(server: Any, service: Service, gate: Gate, seconds: float) -> N
     """End the server when it is told to and everything let in is answered."""
     while not gate.is_draining:
         await asyncio.sleep(TICK_SECONDS)
-    logger.info("shutting down: %d requests to answer", gate.n_inside)
-    until = time.monotonic() + seconds
-    while gate.n_inside and time.monotonic() < until:
-        await asyncio.sleep(TICK_SECONDS)
-    if gate.n_inside:
-        logger.warning("%d requests were not answered within %g s", gate.n_inside, seconds)
+    gate.closing.set()
+    inside = gate.inside
+    logger.info("shutting down: %d requests to answer", inside.n_requests)
+    await _until(lambda: not inside.n_requests or gate.is_dropping, seconds)
+    if inside.n_requests:
+        why = "before a second signal" if gate.is_dropping else f"within {seconds:g} s"
+        logger.warning("%d requests were not answered %s", inside.n_requests, why)
         # in a thread: the call that runs cannot be interrupted, and others must hear of theirs
         await asyncio.to_thread(service.batcher.close, drop=True)
+        await _until(lambda: not inside.n_requests, LAST_SECONDS)
     server.should_exit = True
+
+
+async def _until(is_so: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < until:
+        await asyncio.sleep(TICK_SECONDS)

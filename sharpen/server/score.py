@@ -46,12 +46,15 @@ def read_score(body: object, desk: Desk) -> Asked:
     end = desk.texts.eos() if boolean(fields, "add_eos", False) else []
     prompt = desk.texts.prompt_ids(fields.get("prompt"), special=special)
     desk.model.check("prompt", prompt)
+    # before each completion is checked with it
+    desk.limits.check_tokens(len(prompt))
     completions = []
     for i, value in enumerate(values):
         ids = desk.texts.ids(value, f"completions[{i}]", special=False)
         # the end of a completion given as ids is in its ids
         ids = [*ids, *end] if isinstance(value, str) else ids
-        desk.model.check(f"completions[{i}]", prompt, ids)
+        # as in the scorer: the last token is predicted, and never read
+        desk.model.check(f"completions[{i}]", prompt, ids, unread=min(1, len(ids)))
         completions.append(ids)
     job = Job(prompt, completions, stats_of(rewards, stats))
     options = _options(fields, rewards, job)

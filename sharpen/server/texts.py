@@ -8,6 +8,7 @@ from sharpen.records import PromptRecord, check_prompt
 from sharpen.sampling.prompts import has_chat_template, render
 
 from .fields import text, wrong
+from .openings import MIN_KEPT, kept_end, kept_ids
 from .refusal import RefusedError
 
 if TYPE_CHECKING:
@@ -16,16 +17,26 @@ if TYPE_CHECKING:
 # a short conversation, rendered to see what the template writes before an answer
 PROBE = [{"role": "user", "content": "?"}]
 
+# what the refusal of a text is called that the context cannot hold
+TOO_LONG = "too_long"
+
 
 class Texts:
     """Reads prompts and completions in every form that a request may have them.
 
     Args:
         tokenizer: Of the model; None if it has none, and then only token ids can be read.
+        max_chars: Characters of a text that may be tokenised, which takes seconds where they are
+            millions; None for any.
     """
 
-    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase | None"):
+    def __init__(
+        self,
+        tokenizer: "transformers.PreTrainedTokenizerBase | None",
+        max_chars: int | None = None,
+    ):
         self._given = tokenizer
+        self._max_chars = max_chars
         self._token_texts: dict[int, str] = {}
 
     @property
@@ -43,10 +54,15 @@ class Texts:
 
     # ids of a request are whatever it holds, until the model's limits have seen them
     def ids(self, value: object, field: str, *, special: bool) -> list[Any]:
-        """Token ids of text, or the ids themselves, which are not checked yet."""
+        """Token ids of text, or the ids themselves, which are not checked yet.
+
+        Raises:
+            RefusedError: If it is neither, or far too long to be read.
+        """
         if isinstance(value, list):
             return value
         if isinstance(value, str):
+            self._check_length(field, len(value))
             return list(self.tokenizer.encode(text(value, field), add_special_tokens=special))
         raise wrong(field, "text or a list of token ids", value)
 
@@ -60,9 +76,20 @@ class Texts:
         """
         if isinstance(value, list) and value and isinstance(value[0], dict):
             prompt = check_prompt("the request", {"prompt": value})
+            self._check_length("prompt", sum(len(message["content"]) for message in value))
             record = PromptRecord("the request", "", prompt)
             return list(render(record, self.tokenizer).ids)
         return self.ids(value, "prompt", special=special)
+
+    def _check_length(self, field: str, n: int) -> None:
+        if self._max_chars is not None and n > self._max_chars:
+            raise RefusedError(
+                422,
+                f"`{field}` must have at most {self._max_chars} characters, got {n}; the model's "
+                "context could not hold it.",
+                param=field,
+                code=TOO_LONG,
+            )
 
     def eos(self) -> list[int]:
         """The token that ends a completion.
@@ -78,19 +105,31 @@ class Texts:
         """Ids of the prompt, and of what follows it in `query`; special tokens stand in the text.
 
         A query that was decoded from ids may spell its prompt as the tokenizer does, so that
-        spelling counts as well.
+        spelling counts as well; and it may begin with the end of a prompt that was too long.
 
         Raises:
-            RefusedError: If `query` begins with neither.
+            RefusedError: If `query` begins with none of these.
         """
-        prompt_ids = self.ids(prompt, "prompts", special=False)
-        for opening in (prompt, self.decoded(prompt_ids)):
+        # of a longer prompt a query that fits the model can hold the end alone
+        tail = prompt if self._max_chars is None else prompt[-self._max_chars :]
+        prompt_ids = self.ids(tail, "prompts", special=False)
+        openings = (tail, self.decoded(prompt_ids))
+        for opening in openings if tail == prompt else ():
             if query.startswith(opening):
                 return prompt_ids, self.ids(query[len(opening) :], field, special=False)
+        n = max(kept_end(opening, query) for opening in openings)
+        if n:
+            kept, response = query[:n], query[n:]
+            kept_of_prompt = kept_ids(prompt_ids, kept, self.decoded)
+            return (
+                kept_of_prompt or self.ids(kept, field, special=False),
+                self.ids(response, field, special=False),
+            )
         raise RefusedError(
             422,
-            f"`{field}` must begin with its prompt {prompt[:40]!r}, got {query[:40]!r}; send "
-            "prompt and query as one tokenizer spells them.",
+            f"`{field}` must begin with its prompt {prompt[:40]!r}, or with {MIN_KEPT} characters "
+            f"or more of the end of it, got {query[:40]!r}; send prompt and query as one tokenizer "
+            "spells them.",
             param=field,
             code="bad_field",
         )

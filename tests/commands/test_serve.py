@@ -16,6 +16,7 @@ SERVE = ["serve", "--model", "game24", "--device", "cpu", "--port", "0"]
         (["--reward", "majority"], "`reward` majority needs answers, which only `/score` can get"),
         (["--wait-ms", "-1"], "`wait_ms` must be at least 0 and finite, got -1.0"),
         (["--drain-seconds", "inf"], "`drain_seconds` must be at least 0 and finite"),
+        (["--unscorable-reward", "nan"], "`unscorable_reward` must be a finite number, got nan"),
         (["--max-tokens", "0"], "`max_tokens` must be at least 1, got 0"),
         (["--max-queue", "0"], "`max_queue` must be at least 1, got 0"),
         (["--host", "0.0.0.0"], "set the environment variable SHARPEN_API_KEY, or use 127.0.0.1"),

@@ -159,7 +159,7 @@ def test_limits_and_a_full_queue_are_told(tmp_path):
         want = Scorer(tiny()).score([[1, 2]], [[[3]]]).reward("logprob").item()
         assert values == pytest.approx([want] * len(values), abs=1e-5)
         assert server.ask("/score", body | {"prompt": [V]})[0] == 422
-        assert server.ask("/score", body | {"prompt": [1] * CONTEXT})[0] == 422
+        assert server.ask("/score", body | {"prompt": [1] * (CONTEXT + 1)})[0] == 422
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,5 @@
-"""Clients of the server: OpenAI's, lm-eval, the requests of trainers, the docs' examples."""
+"""Clients of the server: OpenAI's, lm-eval, the requests of trainers, rows of hosts."""
 
-import doctest
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,12 @@ from lm_eval.tasks import TaskManager
 
 from server_desk import PROMPT, RIGHT, WRONG
 from serving import serving
+from sharpen.evaluation.parity_engines import server_logprobs
 from sharpen.integrations.openrlhf import SelfReward
+from sharpen.integrations.rating import Rating, rate_by
 from sharpen.models import SHIPPED
+from sharpen.sampling.endpoint_client import EndpointClient
 from sharpen.scoring import Scorer
-from test_layers import ROOT
 
 PATH = str(SHIPPED["game24"])
 
@@ -163,12 +164,36 @@ def test_llama_factory_gets_a_score_a_conversation(server, offline):
     assert torch.allclose(scores, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("page", ["server", "openrlhf", "llama-factory"])
-def test_examples_of_the_docs(server, page):
-    text = (ROOT / "docs" / "hosts" / f"{page}.md").read_text()
-    text = text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
-    test = doctest.DocTestParser().get_doctest(text, {}, page, f"{page}.md", 0)
-    told = []
-    result = doctest.DocTestRunner().run(test, out=told.append)
-    assert result.attempted >= 3
-    assert result.failed == 0, "".join(told)
+def test_rows_that_fill_the_context_are_rated_through_the_server(server, offline):
+    prompt, completion = opening(offline), [7, 9] * 512
+    completion = completion[: 1024 - len(prompt)]
+    scores = offline.score([prompt], [[completion]])
+    url = f"{server.url}/v1"
+    (((*found,),),) = server_logprobs(EndpointClient(url), "game24", [prompt], [[completion]])
+    assert found == pytest.approx(scores.tokens.logprob.tolist(), abs=1e-4)
+    rate = rate_by(Rating(endpoint=url, endpoint_model="game24"))
+    ((reward,),) = rate([prompt], [[completion]])
+    assert reward == pytest.approx(scores.reward("logprob").item(), rel=1e-5)
+
+
+def test_samples_without_a_reward_get_the_chosen_one_and_are_counted():
+    long = PROMPT + "8 " * 1100
+    with serving("game24", "--unscorable-reward", "-1000") as server:
+        ask = {"query": [PROMPT], "prompts": [PROMPT], "labels": ["24"]}
+        found = server.post("/get_reward", ask)
+        assert (found["rewards"], found["extra_logs"]["unscorable"]) == ([-1000.0], [1.0])
+        assert server.post("/get_reward", ask | {"query": [long]})["rewards"] == [-1000.0]
+        scores = server.post("/v1/score/evaluation", {"messages": ["8", PROMPT + RIGHT, "8"]})
+        assert scores["scores"][::2] == [-1000.0] * 2
+        assert -1000 < scores["scores"][1] < 0
+        # a text of so many characters is not even tokenised
+        endless = PROMPT + "8 " * (256 * 1024)
+        assert server.post("/get_reward", ask | {"query": [endless]})["rewards"] == [-1000.0]
+        status, said, _ = server.ask("/score", {"prompt": endless, "completions": []})
+        assert (status, said["error"]["code"]) == (422, "too_long")
+        seen = server.metrics()
+        code, log = server.end()
+    assert seen['sharpen_unscorable_total{cause="empty"}'] == 3
+    assert seen['sharpen_unscorable_total{cause="too_long"}'] == 2
+    assert code == 0
+    assert log.count("as of all that cannot be rated") == 2

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sharpen.server.bodies import decoded, encoded
+from sharpen.server.bodies import PIECE, Made, _json_pieces, decoded, encoded
 from sharpen.server.refusal import RefusedError
 
 
@@ -51,3 +51,50 @@ def test_npz_holds_every_array_with_its_bits(tmp_path):
     with np.load(path) as found:
         assert sorted(found) == ["a.b", "c"]
         assert np.array_equal(found["a.b"], values, equal_nan=True)
+
+
+ODD = {"a": "\ud800\u2028", "b": {}, "c": [], "d": None, "e": True, "": {"": [1, {"x": []}]}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        ODD,
+        {"deep": [{"x": [1, 2], "y": None}, {"x": [], "y": ODD}], "flat": [{"x": 1.5}, None]},
+        {"long": list(range(PIECE * 2 + 1)), "even": [None] * PIECE, "one": ["x"] * (PIECE + 1)},
+        {"many": [{"t": [{"a": -0.5}] * (PIECE + 3)}] * 3},
+    ],
+)
+def test_json_in_pieces_is_json(answer):
+    assert encoded(answer)[0].decode() == json.dumps(answer, separators=(",", ":"))
+
+
+def test_long_arrays_keep_their_rows():
+    table = np.arange(PIECE * 3 * 2, dtype=np.float32).reshape(-1, 2)
+    table[PIECE, 1] = np.nan
+    body = encoded({"x": table, "none": table[:0], "flat": table[:, 0]})[0]
+    found = json.loads(body)
+    assert found["x"][PIECE] == [table[PIECE, 0], None]
+    assert found["flat"] == table[:, 0].tolist()
+    assert found["none"] == []
+    # in pieces, so that others run between them
+    assert max(map(len, _json_pieces({"x": table}))) < len(body) / 4
+
+
+def test_what_is_made_as_it_is_read_is_a_list_in_every_form():
+    msgpack = pytest.importorskip("msgpack")
+
+    def make(i):
+        made.append(i)
+        return {"i": i, "x": list(range(PIECE + i))}
+
+    made = []
+    answer = {"choices": Made(3, make), "none": Made(0, make)}
+    want = {"choices": [{"i": i, "x": list(range(PIECE + i))} for i in range(3)], "none": []}
+    assert made == []
+    assert json.loads(encoded(answer)[0]) == want
+    assert made == [0, 1, 2]
+    assert answer["choices"][-1] == want["choices"][2]
+    assert answer["choices"][1:] == want["choices"][1:]
+    assert msgpack.unpackb(encoded(answer, "application/msgpack")[0]) == want

@@ -131,7 +131,8 @@ def test_a_model_without_a_tokenizer_names_tokens_by_id():
         ({"prompt": None}, "`prompt` must be text"),
         ({"prompt": [[1], []]}, "prompt[1]: the prompt must hold at least one token"),
         ({"prompt": [[1, 999]]}, "prompt[0]: token ids must be in [0, 214), got 999 at position 1"),
-        ({"prompt": [[1] * 1024]}, "1024 + 1 = 1025"),
+        ({"prompt": [[1] * 1025]}, "1025 + 1 = 1026"),
+        ({"prompt": [[1] * 1026], "max_tokens": 0}, "1026 + 0 = 1026"),
         ({"messages": []}, "unknown field `messages`"),
     ],
 )
@@ -139,6 +140,18 @@ def test_what_is_not_supported_is_told_by_name(change, told):
     with pytest.raises(SharpenError) as refused:
         read(ASKED | change)
     assert told in str(refused.value)
+
+
+def test_a_whole_context_has_a_greedy_token_after_it():
+    ids = [1, 5, 9, 7] * 256
+    (choice,) = choices({"prompt": [ids]})
+    rows = logits(ids)
+    found = choice["logprobs"]["token_logprobs"]
+    assert len(found) == 1024 + 1
+    assert found[-1] == pytest.approx(rows[-1].max().item(), abs=1e-4)
+    # and the last token that is only predicted is read off one more
+    (choice,) = choices({"prompt": [[*ids, 7]], "max_tokens": 0})
+    assert choice["logprobs"]["token_logprobs"][-1] == pytest.approx(rows[-1, 7].item(), abs=1e-4)
 
 
 def test_what_a_client_says_it_does_not_want_is_no_error():

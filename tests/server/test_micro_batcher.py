@@ -120,6 +120,24 @@ def test_what_waits_is_bounded_and_the_refusal_says_when_to_come_back():
         assert values(batcher.submit([Job([1], [[5]])])) == [[5.0]]
 
 
+def test_a_request_of_many_jobs_cannot_overshoot_the_bound():
+    score = Recorded(gate=threading.Event())
+    with MicroBatcher(score, max_queue=3, wait_seconds=0.0) as batcher:
+        first = busy(batcher, score)
+        # nothing waits, so that more than the bound gets in, or it never would
+        large = batcher.submit([Job([1], [[i]]) for i in range(4)])
+        with pytest.raises(RefusedError, match="4 prompts wait already, of at most 3, and"):
+            batcher.submit([Job([1], [[5]])])
+        batcher.abandon(large)
+        kept = batcher.submit([Job([1], [[6]]), Job([1], [[7]])])
+        with pytest.raises(RefusedError, match="2 prompts wait already, of at most 3, and"):
+            batcher.submit([Job([1], [[8]]), Job([1], [[9]])])
+        last = batcher.submit([Job([1], [[8]])])
+        assert batcher.n_waiting == 3
+        score.gate.set()
+        assert [values(t) for t in (first, kept, last)] == [[[0.0]], [[6.0], [7.0]], [[8.0]]]
+
+
 def test_what_nobody_waits_for_is_never_scored():
     score = Recorded(gate=threading.Event())
     with MicroBatcher(score, wait_seconds=0.0) as batcher:

@@ -99,6 +99,14 @@ def test_what_is_wrong_is_told_by_name(change, told):
     assert "\n" not in str(refused.value)
 
 
+def test_a_completion_may_end_one_token_after_the_context_as_in_the_scorer():
+    body = {"prompt": [1, 5], "completions": [[7] * 1023]}
+    found = answered(read_score(body, desk()))["rewards"]["logprob"]
+    assert found == scorer().score([[1, 5]], [[[7] * 1023]]).reward("logprob").numpy()
+    with pytest.raises(InputError, match="1024 = 1026"):
+        read_score(body | {"completions": [[7] * 1024]}, desk())
+
+
 @pytest.mark.parametrize("body", [[], "x", None, 3])
 def test_a_body_must_be_an_object(body):
     with pytest.raises(RefusedError, match="must be an object"):
