@@ -17,15 +17,10 @@ from sharpen.sampling.prompts import render
 from sharpen.scoring import Scorer
 
 from .rating import Rating, rate_by, rate_each, scorer_of, shared
-from .unscorable import SETTING, settled_or_none
+from .unscorable import settled
 
 # columns of a row that hold more than text
 MEDIA = ("images", "videos", "audios")
-# rl_core/advantage.py sums what the reward functions gave, None left out
-NONE_IS = (
-    f"ms-swift counts as 0 where no other function rates the response, above every log-prob; "
-    f"set `{SETTING}` to a lower number"
-)
 
 
 # **options are fields of `Rating`: a host's configuration
@@ -91,7 +86,7 @@ def rate_rows(
     response_token_ids: Sequence[Any] = (),
     *,
     unscorable_reward: float | None = None,
-) -> list[float | None]:
+) -> list[float]:
     """Rewards of rows that hold text, with token ids where the rollout kept them.
 
     The prompt is what stands before the last message, under the tokenizer's own chat template:
@@ -104,10 +99,11 @@ def rate_rows(
         messages: Of each row, the response last.
         response_token_ids: Of each row, a list for each of its turns, or the ids of a single one,
             or nothing; arrays do as well.
-        unscorable_reward: Of a response that has no reward; ms-swift takes None too, see `NONE_IS`.
+        unscorable_reward: Of a response that has no reward. None would do for ms-swift, but where no
+            other function rates the response it counts as 0, above every log-prob.
 
     Raises:
-        InputError: If a row has no messages.
+        InputError: If a row has no messages, or no reward and there is nothing in its place.
     """
     if len(messages) != len(completions):
         raise InputError(
@@ -123,7 +119,7 @@ def rate_rows(
         last = _last_turn(kept)
         ids.append(last or tokenizer(completions[row], add_special_tokens=False)["input_ids"])
     rated = rate_each(rate, prompts, ids)
-    return [settled_or_none(one, unscorable_reward, NONE_IS) for one in rated]
+    return [settled(one, unscorable_reward) for one in rated]
 
 
 # lists, arrays or None

@@ -1,8 +1,7 @@
 """Responses that have no reward: empty ones, those too long, those whose reward is no number.
 
 A rating puts `Unscorable` in their place, so that the others of their batch keep their rewards.
-What a host is then given is its adapter's affair: None where the host leaves such a response out,
-else the number that the user named, else an error.
+The host is then given the number that the user named, or an error.
 """
 
 import logging
@@ -85,20 +84,6 @@ def settled(rated: Rated, otherwise: float | None) -> float:
         )
     tell(rated, f"`{SETTING}`, {otherwise:g}")
     return otherwise
-
-
-def settled_or_none(rated: Rated, otherwise: float | None, what: str) -> float | None:
-    """As `settled`, for a host that takes None.
-
-    Args:
-        rated: As above.
-        otherwise: As above; without it None is the answer.
-        what: The host makes of None, for the log.
-    """
-    if isinstance(rated, Unscorable) and otherwise is None:
-        tell(rated, f"None, which {what}")
-        return None
-    return settled(rated, otherwise)
 
 
 # causes that the log has told

@@ -77,16 +77,16 @@ def test_ms_swift_a_response_without_a_reward_leaves_the_others_theirs(scorer, m
     rate = rate_by(Rating(**OPTIONS), scorer)
     texts = [TEXTS[0], "", TEXTS[1], ""]
     good = ms_swift.rate_rows(tokenizer, rate, TEXTS, conversations(TEXTS))
-    found = ms_swift.rate_rows(tokenizer, rate, texts, conversations(texts))
-    assert found[1] is found[3] is None
-    assert found[::2] == pytest.approx(good, abs=1e-4)
-    # once, with what ms-swift makes of None
-    (told,) = (record.getMessage() for record in caplog.records)
-    assert "at least one token to be rated, got none); it gets None, which ms-swift counts" in told
+    with pytest.raises(InputError, match="set `unscorable_reward` to what such a response"):
+        ms_swift.rate_rows(tokenizer, rate, texts, conversations(texts))
     found = ms_swift.rate_rows(
         tokenizer, rate, texts, conversations(texts), unscorable_reward=-50.0
     )
+    assert found[::2] == pytest.approx(good, abs=1e-4)
     assert found[1] == found[3] == -50
+    # once
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "at least one token to be rated, got none); it gets `unscorable_reward`, -50" in told
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor, tuple], ids=lambda f: f.__name__)
