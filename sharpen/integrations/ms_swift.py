@@ -45,7 +45,7 @@ def self_reward(**options: Any) -> type:
             messages: Sequence[Sequence[dict[str, str]]] = (),
             response_token_ids: Sequence[Any] = (),
             **columns: Any,
-        ) -> list[float | None]:
+        ) -> list[float]:
             refuse_media(columns)
             scorer, rate = shared(rating, lambda: _open(rating))
             return rate_rows(
@@ -99,7 +99,7 @@ def rate_rows(
         messages: Of each row, the response last.
         response_token_ids: Of each row, a list for each of its turns, or the ids of a single one,
             or nothing; arrays do as well.
-        unscorable_reward: Of a response that has no reward. None would do for ms-swift, but where no
+        unscorable_reward: Of a response that has no reward. ms-swift would take None, but where no
             other function rates the response it counts as 0, above every log-prob.
 
     Raises:
