@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
@@ -148,7 +149,12 @@ def main(out):
             "bounded": n_bounded,
         }
         torch.save(found, Path(out) / f"{name}.{accelerator.process_index}.pt")
-    torch.save(average(accelerator.process_index), Path(out) / "average.pt")
+    found = average(accelerator.process_index)
+    if accelerator.is_main_process:
+        torch.save(found, Path(out) / "average.pt")
+    # gloo's threads must end before the interpreter does
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
