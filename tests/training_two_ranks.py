@@ -5,12 +5,14 @@ ends with, OUT/CASE.RANK.pt, and the first also the losses, OUT/CASE.losses.pt.
 """
 
 import dataclasses
+import os
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
@@ -148,7 +150,13 @@ def main(out):
             "bounded": n_bounded,
         }
         torch.save(found, Path(out) / f"{name}.{accelerator.process_index}.pt")
-    torch.save(average(accelerator.process_index), Path(out) / "average.pt")
+    found = average(accelerator.process_index)
+    if accelerator.is_main_process:
+        torch.save(found, Path(out) / "average.pt")
+    dist.barrier()
+    # gloo is given up while Python waits for its threads, which may wait for Python: seen in one
+    # of ten runs, after all was saved; so nothing is torn down
+    os._exit(0)
 
 
 if __name__ == "__main__":
