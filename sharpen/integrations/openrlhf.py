@@ -10,7 +10,6 @@ SHARPEN_UNSCORABLE_REWARD. OpenRLHF calls from many threads with one text each; 
 that overlap are scored together, and texts of one prompt share it. Nothing of OpenRLHF is imported.
 """
 
-import math
 import os
 import threading
 from collections.abc import Sequence
@@ -22,17 +21,16 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 from sharpen.limits import ModelLimits
-from sharpen.scoring import Scorer, Scores
+from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
-from sharpen.server.dialect import Desk, broken, scores_of
-from sharpen.server.jobs import Job
+from sharpen.server.dialect import Desk
 from sharpen.server.limits import ServerLimits
 from sharpen.server.micro_batcher import MicroBatcher
-from sharpen.server.reward_hosts import LOGS, read_get_reward
+from sharpen.server.reward_hosts import read_get_reward
 from sharpen.server.texts import Texts
-from sharpen_kernels import TokenStats
+from sharpen.server.unscorable import Unscorable
 
-from .unscorable import EMPTY, Rated, Unscorable, checked, not_finite, settled
+from .unscorable import checked
 
 if TYPE_CHECKING:
     import transformers
@@ -51,8 +49,8 @@ class SelfReward:
         tokenizer: Default: the one of the path.
         max_tokens: Tokens of one forward.
         wait_seconds: How long a call waits for others to share a batch.
-        unscorable_reward: What a response gets that is empty, or whose log-prob or reward is not
-            finite; default: an error, with which OpenRLHF ends the run.
+        unscorable_reward: What a response gets that is empty, beyond the model's context, or whose
+            log-prob or reward is not finite; default: an error, with which OpenRLHF ends the run.
 
     Raises:
         InputError: If there is no such model or reward, or `unscorable_reward` is not finite.
@@ -75,7 +73,7 @@ class SelfReward:
         wait_seconds: float = 0.01,
         unscorable_reward: float | None = None,
     ):
-        self._otherwise = checked(unscorable_reward)
+        unscorable = Unscorable(checked(unscorable_reward))
         if reward not in REWARDS or options_needed(reward):
             known = ", ".join(name for name in REWARDS if not options_needed(name))
             raise InputError(f"`reward` must be one of {known}, got {reward!r}.")
@@ -86,6 +84,7 @@ class SelfReward:
             limits=ServerLimits(),
             texts=Texts(scorer.tokenizer),
             reward=reward,
+            unscorable=unscorable,
         )
         self._batcher = MicroBatcher(
             scorer.score, max_tokens=max_tokens, wait_seconds=wait_seconds, max_queue=2**20
@@ -109,39 +108,23 @@ class SelfReward:
             **kwargs: Not read.
 
         Returns:
-            "rewards" and "scores", fp32 [N], and "extra_logs": fp32 [N] by name.
+            "rewards" and "scores", fp32 [N], and "extra_logs": fp32 [N] by name; of a response
+            without a reward they are 0, and "unscorable" is 1.
 
         Raises:
-            SharpenError: If a query does not begin with its prompt, is beyond the model's context,
-                or has no reward and `unscorable_reward` is not given.
+            SharpenError: If a query does not begin with its prompt or an end of it, or has no
+                reward and `unscorable_reward` is not given.
         """
         body = {"query": list(queries), "prompts": list(prompts)}
         asked = read_get_reward(body, self._desk)
         results = self._batcher.submit(asked.jobs).future.result()
-        rows = [self._row(*pair) for pair in zip(asked.jobs, results, strict=True)]
-        rewards, *logs = (torch.tensor(column) for column in zip(*rows, strict=True))
-        named: dict[str, Tensor] = dict(zip((*LOGS, "n_tokens"), logs, strict=True))
-        return {"rewards": rewards, "scores": rewards, "extra_logs": named}
-
-    def _row(self, job: Job, tokens: TokenStats) -> tuple[float, ...]:
-        """The reward of one response, then what is logged of it: NaN where it has none."""
-        assert tokens.logprob is not None
-        scores, n_tokens = scores_of(job, tokens), len(tokens.logprob)
-        rated = _rated(scores, tokens.logprob, self._desk.reward)
-        logs = [
-            float("nan") if isinstance(rated, Unscorable) else scores.reward(x).item() for x in LOGS
-        ]
-        return settled(rated, self._otherwise), *logs, float(n_tokens)
-
-
-def _rated(scores: Scores, logprob: Tensor, reward: str) -> Rated:
-    if len(logprob) == 0:
-        return EMPTY
-    why = broken(logprob)
-    if why is not None:
-        return Unscorable("not_finite", why)
-    value = scores.reward(reward).item()
-    return value if math.isfinite(value) else not_finite(reward, value)
+        answer = asked.answer(results)
+        rewards = torch.tensor(answer["rewards"], dtype=torch.float32)
+        logs = {
+            name: torch.tensor(column, dtype=torch.float32)
+            for name, column in answer["extra_logs"].items()
+        }
+        return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
 
 _LOCK = threading.Lock()

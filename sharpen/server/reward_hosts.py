@@ -104,8 +104,7 @@ def _sample(split: Split, name: str, desk: Desk) -> _Sample:
         refusal = RefusedError(
             422,
             f"`{name}` must hold at least one token after its prompt, got none, which would get 0 "
-            "nats and so the best reward; leave it out, or start the server with "
-            "`--unscorable-reward`.",
+            "nats and so the best reward; leave it out, or set `unscorable_reward`.",
             param=name,
             code="empty_completion",
         )

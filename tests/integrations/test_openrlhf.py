@@ -17,8 +17,17 @@ def ask(function, *responses):
 
 
 def test_an_empty_response_is_refused_and_not_the_most_probable_of_all():
-    with pytest.raises(InputError, match=r"at least one token .* set `unscorable_reward`"):
+    with pytest.raises(SharpenError, match=r"at least one token .* set `unscorable_reward`"):
         ask(SelfReward("game24"), TEXT, "")
+
+
+def test_one_beyond_the_context_gets_the_number_as_well():
+    long = TEXT * 400
+    with pytest.raises(SharpenError, match="context"):
+        ask(SelfReward("game24"), long)
+    found = ask(SelfReward("game24", unscorable_reward=-30.0), TEXT, long)
+    assert found["rewards"][1] == -30
+    assert found["extra_logs"]["unscorable"].tolist() == [0, 1]
 
 
 def test_a_response_without_a_reward_gets_the_number_and_the_others_keep_theirs(caplog):
@@ -29,8 +38,10 @@ def test_a_response_without_a_reward_gets_the_number_and_the_others_keep_theirs(
     torch.testing.assert_close(found["rewards"], torch.tensor([-30.0, want, -30.0]))
     logs = found["extra_logs"]
     assert logs["n_tokens"].tolist()[::2] == [0, 0]
-    assert logs["logprob"].isnan().tolist() == [True, False, True]
-    assert caplog.text.count("it gets `unscorable_reward`, -30") == 1
+    assert logs["logprob"].tolist() == [0, want, 0]
+    assert logs["unscorable"].tolist() == [1, 0, 1]
+    # once
+    assert caplog.text.count("the reward of a sample is -30") == 1
 
 
 def test_so_does_one_of_log_probs_that_are_not_finite(caplog):
