@@ -26,15 +26,15 @@ OPTIONS = {
     ],
     "rlhf": [*TRAIN, "samples", "scores", "beta", "pairs", "standardise", "loss"],
     "sample": [*MODEL, *PROMPTS, *DRAW, *SAMPLER, *ENGINE, "out"],
-    "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos"],
+    "score": [*MODEL, "input", "out", "rewards", "token_stats", "add_eos", "temperature"],
     "serve": [
         *MODEL, "host", "port", "name", "reward", "wait_ms", "drain_seconds", "max_queue", "max_n",
-        "max_request_tokens", "max_request_bytes",
+        "max_request_tokens", "max_request_bytes", "unscorable_reward",
     ],
     "sft": [*TRAIN, "samples", "scores", "weights", "soft_temperature", "per"],
     "study": [
         *MODEL, "task", "out", "quick", "train_seeds", "seeds", "limit", "n", "few", "train_limit",
-        "train_n", "max_new_tokens",
+        "train_n", "max_new_tokens", "jobs",
     ],
     "tasks": [],
     "theory": [
