@@ -1,5 +1,7 @@
 """Shared by every test: a fixed seed, one thread, and the devices this machine has."""
 
+import gc
+
 import pytest
 import torch
 
@@ -12,6 +14,15 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def frozen_heap():
+    """A Trainer collects garbage when it begins; what other tests keep alive need not be walked."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

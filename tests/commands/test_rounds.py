@@ -1,6 +1,5 @@
 """Rounds of `xpo`: the pairs they gather, how they are judged, and a run from end to end."""
 
-import gc
 import json
 import shutil
 
@@ -24,12 +23,7 @@ COMMON = [
 PROMPTS = [Prompt(f"p{p}", "", (p,), "here") for p in range(2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 def rows(path):

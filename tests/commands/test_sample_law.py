@@ -1,6 +1,5 @@
 """Trainings know how given samples were drawn, and refuse or tell what their optimum cannot be."""
 
-import gc
 import json
 
 import pytest
@@ -16,12 +15,7 @@ TRAIN = [*MODEL, *TASK, "-n", "5", "--max-tokens", "2000", "--batch", "2", "--ep
 PLAIN = {"command": "sample", "model": "game24", "temperature": 1.0, "top_p": 1.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 def rows(path):

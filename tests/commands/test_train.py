@@ -1,6 +1,5 @@
 """`sharpen sft`, `rlhf` and `xpo` on the shipped model: what they leave behind, kills, refusals."""
 
-import gc
 import json
 from itertools import combinations
 
@@ -19,12 +18,7 @@ COMMON = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 def rows(path):
