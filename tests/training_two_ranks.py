@@ -16,11 +16,12 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
+from families import family
 from sharpen.training.groups import Batch
 from sharpen.training.objectives import Likelihood, Square
 from sharpen.training.processes import average_gradients
 from sharpen.training.trainer import GroupTrainer
-from tiny import tiny
+from tiny import FAMILIES, opaque, tiny
 from tiny_groups import compared, likelihood
 
 WHOLE = 16384
@@ -36,6 +37,9 @@ class Case:
         max_tokens: Of a graph; below that of a batch the step is in bounded memory.
         lora: Whether adapters are trained alone.
         uneven: Whether shares weigh differently, so that only accumulation is the same mean.
+        family: Of the tiny model, of `tiny` or `families`.
+        opaque: Whether its head can only be read by calling the model.
+        more: Arguments of the Trainer.
     """
 
     batch: int = 6
@@ -43,6 +47,9 @@ class Case:
     max_tokens: int = WHOLE
     lora: bool = False
     uneven: bool = False
+    family: str = "llama"
+    opaque: bool = False
+    more: dict = dataclasses.field(default_factory=dict)
 
 
 def _between():
@@ -65,7 +72,11 @@ CASES = {
 
 def start(case):
     """The model that a case begins with."""
-    model = tiny()
+    make = opaque if case.opaque else tiny if case.family in FAMILIES else family
+    model = make(case.family)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
     if not case.lora:
         return model
     set_seed(0)
@@ -76,8 +87,9 @@ def start(case):
 
 
 def weights(model):
-    """Of all that is trained, end to end."""
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    """Of all that is trained, end to end, those in parts gathered; all processes must ask."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().flatten() for p in trained])
 
 
 def groups(case):
@@ -94,24 +106,29 @@ def groups(case):
     ]
 
 
-def fit(case, folder, n_processes):
-    """Two epochs; the trainer, how many steps were bounded, and the weights before."""
-    share, more = case.batch // n_processes, {}
+def trainer_of(case, folder, n_processes, *, model=None, **changes):
+    """What fits a case in two epochs."""
+    share, more = case.batch // n_processes, {"gradient_accumulation_steps": case.accumulated}
     if case.uneven and n_processes == 1:
         # the mean of the shares' means
         share, more = case.batch // 2, {"gradient_accumulation_steps": 2}
+    more |= {"max_grad_norm": 0.0, "save_strategy": "no", "optim": "sgd"} | case.more | changes
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=share, num_train_epochs=2,
-        **{"gradient_accumulation_steps": case.accumulated} | more,
-        learning_rate=1e-2 if case.lora else 1e-4, lr_scheduler_type="constant", optim="sgd",
-        max_grad_norm=0.0, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1,
+        learning_rate=1e-2 if case.lora else 1e-4, lr_scheduler_type="constant",
+        use_cpu=True, report_to="none", logging_steps=1,
         remove_unused_columns=False, disable_tqdm=True, label_names=[],
-        dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False, ddp_find_unused_parameters=False, **more,
     )  # fmt: skip
-    model = start(case)
-    before = weights(model)
+    model = start(case) if model is None else model
     objective = Likelihood("token") if case.uneven else Square(1.0)
-    trainer = GroupTrainer(model, groups(case), objective, args, max_tokens=case.max_tokens)
+    return GroupTrainer(model, groups(case), objective, args, max_tokens=case.max_tokens)
+
+
+def fit(case, folder, n_processes):
+    """Two epochs; the trainer, how many steps were bounded, and the weights before."""
+    trainer = trainer_of(case, folder, n_processes)
+    before = weights(trainer.model)
     bounded = []
     backward = trainer.scorer.backward
     trainer.scorer.backward = lambda *given: (bounded.append(1), backward(*given))[1]

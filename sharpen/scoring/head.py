@@ -50,14 +50,27 @@ class Head:
         The weight is taken from the model at each call, so it may be trained or replaced between
         two calls. Nothing of size [R, V] is held.
         """
-        head = output_layer(model)
-        assert head is not None, "checked when the route was chosen"
+        layer = output_layer(model)
+        assert layer is not None, "checked when the route was chosen"
+        return self.layer_stats(layer, hidden, target, rows=rows, stats=stats)
+
+    def layer_stats(
+        self,
+        layer: nn.Linear,
+        hidden: Float[Tensor, "R D"],
+        target: Int64[Tensor, " S"],
+        *,
+        rows: Int64[Tensor, " S"] | None = None,
+        stats: Sequence[Statistic] = ("logprob",),
+    ) -> TokenStats:
+        """`token_stats` of a model whose head is `layer`."""
+        device = layer.weight.device
         return linear_logprob(
-            hidden.to(head.weight.device),
-            head.weight,
-            target.to(head.weight.device),
-            rows=None if rows is None else rows.to(head.weight.device),
-            bias=head.bias,
+            hidden.to(device),
+            layer.weight,
+            target.to(device),
+            rows=None if rows is None else rows.to(device),
+            bias=layer.bias,
             temperature=self.temperature,
             softcap=self.softcap,
             stats=stats,

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from .batching import make_batches
+from .batching import Batch, make_batches
 from .forward import backbone_of, hidden_rows, input_device, logit_rows, rope_boundary
 from .head import Head
-from .packing import plan
+from .packing import PackedRow, plan
 from .pairs import Pair
 from .prefix_cache import cached_parts, groups_of
 from .tree_forward import hidden_source, logit_source
@@ -51,12 +51,10 @@ def predicting(
     sharing: Sharing,
 ) -> Iterator[Predicting]:
     """Batches that together predict every completion token of `pairs` once."""
-    boundary = rope_boundary(model)
+    boundary, device = rope_boundary(model), input_device(model)
     if sharing == "tree":
-        for packed in plan(pairs, max_tokens, boundary=boundary):
-            row = packed.to(input_device(model))
-            source = logit_source(model, row) if head is None else hidden_source(model, row)
-            yield Predicting(source, row.rows, row.target, row.place)
+        for row in plan(pairs, max_tokens, boundary=boundary):
+            yield predicted(model, row.to(device), head)
         return
     rest: Sequence[Pair] = pairs
     places_K = None
@@ -71,10 +69,19 @@ def predicting(
         rest = [pair if i in kept else (pair[0], []) for i, pair in enumerate(pairs)]
         places_K = _places(pairs, kept)
     for batch in make_batches(rest, max_tokens, boundary=boundary):
-        place = batch.place if places_K is None else places_K[batch.place]
-        batch = batch.to(input_device(model))
-        source = logit_rows(model, batch) if head is None else hidden_rows(model, batch)
-        yield Predicting(source, None, batch.target, place)
+        part = predicted(model, batch.to(device), head)
+        yield part if places_K is None else part._replace(place=places_K[part.place])
+
+
+def predicted(
+    model: "transformers.PreTrainedModel", batch: PackedRow | Batch, head: Head | None
+) -> Predicting:
+    """What one forward predicts, of a batch that is where the model is."""
+    if isinstance(batch, PackedRow):
+        source = logit_source(model, batch) if head is None else hidden_source(model, batch)
+        return Predicting(source, batch.rows, batch.target, batch.place)
+    source = logit_rows(model, batch) if head is None else hidden_rows(model, batch)
+    return Predicting(source, None, batch.target, batch.place)
 
 
 def _places(pairs: Sequence[Pair], kept: set[int]) -> Int64[Tensor, " K"]:

@@ -11,6 +11,7 @@ import torch
 from sharpen.errors import InputError
 
 from .head import Head
+from .hooks import install
 from .predicting import WAYS, Sharing
 from .probe import find_head
 from .sharing import find_sharing
@@ -43,6 +44,13 @@ def find_route(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Rou
     # odd shapes, tried once, are not worth graphs of a model that is compiled
     with torch.compiler.set_stance("force_eager"):
         return _find_route(model, sharing)
+
+
+def take_route(model: "transformers.PreTrainedModel", route: Route) -> None:
+    """Prepare `model` for the route that was found for its like elsewhere."""
+    if route.sharing == "tree":
+        why = install(model)
+        assert why is None, why
 
 
 def bounded_way(model: "transformers.PreTrainedModel", route: Route, head: Head | None) -> Sharing:

@@ -27,12 +27,16 @@ class TreePlan:
         return TreeMask(self.tree, window)
 
 
-@dataclass(frozen=True, eq=False)
 class TreeMask(LayerMask):
-    """The tree, and the window of some layers."""
+    """The tree, and the window of some layers.
 
-    tree: Tree
-    window: int | None  # tokens that a query sees, itself among them; None for all
+    Not a dataclass: FSDP takes those apart on their way into a layer, and casts what is inside.
+    """
+
+    def __init__(self, tree: Tree, window: int | None):
+        self.tree = tree
+        # tokens that a query sees, itself among them; None for all
+        self.window = window
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """See `LayerMask`."""

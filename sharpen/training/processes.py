@@ -1,11 +1,14 @@
-"""Several processes that fit one model: which of their ways there are, and gradients in common.
+"""Several processes that fit one model: which of their ways there are, and what they agree on.
 
-Each process holds the whole model and a share of every batch (DDP). Its loss is a mean over its own
-share, and the gradient is the mean of all: that of one process that accumulates the shares.
+Each process has a share of every batch, and holds the whole model (DDP) or a part of each of its
+weights (FSDP). Its loss is a mean over its own share, and the gradient is the mean of all: that of
+one process that accumulates the shares.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,18 +20,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainingArguments
 
-SHARDS = ("fsdp", "deepspeed", "parallelism_config")
+T = TypeVar("T")
+REFUSED = ("deepspeed", "parallelism_config")
 
 
-def check_way(args: "TrainingArguments") -> None:
+def check_way(args: "TrainingArguments", model: nn.Module) -> None:
     """Refuse ways to spread a model or a batch that the losses cannot follow.
 
-    They read the head's weight itself, whole, and a group must stay whole too.
-
     Raises:
-        InputError: If weights are to be sharded, or one process is to use several GPUs.
+        InputError: If they are neither DDP nor FSDP, one process is to use several GPUs, or the
+            model comes in parts.
     """
-    for name in SHARDS:
+    for name in REFUSED:
         if value := getattr(args, name, None):
             raise _refused(f"`{name}`", f"unset, got {value!r}")
     if args.n_gpu > 1:
@@ -36,33 +39,106 @@ def check_way(args: "TrainingArguments") -> None:
             f"one process must have one GPU, got {args.n_gpu}; start it with `accelerate launch`, "
             "or choose one by CUDA_VISIBLE_DEVICES."
         )
+    cut = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
+    if cut is not None:
+        raise InputError(
+            f"`model` must be loaded whole, got {cut!r} in parts already; leave it to the "
+            "launcher to shard it (`fsdp=True`)."
+        )
 
 
-def check_started(accelerator: "Accelerator") -> None:
+def asks_for_shards(args: "TrainingArguments") -> bool:
+    """Whether the arguments or the launcher ask for FSDP.
+
+    Raises:
+        InputError: If the arguments do, and no launcher started this process.
+    """
+    is_launched = args.parallel_mode.value == "distributed"
+    if args.fsdp and not is_launched:
+        raise InputError(
+            "`fsdp` must be unset in a process that no launcher started, got "
+            f"{args.fsdp!r}; start it with `accelerate launch` or torchrun."
+        )
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return is_launched and (bool(args.fsdp) or by_launcher)
+
+
+def check_started(accelerator: "Accelerator", args: "TrainingArguments") -> None:
     """Refuse what the launcher asked for and `check_way` could not see.
 
     Raises:
-        InputError: If processes are to do anything but DDP.
+        InputError: If processes are to do anything but DDP or FSDP, or DDP where FSDP was asked.
     """
     way = str(accelerator.distributed_type).rpartition(".")[2]
-    if way != "NO" and not way.startswith("MULTI_"):
-        raise _refused("the launcher", f"DDP, got {way}")
+    if way == "FSDP":
+        # accelerate has no types of its own
+        plugin: Any = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise InputError(
+                "FSDP must be of version 2, got version 1, which PyTorch has given up; set "
+                "`fsdp_config={'version': 2}`, or `fsdp_version: 2` of `accelerate config`."
+            )
+    elif way != "NO" and not way.startswith("MULTI_"):
+        raise _refused("the launcher", f"DDP or FSDP, got {way}")
+    elif asks_for_shards(args):
+        raise InputError(
+            f"FSDP must run on GPUs, got {way} on {accelerator.device.type!r}, where accelerate "
+            "shards nothing; unset `fsdp`."
+        )
+
+
+def keep_log_probs(accelerator: "Accelerator") -> None:
+    """Let FSDP round nothing that a module returns to the type of its weights.
+
+    Log-probs are fp32; in half precision accelerate asks for outputs in it.
+    """
+    # accelerate has no types of its own
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        plugin.mixed_precision_policy = policy
 
 
 def _refused(name: str, wanted: str) -> InputError:
     return InputError(
-        f"{name} must be {wanted}: sharded weights are not supported, since the losses read the "
-        "head's weight whole; run DDP, with LoRA where memory is short."
+        f"{name} must be {wanted}: a group of completions must stay whole; run DDP, or FSDP where "
+        "memory is short."
     )
+
+
+def of_the_first(find: Callable[[], T]) -> T:
+    """What the first process finds, or raises, in all of them; all must ask.
+
+    The others may hold a model without weights: they get them when it is sharded.
+    """
+    if not dist.is_initialized():
+        return find()
+    found: list[T | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [find()]
+        except InputError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    (answer,) = found
+    if isinstance(answer, Exception):
+        raise answer
+    # what `find` returns, pickled
+    return answer  # type: ignore[return-value]
+
+
+def most(n: int, accelerator: "Accelerator") -> int:
+    """The largest `n` of all processes; all must ask."""
+    if accelerator.num_processes == 1:
+        return n
+    largest = torch.tensor(n, device=accelerator.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def in_any(is_so: bool, accelerator: "Accelerator") -> bool:
     """Whether it is so in any process; all must ask."""
-    if accelerator.num_processes == 1:
-        return is_so
-    flag = torch.tensor(int(is_so), device=accelerator.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+    return most(int(is_so), accelerator) > 0
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], n_processes: int) -> None:

@@ -8,13 +8,14 @@ A batch that fits `max_tokens` runs as one graph. A larger one runs in bounded m
 loss first, then the completions in batches of `max_tokens`, each forgotten before the next, at the
 price of one more forward. So memory does not grow with the number of completions.
 
-Several processes run DDP (`processes.py`). Where the batch of any is too large, all of them run in
-bounded memory, which DDP does not see: gradients are averaged once, when the last piece is done.
+Several processes run DDP or FSDP (`processes.py`). Where the batch of any is too large, all of them
+run in bounded memory. DDP does not see that: gradients are averaged once, when the last piece is
+done. Under FSDP all run as many forwards, of the same modules (`scoring/lockstep.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -25,10 +26,23 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from sharpen.errors import InputError
 from sharpen.scoring import Scorer
+from sharpen.scoring.batching import inverse_of
+from sharpen.scoring.lockstep import Lockstep, MicroBatch, forward_is
+from sharpen.scoring.route import find_route, take_route
 
 from .groups import Batch, Group
 from .objectives import Objective
-from .processes import average_gradients, check_started, check_way, in_any
+from .processes import (
+    asks_for_shards,
+    average_gradients,
+    check_started,
+    check_way,
+    in_any,
+    keep_log_probs,
+    most,
+    of_the_first,
+)
+from .sharded import accumulate
 
 # Any: what a Trainer passes from its data to its steps
 Inputs = dict[str, Any]
@@ -46,8 +60,8 @@ class GroupTrainer(Trainer):
         callbacks: As `Trainer` takes them.
 
     Raises:
-        InputError: If there is no group, `max_tokens` < 1, the model is not causal, or `args` or
-            the launcher shards weights or spreads one process over several GPUs.
+        InputError: If there is no group, `max_tokens` < 1, the model is not causal or comes in
+            parts, or `args` or the launcher asks for more than DDP or FSDP, one GPU a process.
     """
 
     # a mean over its batch: the Trainer divides it by the accumulated batches
@@ -65,13 +79,19 @@ class GroupTrainer(Trainer):
     ):
         if not groups:
             raise InputError("`groups` must hold at least one prompt with completions, got none.")
-        check_way(args)
+        check_way(args, model)
         # a peft model answers to everything that the scorer asks of a model
         self.scorer = Scorer(model, max_tokens=max_tokens)  # type: ignore[arg-type]
-        # probed here, before the model is wrapped or cast
-        way = self.scorer.route.sharing
-        # a checkpointed forward returns no cache: sequences go whole
-        self.shares_prompts = way == "tree" or (way == "cache" and not args.gradient_checkpointing)
+        self.lockstep = _lockstep(model, max_tokens) if asks_for_shards(args) else None
+        if self.lockstep is not None:
+            self.shares_prompts = self.lockstep.shares_prompts
+        else:
+            # probed here, before the model is wrapped or cast
+            way = self.scorer.route.sharing
+            # a checkpointed forward returns no cache: sequences go whole
+            self.shares_prompts = way == "tree" or (
+                way == "cache" and not args.gradient_checkpointing
+            )
         self.objective = objective
         super().__init__(
             model=model,
@@ -80,13 +100,15 @@ class GroupTrainer(Trainer):
             data_collator=_collate,
             callbacks=callbacks,
         )
-        check_started(self.accelerator)
+        check_started(self.accelerator, args)
+        if self.lockstep is not None:
+            keep_log_probs(self.accelerator)
 
     # as Trainer
     def train(self, *args: Any, **kwargs: Any):
         """See `Trainer.train`."""
         assert self.model is not None
-        with _answering(self.model, self.scorer):
+        with _calling(self.model):
             return super().train(*args, **kwargs)
 
     def training_step(
@@ -97,6 +119,12 @@ class GroupTrainer(Trainer):
     ) -> Tensor:
         """Add a batch's gradient; its loss."""
         batch: Batch = inputs["batch"]
+        if self.lockstep is not None:
+            parts = self.lockstep.micro_batches(batch.prompts, batch.completions)
+            if in_any(len(parts) != 1, self.accelerator):
+                return self._lockstep_step(model, batch, parts)
+            inputs = inputs | {"micro_batch": parts[0]}
+            return super().training_step(model, inputs, num_items_in_batch).float()
         is_large = self._graph_tokens(batch) > self.scorer.max_tokens
         if not in_any(is_large, self.accelerator):
             return super().training_step(model, inputs, num_items_in_batch).float()
@@ -111,28 +139,38 @@ class GroupTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The objective of a batch, through the wrapped model: what wraps it sees a forward."""
         batch: Batch = inputs["batch"]
-        logprob_S = model(sharpen_batch=batch)
+        if part := inputs.get("micro_batch"):
+            found = self._run(model, part)
+            logprob_S = found[inverse_of([part.place]).to(found.device)]
+        else:
+            logprobs = partial(self.scorer.logprobs, batch.prompts, batch.completions)
+            logprob_S = model(sharpen_call=logprobs)
         loss = self.objective(logprob_S, batch)
         return (loss, {"logprobs": logprob_S}) if return_outputs else loss
 
     def _bounded_step(self, model: nn.Module, batch: Batch) -> Tensor:
         model.train()
-        scaler = self.accelerator.scaler
-        found = torch.zeros((), device=self.args.device)
-
-        def loss(logprob_S: Tensor) -> Tensor:
-            nonlocal found
-            value = self.objective(logprob_S, batch) / self.current_gradient_accumulation_steps
-            found = value.detach().float()
-            return value if scaler is None else scaler.scale(value)
-
+        loss = _Found(self, batch)
         # a weight that was cast without a graph must not be met again with one
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             self.scorer.backward(batch.prompts, batch.completions, loss)
         n_processes = self.accelerator.num_processes
         if n_processes > 1 and self.accelerator.sync_gradients:
             average_gradients(list(model.parameters()), n_processes)
-        return found
+        return loss.found
+
+    def _lockstep_step(self, model: nn.Module, batch: Batch, parts: list[MicroBatch]) -> Tensor:
+        assert self.lockstep is not None
+        model.train()
+        n_more = most(len(parts), self.accelerator) - len(parts)
+        fillers = [self.lockstep.filler(batch.prompts[0])] * n_more
+        loss = _Found(self, batch)
+        accumulate(model, partial(self._run, model), parts, fillers, loss)
+        return loss.found
+
+    def _run(self, model: nn.Module, part: MicroBatch) -> Tensor:
+        assert self.lockstep is not None
+        return model(sharpen_call=partial(self.lockstep.logprob, part, self.args.device))
 
     def _graph_tokens(self, batch: Batch) -> int:
         if self.shares_prompts:
@@ -161,28 +199,43 @@ def _collate(groups: list[Group]) -> Inputs:
     return {"batch": Batch.of(groups)}
 
 
+class _Found:
+    """The loss of a batch as it is differentiated; `found` is what it was."""
+
+    def __init__(self, trainer: GroupTrainer, batch: Batch):
+        self.trainer, self.batch = trainer, batch
+        self.found = torch.zeros((), device=trainer.args.device)
+
+    def __call__(self, logprob: Tensor) -> Tensor:
+        trainer, scaler = self.trainer, self.trainer.accelerator.scaler
+        value = trainer.objective(logprob, self.batch)
+        value = value / trainer.current_gradient_accumulation_steps
+        self.found = value.detach().float()
+        return value if scaler is None else scaler.scale(value)
+
+
+def _lockstep(model: Any, max_tokens: int) -> Lockstep:
+    route, head = of_the_first(lambda: find_route(model, "auto"))
+    take_route(model, route)
+    return Lockstep(model, route, head, max_tokens)
+
+
 @contextmanager
-def _answering(model: nn.Module, scorer: Scorer) -> Iterator[None]:
-    """While open, `model(sharpen_batch=batch)` is the batch's log-probs.
+def _calling(model: nn.Module) -> Iterator[None]:
+    """While open, `model(sharpen_call=f)` is `f()`.
 
     A forward of the model itself is what DDP, FSDP and autocast hook into.
     """
     own = model.forward
-    before = vars(model).get("forward")
 
     @wraps(own)
     # whatever the model takes
-    def forward(*args: Any, sharpen_batch: Batch | None = None, **kwargs: Any) -> Any:
-        if sharpen_batch is None:
-            return own(*args, **kwargs)
-        return scorer.logprobs(sharpen_batch.prompts, sharpen_batch.completions)
+    def forward(*args: Any, sharpen_call: Callable[[], Tensor] | None = None, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if sharpen_call is None else sharpen_call()
 
-    model.forward = forward
     try:
-        yield
+        with forward_is(model, forward):
+            yield
     finally:
         # accelerate may have wrapped it once more
-        del model.forward
         vars(model).pop("_original_forward", None)
-        if before is not None:
-            model.forward = before

@@ -59,25 +59,17 @@ def test_gradients_are_averaged_over_all_processes(two):
     assert two["average"] == [[3.0, 4.0], [0.5, 1.0], None, None]
 
 
-@pytest.mark.parametrize(
-    ("more", "n_gpu", "message"),
-    [
-        ({"fsdp": True}, 0, "`fsdp` must be unset, got True: sharded weights are not supported"),
-        ({}, 2, "one process must have one GPU, got 2; start it with `accelerate launch`"),
-    ],
-)
-def test_ways_that_the_losses_cannot_follow_are_refused(tmp_path, more, n_gpu, message):
+def test_several_gpus_of_one_process_are_refused(tmp_path):
     args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False,
-        **more,
-    )  # fmt: skip
-    args._n_gpu = n_gpu
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False
+    )
+    args._n_gpu = 2
+    message = "one process must have one GPU, got 2; start it with `accelerate launch`"
     with pytest.raises(InputError, match=message):
         GroupTrainer(tiny(), compared(), Square(1.0), args)
 
 
-@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_a_launcher_that_shards_is_refused(way):
-    check_started(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
-    with pytest.raises(InputError, match=f"the launcher must be DDP, got {way}: sharded weights"):
-        check_started(SimpleNamespace(distributed_type=DistributedType(way)))
+@pytest.mark.parametrize("way", ["NO", "MULTI_CPU", "MULTI_GPU"])
+def test_a_launcher_that_copies_the_model_is_taken(way):
+    args = SimpleNamespace(fsdp=False, parallel_mode=SimpleNamespace(value="distributed"))
+    check_started(SimpleNamespace(distributed_type=DistributedType(way)), args)
