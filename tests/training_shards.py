@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from sharpen.errors import InputError
 from training_two_ranks import CASES as OF_TWO
-from training_two_ranks import Case, losses, start, trainer_of, weights
+from training_two_ranks import KEPT, Case, keep, losses, start, trainer_of, weights
 
 FSDP = {"fsdp": True, "fsdp_config": {}}
 CASES = OF_TWO | {
@@ -165,6 +165,9 @@ def main(out):
     start(case)
     save("efficient", fit(case, out / "efficient", model=broken(case, rank), **efficient)[1])
     save("resumed", resumed(case, out / "resumed"))
+    for name, changes in KEPT.items():
+        for killed in (True, False):
+            keep(out / name, 2, killed=killed, more=FSDP, **changes)
     save("refused", refused(rank, out / "refused"))
     dist.barrier()
     os._exit(0)

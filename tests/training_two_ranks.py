@@ -11,18 +11,20 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from families import family
+from sharpen.training.fit import fit as keep_fit
 from sharpen.training.groups import Batch
 from sharpen.training.objectives import Likelihood, Square
 from sharpen.training.processes import average_gradients
 from sharpen.training.trainer import GroupTrainer
 from tiny import FAMILIES, opaque, tiny
-from tiny_groups import compared, likelihood
+from tiny_groups import compared, likelihood, options
 
 WHOLE = 16384
 
@@ -141,6 +143,40 @@ def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+# of what `fit` keeps: the whole model, adapters among them
+KEPT = {"kept": {}, "kept-lora": {"lora_rank": 4}}
+
+
+class KilledError(Exception):
+    """Ends a process where a kill would."""
+
+
+def killed_at(step):
+    """A callback that ends a run after so many steps."""
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KilledError
+
+    return Kill
+
+
+def keep(out, n_processes, *, killed=False, **changes):
+    """`fit` into a folder, in two epochs of steps of six groups; killed in its second, or not."""
+    # an epsilon that keeps Adam from making much of rounding
+    more = {"logging_steps": 1, "adam_epsilon": 1.0} | changes.pop("more", {})
+    batch = 6 // n_processes
+    chosen = options(lr=1e-3, batch=batch, save_every=1, more=more, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        if killed:
+            patch.setattr("sharpen.training.callbacks.Bar", killed_at(2))
+        try:
+            keep_fit(tiny(), None, compared(), Square(1.0), chosen, out)
+        except KilledError:
+            assert killed
+
+
 def average(rank):
     """Gradients of four parameters: of both processes, of the first alone, of none, frozen."""
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
@@ -167,6 +203,9 @@ def main(out):
             "bounded": n_bounded,
         }
         torch.save(found, Path(out) / f"{name}.{accelerator.process_index}.pt")
+    for name, changes in KEPT.items():
+        for killed in (True, False):
+            keep(Path(out) / name, 2, killed=killed, **changes)
     found = average(accelerator.process_index)
     if accelerator.is_main_process:
         torch.save(found, Path(out) / "average.pt")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -54,7 +55,8 @@ class Seal(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Add the mark."""
+        """Add the mark; every process has written its part by then."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero and args.output_dir is not None:
             folder = _folder(Path(args.output_dir), state.global_step)
             flush(folder)

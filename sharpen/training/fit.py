@@ -1,15 +1,19 @@
 """Fit a model to groups of completions, so that a killed run goes on to the same weights.
 
 Writes into a folder: `checkpoints/` (the last two), `losses.jsonl`, and at the end `model/`, which
-is there whole or not at all.
+is there whole or not at all. Of several processes the first writes, but for its own part of a
+checkpoint that each keeps.
 """
 
+import copy
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from sharpen.errors import InputError, TrainingError
@@ -18,6 +22,7 @@ from .groups import Group
 from .noise import without_noise
 from .objectives import Objective
 from .options import FitOptions, refused_arguments, trainer_arguments
+from .processes import of_the_first
 from .saving import save_whole
 
 if TYPE_CHECKING:
@@ -48,10 +53,11 @@ def fit(
     """Train `model`, in place, and save it as `out/model`; nothing where that is there already.
 
     Dropout is off meanwhile: a log-ratio to the base model must not be noise. On a CPU a run that
-    was killed and begun again ends with the same bits as one that was not.
+    was killed and begun again ends with the same bits as one that was not. Started by `accelerate
+    launch` or torchrun, all processes call it alike, with one folder that all of them see.
 
     Args:
-        model: Its weights are changed; with LoRA they end merged.
+        model: Its weights are changed; with LoRA they end merged. With FSDP it ends in parts.
         tokenizer: Saved beside the model.
         groups: What to fit.
         objective: Loss of a batch.
@@ -69,6 +75,7 @@ def fit(
     from .trainer import GroupTrainer
 
     args = trainer_arguments(options, out / CHECKPOINTS, is_cpu=model.device.type == "cpu")
+    of_its_kind = partial(type(model), copy.deepcopy(model.config))
     trained: Any = _with_lora(model, options) if options.lora_rank else model
     with without_noise(trained):
         try:
@@ -83,9 +90,18 @@ def fit(
         _only_our_bar(trainer)
         sealed = last_sealed(out / CHECKPOINTS)
         trainer.train(resume_from_checkpoint=None if sealed is None else str(sealed))
-    whole = trained.merge_and_unload() if options.lora_rank else model
-    _refuse_diverged(whole, out)
-    save_whole(whole.eval(), tokenizer, out / MODEL)
+    if trainer.lockstep is not None:
+        # all processes must ask; only the first is given it
+        state = trainer.accelerator.get_state_dict(trained)
+        of_the_first(lambda: _save(_whole(of_its_kind, options, state), tokenizer, out))
+    else:
+        whole = trained.merge_and_unload() if options.lora_rank else model
+        of_the_first(lambda: _save(whole, tokenizer, out))
+
+
+def _save(model: "PreTrainedModel", tokenizer: Any, out: Path) -> None:
+    _refuse_diverged(model, out)
+    save_whole(model.eval(), tokenizer, out / MODEL)
 
 
 def _refuse_diverged(model: nn.Module, out: Path) -> None:
@@ -112,6 +128,17 @@ def _with_lora(model: "PreTrainedModel", options: FitOptions) -> nn.Module:
         # peft asks transformers under a name that is on its way out
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
+
+
+def _whole(
+    of_its_kind: Callable[[], "PreTrainedModel"], options: FitOptions, state: Mapping[str, Any]
+) -> "PreTrainedModel":
+    """A model of gathered weights, adapters merged."""
+    with torch.device("meta"):
+        model = of_its_kind()
+        trained: Any = _with_lora(model, options) if options.lora_rank else model
+    trained.load_state_dict(state, assign=True)
+    return trained.merge_and_unload() if options.lora_rank else model
 
 
 def _only_our_bar(trainer: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, SharpenError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,15 +113,15 @@ def of_the_first(find: Callable[[], T]) -> T:
     """
     if not dist.is_initialized():
         return find()
-    found: list[T | Exception | None] = [None]
+    found: list[T | SharpenError | None] = [None]
     if dist.get_rank() == 0:
         try:
             found = [find()]
-        except InputError as error:
+        except SharpenError as error:
             found = [error]
     dist.broadcast_object_list(found)
     (answer,) = found
-    if isinstance(answer, Exception):
+    if isinstance(answer, SharpenError):
         raise answer
     # what `find` returns, pickled
     return answer  # type: ignore[return-value]

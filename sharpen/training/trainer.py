@@ -93,6 +93,8 @@ class GroupTrainer(Trainer):
                 way == "cache" and not args.gradient_checkpointing
             )
         self.objective = objective
+        config: Any = model.config
+        uses_cache = getattr(config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -100,6 +102,9 @@ class GroupTrainer(Trainer):
             data_collator=_collate,
             callbacks=callbacks,
         )
+        # Trainer turns it off in the configuration, which is saved; here each forward says it
+        if uses_cache is not None:
+            config.use_cache = uses_cache
         check_started(self.accelerator, args)
         if self.lockstep is not None:
             keep_log_probs(self.accelerator)

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from kept_runs import assert_kept_as_by_one
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.training.objectives import Square
@@ -20,7 +21,7 @@ from test_layers import ROOT
 from tiny import alone, tiny
 from tiny_groups import compared
 from training_shards import CASES
-from training_two_ranks import fit, losses, start, weights
+from training_two_ranks import KEPT, fit, losses, start, weights
 
 EXTRA = ("bf16", "efficient", "resumed", "refused")
 
@@ -108,6 +109,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(two, folder):
         assert torch.equal(found["weights"], found["straight"])
     saved = AutoModelForCausalLM.from_pretrained(folder / "resumed" / "model")
     assert torch.equal(weights(saved), two["resumed"][0]["straight"])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_killed_fit_in_parts_keeps_what_one_keeps(two, folder, name):
+    assert_kept_as_by_one(folder, name, KEPT[name])
 
 
 def test_what_the_first_process_refuses_all_refuse(two):

@@ -202,6 +202,9 @@ def test_the_model_is_given_back_as_it_was(tmp_path, likelihood):
     fit(model, None, likelihood, Likelihood(), options(epochs=1.0), tmp_path)
     assert "forward" not in vars(model)
     assert not hasattr(model, "_original_forward")
+    tiny().save_pretrained(tmp_path / "before")
+    before, after = (tmp_path / name / "config.json" for name in ("before", "model"))
+    assert after.read_text() == before.read_text()
 
 
 def test_no_group_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from kept_runs import assert_kept_as_by_one
 from sharpen.errors import InputError
 from sharpen.training.objectives import Square
 from sharpen.training.processes import check_started
@@ -17,7 +18,7 @@ from sharpen.training.trainer import GroupTrainer
 from test_layers import ROOT
 from tiny import tiny
 from tiny_groups import compared
-from training_two_ranks import CASES, fit, losses, weights
+from training_two_ranks import CASES, KEPT, fit, losses, weights
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def two(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: [torch.load(folder / f"{name}.{r}.pt") for r in (0, 1)] for name in CASES}
-    return found | {"average": torch.load(folder / "average.pt")}
+    return found | {"average": torch.load(folder / "average.pt"), "folder": folder}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,6 +54,11 @@ def test_two_processes_fit_what_one_fits(two, tmp_path, name):
     assert (first["bounded"] > 0) == ("bounded" in name) == (n_bounded > 0)
     if name == "some-bounded":
         assert first["bounded"] < 6
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_killed_fit_of_two_keeps_what_one_keeps(two, name):
+    assert_kept_as_by_one(two["folder"], name, KEPT[name])
 
 
 def test_gradients_are_averaged_over_all_processes(two):
