@@ -7,6 +7,7 @@ ends with, OUT/CASE.RANK.pt, and the first also the losses, OUT/CASE.losses.pt.
 import dataclasses
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,27 @@ def keep(out, n_processes, *, killed=False, **changes):
             assert killed
 
 
+def sealed(out, rank):
+    """Whether the second process, slow to write its part of a checkpoint, had when it was sealed.
+
+    One answer a checkpoint.
+    """
+    found, save = [], GroupTrainer._save_rng_state
+
+    def slow(trainer, folder):
+        time.sleep(rank * 1.0)
+        save(trainer, folder)
+
+    def flush(folder):
+        found.append((folder / "rng_state_1.pth").exists())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupTrainer, "_save_rng_state", slow)
+        patch.setattr("sharpen.training.callbacks.flush", flush)
+        keep(out, 2)
+    return found
+
+
 def average(rank):
     """Gradients of four parameters: of both processes, of the first alone, of none, frozen."""
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
@@ -206,9 +228,10 @@ def main(out):
     for name, changes in KEPT.items():
         for killed in (True, False):
             keep(Path(out) / name, 2, killed=killed, **changes)
-    found = average(accelerator.process_index)
+    rank = accelerator.process_index
+    found = {"average": average(rank), "sealed": sealed(Path(out) / "sealed", rank)}
     if accelerator.is_main_process:
-        torch.save(found, Path(out) / "average.pt")
+        torch.save(found, Path(out) / "found.pt")
     dist.barrier()
     # gloo is given up while Python waits for its threads, which may wait for Python: seen in one
     # of ten runs, after all was saved; so nothing is torn down

@@ -94,8 +94,8 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
     check_reward(reward, config.task)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
-            "this command must run in one process, got WORLD_SIZE > 1; draw and score with it, "
-            "and run sharpen.training.trainer.GroupTrainer under `accelerate launch`."
+            "this command must run in one process, got WORLD_SIZE > 1; draw and score in one, and "
+            "call sharpen.training.fit.fit in several (docs/algorithms/training.md)."
         )
     if config.device is not None and ":" in config.device:
         raise InputError(

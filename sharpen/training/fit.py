@@ -22,7 +22,7 @@ from .groups import Group
 from .noise import without_noise
 from .objectives import Objective
 from .options import FitOptions, refused_arguments, trainer_arguments
-from .processes import of_the_first
+from .processes import is_for_cpu, of_the_first
 from .saving import save_whole
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def fit(
     launch` or torchrun, all processes call it alike, with one folder that all of them see.
 
     Args:
-        model: Its weights are changed; with LoRA they end merged. With FSDP it ends in parts.
+        model: Its weights are changed; with LoRA they end merged, with FSDP in parts. Processes of
+            a launcher load it on the CPU, and each moves it to its own GPU.
         tokenizer: Saved beside the model.
         groups: What to fit.
         objective: Loss of a batch.
@@ -74,7 +75,7 @@ def fit(
     from .callbacks import Bar, LossLog, Seal, last_sealed
     from .trainer import GroupTrainer
 
-    args = trainer_arguments(options, out / CHECKPOINTS, is_cpu=model.device.type == "cpu")
+    args = trainer_arguments(options, out / CHECKPOINTS, is_cpu=is_for_cpu(model))
     of_its_kind = partial(type(model), copy.deepcopy(model.config))
     trained: Any = _with_lora(model, options) if options.lora_rank else model
     with without_noise(trained):

@@ -29,7 +29,7 @@ OURS = {
 }
 # what would be ignored in silence, or break a promise
 NO_TEST = "there is nothing to evaluate on; judge the model with `sharpen bon`"
-ONE_PROCESS = "one process fits; for more, run sharpen.training.trainer.GroupTrainer yourself"
+ONE_PROCESS = "one process fits; for more, call sharpen.training.fit.fit yourself"
 REFUSED = {
     "auto_find_batch_size": "a step is made of whole prompts; `--max-tokens` bounds its memory",
     "debug": "it looks into forwards that are not there",

@@ -24,6 +24,17 @@ T = TypeVar("T")
 REFUSED = ("deepspeed", "parallelism_config")
 
 
+def is_for_cpu(model: nn.Module) -> bool:
+    """Whether a model is to be fitted where it lies, on the CPU.
+
+    Processes of a launcher load it there, and each moves it, or its part, to a GPU of its own.
+    """
+    lies_there = all(p.device.type == "cpu" for p in model.parameters())
+    is_launched = "WORLD_SIZE" in os.environ
+    by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    return lies_there and (by_launcher or not is_launched or not torch.cuda.is_available())
+
+
 def check_way(args: "TrainingArguments", model: nn.Module) -> None:
     """Refuse ways to spread a model or a batch that the losses cannot follow.
 

@@ -10,10 +10,12 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from documented import blocks, ran
 from kept_runs import assert_kept_as_by_one
 from sharpen.errors import InputError
+from sharpen.models import load_model
 from sharpen.training.objectives import Square
-from sharpen.training.processes import check_started
+from sharpen.training.processes import check_started, is_for_cpu
 from sharpen.training.trainer import GroupTrainer
 from test_layers import ROOT
 from tiny import tiny
@@ -35,7 +37,7 @@ def two(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: [torch.load(folder / f"{name}.{r}.pt") for r in (0, 1)] for name in CASES}
-    return found | {"average": torch.load(folder / "average.pt"), "folder": folder}
+    return found | torch.load(folder / "found.pt") | {"folder": folder}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,6 +63,27 @@ def test_a_killed_fit_of_two_keeps_what_one_keeps(two, name):
     assert_kept_as_by_one(two["folder"], name, KEPT[name])
 
 
+def test_a_checkpoint_is_sealed_when_all_have_written(two):
+    assert two["sealed"] == [True, True]
+
+
+def test_the_page_fits_in_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    page = "docs/algorithms/training.md"
+    bash, script = blocks(page, "bash"), blocks(page, "python")[-1]
+    (tmp_path / "fit.py").write_text(script)
+    alone = script.replace("batch=3", "batch=6").replace("runs/several", "runs/one")
+    for block, language in ((bash[-2], "bash"), (bash[-1], "bash"), (alone, "python")):
+        done = ran(block, language, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, several = (
+        weights(load_model(tmp_path / "runs" / name / "model")) for name in ("one", "several")
+    )
+    moved = one - weights(load_model("game24"))
+    assert moved.norm() > 1e-3
+    assert (several - one).norm() < 1e-4 * moved.norm()
+
+
 def test_gradients_are_averaged_over_all_processes(two):
     assert two["average"] == [[3.0, 4.0], [0.5, 1.0], None, None]
 
@@ -79,3 +102,25 @@ def test_several_gpus_of_one_process_are_refused(tmp_path):
 def test_a_launcher_that_copies_the_model_is_taken(way):
     args = SimpleNamespace(fsdp=False, parallel_mode=SimpleNamespace(value="distributed"))
     check_started(SimpleNamespace(distributed_type=DistributedType(way)), args)
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_gpu", "on_cpu"),
+    [
+        ({}, True, True),
+        ({"WORLD_SIZE": "8"}, True, False),
+        ({"WORLD_SIZE": "1"}, True, False),
+        ({"WORLD_SIZE": "8"}, False, True),
+        ({"WORLD_SIZE": "8", "ACCELERATE_USE_CPU": "true"}, True, True),
+    ],
+)
+def test_processes_of_a_launcher_take_gpus_where_there_are_some(
+    monkeypatch, environment, has_gpu, on_cpu
+):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert is_for_cpu(tiny()) == on_cpu
+    assert not is_for_cpu(tiny().to("meta"))
