@@ -67,6 +67,12 @@ fi
 step check 120 "$python" -m bench.speed --check &
 step check_tree 120 "$python" -m bench.tree_attention --check &
 step check_sharing 120 "$python" -m bench.sharing_gpu --check &
+if has accelerate && has peft; then
+  step fsdp 120 "$python" -m torch.distributed.run --standalone --nproc_per_node 1 \
+    tests/training_shards_device.py &
+else
+  echo "fsdp: not both accelerate and peft here" >>"$summary"
+fi
 step conformance 150 "$python" -m bench.conformance --out "$out/conformance.json" &
 wait
 
@@ -105,6 +111,7 @@ fi
 
 cat "$out/conformance.log" 2>/dev/null
 tail -n 3 "$out"/{bits,device}.log 2>/dev/null
+grep -h "of the way" "$out/fsdp.log" 2>/dev/null
 grep -hE "^(linear|token)_logprob|^ .* (ms|peer) |^  missing" "$out/speed.log" 2>/dev/null
 cat "$out/machine.json" "$summary"
 [ -f "$out/speed.jsonl" ] && "$python" -m bench.speed --digest "$out/speed.jsonl"

@@ -146,7 +146,8 @@ def test_gpu_checklist_goes_on_behind_a_step_that_fails(tmp_path):
     told = (out / "summary.txt").read_text()
     assert done.returncode == 1, done.stderr
     assert "sharing: FAILED with 3, see sharing.log" in told
-    assert told.count(": ok, ") == 13
+    assert told.count(": ok, ") == 14
+    assert "fsdp: ok" in told
     assert "server: ok" in told
     assert told.splitlines()[-1].startswith("speed: ok")
     assert done.stdout.endswith("  goal: 0.71 of the rate\nsharing forward, x\n")

@@ -115,11 +115,15 @@ def trainer_of(case, folder, n_processes, *, model=None, **changes):
     if case.uneven and n_processes == 1:
         # the mean of the shares' means
         share, more = case.batch // 2, {"gradient_accumulation_steps": 2}
-    more |= {"max_grad_norm": 0.0, "save_strategy": "no", "optim": "sgd"} | case.more | changes
+    more |= (
+        {"max_grad_norm": 0.0, "save_strategy": "no", "optim": "sgd", "use_cpu": True}
+        | case.more
+        | changes
+    )
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=share, num_train_epochs=2,
         learning_rate=1e-2 if case.lora else 1e-4, lr_scheduler_type="constant",
-        use_cpu=True, report_to="none", logging_steps=1,
+        report_to="none", logging_steps=1,
         remove_unused_columns=False, disable_tqdm=True, label_names=[],
         dataloader_pin_memory=False, ddp_find_unused_parameters=False, **more,
     )  # fmt: skip

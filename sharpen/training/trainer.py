@@ -83,15 +83,6 @@ class GroupTrainer(Trainer):
         # a peft model answers to everything that the scorer asks of a model
         self.scorer = Scorer(model, max_tokens=max_tokens)  # type: ignore[arg-type]
         self.lockstep = _lockstep(model, max_tokens) if asks_for_shards(args) else None
-        if self.lockstep is not None:
-            self.shares_prompts = self.lockstep.shares_prompts
-        else:
-            # probed here, before the model is wrapped or cast
-            way = self.scorer.route.sharing
-            # a checkpointed forward returns no cache: sequences go whole
-            self.shares_prompts = way == "tree" or (
-                way == "cache" and not args.gradient_checkpointing
-            )
         self.objective = objective
         config: Any = model.config
         uses_cache = getattr(config, "use_cache", None)
@@ -108,6 +99,13 @@ class GroupTrainer(Trainer):
         check_started(self.accelerator, args)
         if self.lockstep is not None:
             keep_log_probs(self.accelerator)
+            self.shares_prompts = self.lockstep.shares_prompts
+        else:
+            # probed here: on its device, and not wrapped yet
+            way = self.scorer.route.sharing
+            # a checkpointed forward returns no cache: sequences go whole
+            is_whole = args.gradient_checkpointing
+            self.shares_prompts = way == "tree" or (way == "cache" and not is_whole)
 
     # as Trainer
     def train(self, *args: Any, **kwargs: Any):
