@@ -125,6 +125,17 @@ def resumed(case, folder):
     }
 
 
+def dropped(folder):
+    """What a bounded step says of dropout."""
+    case = CASES["bounded"]
+    model = start(case)
+    model.lm_head = torch.nn.Sequential(torch.nn.Dropout(0.1), model.lm_head)
+    try:
+        fit(case, folder, model=model)
+    except InputError as error:
+        return str(error)
+
+
 def refused(rank, folder):
     """What two processes raise where only the first has a reason."""
     model = start(CASES["whole"])
@@ -168,6 +179,7 @@ def main(out):
     for name, changes in KEPT.items():
         for killed in (True, False):
             keep(out / name, 2, killed=killed, more=FSDP, **changes)
+    save("dropped", dropped(out / "dropped"))
     save("refused", refused(rank, out / "refused"))
     dist.barrier()
     os._exit(0)

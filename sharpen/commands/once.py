@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,9 @@ from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS
 from sharpen.training.groups import Group
 from sharpen.training.objectives import Objective
+from sharpen.training.options import FitOptions
 
+from .crew import Crew, Task
 from .options import option
 from .sources import open_source
 from .training import (
@@ -28,6 +31,7 @@ from .training import (
     load_base,
     outputs_of,
     rate,
+    run_in_crew,
     samples_settings,
     training_settings,
 )
@@ -78,6 +82,17 @@ def fit_once(
         choose: What to fit, of the samples that the base model has rated.
     """
     options = check_training(config, config.reward)
+    run_in_crew(config, partial(_lead, command, config, own, choose, options))
+
+
+def _lead(
+    command: str,
+    config: OnceConfig,
+    own: dict[str, Any],
+    choose: Callable[[Drawn], Choice],
+    options: FitOptions,
+    crew: Crew,
+) -> None:
     draws = config.sampling()
     model, tokenizer = load_base(config)
     source = open_source(config, tokenizer)
@@ -85,7 +100,8 @@ def fit_once(
     sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
     sampler.check(prompts, draws)
     out = Path(config.out)
-    with Run(out / "run.json", settings(command, config, own, model.device), outputs_of(out)):
+    claimed = settings(command, config, own, model.device, crew.n)
+    with Run(out / "run.json", claimed, outputs_of(out)):
         rows = draw(config, out, sampler, prompts, config.samples)
         scorer = Scorer(model, max_tokens=config.max_tokens)
         drawn = rate(out, scorer, source, rows, config.reward, config.scores)
@@ -95,18 +111,19 @@ def fit_once(
                 "a finite log-prob and reward; raise `--max-new-tokens`."
             )
         choice = choose(drawn)
-        fit_into(out, model, tokenizer, choice.groups, choice.objective, options)
+        task = Task(out, None, model.dtype, choice.groups, choice.objective, options)
+        fit_into(crew, task, model, tokenizer)
         found = {"prompts": len(prompts), "prompts_fitted": len(choice.groups), **choice.found}
         of = f"of {len(choice.groups)} of {len(prompts)} prompts"
         finish(out, config, found, f"fitted {choice.what} {of}")
 
 
 def settings(
-    command: str, config: OnceConfig, own: dict[str, Any], device: torch.device
+    command: str, config: OnceConfig, own: dict[str, Any], device: torch.device, n_processes: int
 ) -> dict[str, Any]:
     """Everything that the outputs depend on."""
     return {
-        **training_settings(command, config, device),
+        **training_settings(command, config, device, n_processes),
         "reward": config.reward,
         "scores": config.scores,
         **own,

@@ -20,10 +20,9 @@ from sharpen.scoring import Scorer
 from sharpen.training.fit import MODEL
 from sharpen.training.groups import Batch, Group
 from sharpen.training.losses import square_loss
-from sharpen.training.objectives import Objective
-from sharpen.training.options import FitOptions
 from sharpen.training.value import regularised_value
 
+from .crew import Crew, Task
 from .sources import Source
 from .stages import sample_into, score_samples
 from .training import SAMPLES, TIMINGS, Drawn, TrainConfig, fit_into, rate
@@ -119,6 +118,7 @@ class Stage:
     source: Source
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
+    crew: Crew
 
     def draw(
         self, folder: Path, policy: PreTrainedModel, prompts: list[Prompt], draws: SamplingConfig
@@ -179,20 +179,13 @@ class Stage:
             return None
         return regularised_value(drawn.reward, log_ratio_N, eligible_N, beta=self.beta)
 
-    def fit(
-        self,
-        folder: Path,
-        policy: PreTrainedModel,
-        groups: list[Group],
-        objective: Objective,
-        options: FitOptions,
-    ) -> PreTrainedModel:
+    def fit(self, task: Task, policy: PreTrainedModel) -> PreTrainedModel:
         """The next policy, from the weights of this one."""
-        if not (folder / MODEL).exists():
+        if not (task.out / MODEL).exists():
             # the base stays as it is: it rates every round
             started = copy.deepcopy(policy) if policy is self.scorer.model else policy
-            fit_into(folder, started, self.tokenizer, groups, objective, options)
-        return self.load(folder)
+            fit_into(self.crew, task, started, self.tokenizer)
+        return self.load(task.out)
 
     def load(self, folder: Path) -> PreTrainedModel:
         """The model of a round: from disk, so that a resumed run goes on with the same bits."""

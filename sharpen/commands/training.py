@@ -5,9 +5,9 @@ Samples are drawn once and kept (`samples.jsonl`), and so are their log-probs un
 """
 
 import json
-import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,11 +25,10 @@ from sharpen.sampling import Prompt
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import stats_needed
-from sharpen.training.fit import LOSSES, MODEL, fit, require_train
-from sharpen.training.groups import Group
-from sharpen.training.objectives import Objective
+from sharpen.training.fit import LOSSES, MODEL, require_train
 from sharpen.training.options import FitOptions, trainer_arguments
 
+from .crew import Crew, Task
 from .given_samples import read_samples
 from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions, required
 from .sources import Source, check_reward, check_source, load, model_settings, source_settings
@@ -82,8 +81,8 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
     """Refuse bad options before anything is loaded or written.
 
     Raises:
-        InputError: If an option is out of range, an extra is missing, the reward cannot be
-            computed, or this process is one of several.
+        InputError: If an option is out of range, an extra is missing, or the reward cannot be
+            computed.
     """
     check_source(config)
     options = config.fit_options()
@@ -92,11 +91,6 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
         raise InputError(f"cannot read {samples!r}: no such file; check `--samples`.")
     require_train(lora=config.lora_rank > 0)
     check_reward(reward, config.task)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "this command must run in one process, got WORLD_SIZE > 1; draw and score in one, and "
-            "call sharpen.training.fit.fit in several (docs/algorithms/training.md)."
-        )
     if config.device is not None and ":" in config.device:
         raise InputError(
             f"`device` must be cpu or cuda in training, got {config.device!r}; choose a GPU with "
@@ -104,6 +98,9 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
         )
     is_cpu = config.device == "cpu" or not torch.cuda.is_available()
     trainer_arguments(options, Path(config.out), is_cpu=is_cpu)
+    if is_cpu:
+        # else processes of a launcher take GPUs where there are some
+        options = replace(options, more={**options.more, "use_cpu": True})
     return options
 
 
@@ -116,7 +113,20 @@ def load_base(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return load(replace(config, dtype="float32") if whole else config)
 
 
-def training_settings(command: str, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def run_in_crew(config: TrainConfig, lead: Callable[[Crew], None]) -> None:
+    """Run a training command: `lead` in the first process, its fits in all of them."""
+    crew = Crew()
+    if crew.is_first:
+        with crew.led():
+            lead(crew)
+        return
+    here = replace(config, device="cpu")
+    crew.follow(lambda: load_base(here)[0], trust_remote_code=config.trust_remote_code)
+
+
+def training_settings(
+    command: str, config: TrainConfig, device: torch.device, n_processes: int
+) -> dict[str, Any]:
     """Everything that the outputs of a training command depend on, but its own options."""
     return {
         "command": command,
@@ -124,6 +134,8 @@ def training_settings(command: str, config: TrainConfig, device: torch.device) -
         **source_settings(config),
         **config.draw_settings(),
         **config.train_settings(),
+        # a step takes a batch of each
+        **({"processes": n_processes} if n_processes > 1 else {}),
     }
 
 
@@ -179,19 +191,14 @@ def rate(
 
 
 def fit_into(
-    out: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    groups: list[Group],
-    objective: Objective,
-    options: FitOptions,
+    crew: Crew, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """`fit`, its time kept with the others."""
-    if (out / MODEL).exists():
+    """A fit by all processes, its time kept with the others."""
+    if (task.out / MODEL).exists():
         return
     started = time.monotonic()
-    fit(model, tokenizer, groups, objective, options, out)
-    Journal(out / TIMINGS).append([{"stage": "train", "seconds": time.monotonic() - started}])
+    crew.fit(task, model, tokenizer)
+    Journal(task.out / TIMINGS).append([{"stage": "train", "seconds": time.monotonic() - started}])
 
 
 def finish(out: Path, config: TrainConfig, found: dict[str, Any], line: str) -> None:

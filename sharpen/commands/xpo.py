@@ -15,6 +15,7 @@ them, `rounds.jsonl`, and in the end `model/` and `summary.json`.
 import logging
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from sharpen.training.checks import check_beta, check_optimism
 from sharpen.training.fit import MODEL
 from sharpen.training.objectives import Square
 from sharpen.training.optimism import optimism_weight, proof_alpha
+from sharpen.training.options import FitOptions
 from sharpen.training.saving import save_whole
 
+from .crew import Crew, Task
 from .options import option
 from .rounds import Data, Stage, of_round
 from .sources import open_source
@@ -44,6 +47,7 @@ from .training import (
     finish,
     load_base,
     outputs_of,
+    run_in_crew,
     training_settings,
 )
 
@@ -82,6 +86,10 @@ def run(config: XpoConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
     options = check_training(config, config.reward)
+    run_in_crew(config, partial(_lead, config, options))
+
+
+def _lead(config: XpoConfig, options: FitOptions, crew: Crew) -> None:
     draws = config.sampling()
     base, tokenizer = load_base(config)
     source = open_source(config, tokenizer)
@@ -89,9 +97,10 @@ def run(config: XpoConfig) -> None:
     TransformersSampler(base, tokenizer, max_tokens=config.max_tokens).check(prompts, draws)
     fitted, held_out = divide(prompts, config.validation, config.seed)
     out = Path(config.out)
-    with Run(out / "run.json", settings(config, base.device), [*outputs_of(out), out / ROUNDS]):
+    claimed = settings(config, base.device, crew.n)
+    with Run(out / "run.json", claimed, [*outputs_of(out), out / ROUNDS]):
         scorer = Scorer(base, max_tokens=config.max_tokens)
-        stage = Stage(config, config.reward, config.beta, source, tokenizer, scorer)
+        stage = Stage(config, config.reward, config.beta, source, tokenizer, scorer, crew)
         # one stream for y', whatever the rounds do
         base_drawn = stage.draw(out, base, fitted, replace(draws, n=config.n * config.rounds))
         found = [{"round": 0, "value": stage.judge(out, base, held_out)}]
@@ -107,7 +116,10 @@ def run(config: XpoConfig) -> None:
             alpha = alpha_of(config, data)
             optimism = optimism_weight(alpha, data.value_bound, data.reward_bound)
             groups = data.groups()
-            policy = stage.fit(folder, policy, groups, Square(config.beta, optimism), options)
+            before = None if policy is base else out / f"round-{t - 1}" / MODEL
+            objective = Square(config.beta, optimism)
+            task = Task(folder, before, base.dtype, groups, objective, options)
+            policy = stage.fit(task, policy)
             found.append({
                 "round": t, "value": stage.judge(folder, policy, held_out), "alpha": alpha,
                 "value_bound": data.value_bound, "reward_bound": data.reward_bound,
@@ -189,11 +201,11 @@ def check(config: XpoConfig) -> None:
         )
 
 
-def settings(config: XpoConfig, device: torch.device) -> dict[str, Any]:
+def settings(config: XpoConfig, device: torch.device, n_processes: int) -> dict[str, Any]:
     """Everything that the outputs depend on."""
     names = ("reward", "beta", "exploration", "rounds", "validation")
     return {
-        **training_settings("xpo", config, device),
+        **training_settings("xpo", config, device, n_processes),
         **{name: getattr(config, name) for name in names},
         "alpha": AUTO if config.alpha == AUTO else float(config.alpha),
     }

@@ -139,6 +139,7 @@ def _whole(
         model = of_its_kind()
         trained: Any = _with_lora(model, options) if options.lora_rank else model
     trained.load_state_dict(state, assign=True)
+    model.tie_weights()
     return trained.merge_and_unload() if options.lora_rank else model
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from sharpen.errors import InputError
 
+from .processes import asks_for_shards
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -29,19 +31,18 @@ OURS = {
 }
 # what would be ignored in silence, or break a promise
 NO_TEST = "there is nothing to evaluate on; judge the model with `sharpen bon`"
-ONE_PROCESS = "one process fits; for more, call sharpen.training.fit.fit yourself"
+NO_WAY = "several processes run DDP, or FSDP (`fsdp=true`)"
 REFUSED = {
     "auto_find_batch_size": "a step is made of whole prompts; `--max-tokens` bounds its memory",
     "debug": "it looks into forwards that are not there",
-    "deepspeed": ONE_PROCESS,
+    "deepspeed": NO_WAY,
     "eval_on_start": NO_TEST,
     "eval_strategy": NO_TEST,
-    "fsdp": ONE_PROCESS,
     "ignore_data_skip": "a resumed run must see what an unbroken one sees",
     "label_smoothing_factor": "the losses here have no labels",
     "load_best_model_at_end": NO_TEST,
     "neftune_noise_alpha": "a log-ratio must not be noise",
-    "parallelism_config": ONE_PROCESS,
+    "parallelism_config": NO_WAY,
     "push_to_hub": "nothing is uploaded; push `model/` when it is there",
     "resume_from_checkpoint": "the same command goes on from its own last checkpoint",
     "save_only_model": "a resumed run needs the optimizer",
@@ -172,6 +173,9 @@ def trainer_arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "Tr
     try:
         args = TrainingArguments(**given | dict(options.more))
         _try(args)
+        asks_for_shards(args)
+    except InputError:
+        raise
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise refused_arguments(error) from error
     if args.save_total_limit == 1:

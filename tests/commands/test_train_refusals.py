@@ -160,7 +160,14 @@ def test_no_prompt_at_all_is_refused(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["sft", *BASE[:4], "--out", str(tmp_path / "out")]) == 2
-    assert "must run in one process" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("fsdp=true", "`fsdp` must be unset in a process that no launcher started, got True"),
+        ("deepspeed=x.json", "must not set deepspeed: several processes run DDP, or FSDP"),
+    ],
+)
+def test_other_ways_to_shard_are_refused(tmp_path, capsys, setting, message):
+    assert main(["sft", *BASE[:4], "--out", str(tmp_path / "out"), "--trainer", setting]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

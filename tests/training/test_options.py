@@ -41,7 +41,7 @@ def test_options_out_of_range_are_refused(option, message):
         ("ignore_data_skip=true", "must not set ignore_data_skip: a resumed run must see"),
         ("label_smoothing_factor=0.1", "must not set label_smoothing_factor: the losses here"),
         ("neftune_noise_alpha=5", "must not set neftune_noise_alpha: a log-ratio must not be"),
-        ("deepspeed=x.json", "must not set deepspeed: one process fits"),
+        ("deepspeed=x.json", "must not set deepspeed: several processes run DDP"),
         ("torch_compile=true", "must not set torch_compile: shared prompts change"),
         ("bf16=maybe", "must set bf16 to true or false, got 'maybe'"),
         ("bf16=1", "must set bf16 to true or false, got 1"),

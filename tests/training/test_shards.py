@@ -23,7 +23,7 @@ from tiny_groups import compared
 from training_shards import CASES
 from training_two_ranks import KEPT, fit, losses, start, weights
 
-EXTRA = ("bf16", "efficient", "resumed", "refused")
+EXTRA = ("bf16", "efficient", "resumed", "refused", "dropped")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(two, folder):
 @pytest.mark.parametrize("name", KEPT)
 def test_a_killed_fit_in_parts_keeps_what_one_keeps(two, folder, name):
     assert_kept_as_by_one(folder, name, KEPT[name])
+
+
+def test_dropout_is_refused_where_slopes_come_first(two):
+    for message in two["dropped"]:
+        assert message.startswith("`loss` must be slopes while dropout is on")
 
 
 def test_what_the_first_process_refuses_all_refuse(two):
