@@ -15,7 +15,7 @@ from kept_runs import assert_kept_as_by_one
 from sharpen.errors import InputError
 from sharpen.models import load_model
 from sharpen.training.objectives import Square
-from sharpen.training.processes import check_started, is_for_cpu
+from sharpen.training.processes import check_started, check_way, is_for_cpu
 from sharpen.training.trainer import GroupTrainer
 from test_layers import ROOT
 from tiny import tiny
@@ -95,6 +95,8 @@ def test_several_gpus_of_one_process_are_refused(tmp_path):
     args = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False
     )
+    args._n_gpu = 1
+    check_way(args, tiny())
     args._n_gpu = 2
     message = "one process must have one GPU, got 2; start it with `accelerate launch`"
     with pytest.raises(InputError, match=message):
