@@ -1,5 +1,6 @@
 """What a run leaves behind while it trains: losses, sealed checkpoints, a progress bar."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,22 @@ class LossLog(TrainerCallback):
     """Keeps a JSON lines file equal to the run's history: one row a logged step.
 
     The history is part of a checkpoint, so a resumed run writes the file of one that never stopped.
+    A mean loss ends where a checkpoint is: what was gathered for it is not part of that.
     """
 
     def __init__(self, path: Path):
         self.path = path
+
+    # as `on_log`
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Log whenever a checkpoint follows."""
+        control.should_log = control.should_log or control.should_save
 
     # Any: the hooks of transformers pass whatever they have
     def on_log(
@@ -37,8 +50,8 @@ class LossLog(TrainerCallback):
         if state.is_world_process_zero:
             # a history that was read back has its keys in another order
             rows = [
-                {name: row[name] for name in LOGGED if name in row}
-                | {name: row[name] for name in sorted(row) if name not in LOGGED}
+                {name: _number(row[name]) for name in LOGGED if name in row}
+                | {name: _number(row[name]) for name in sorted(row) if name not in LOGGED}
                 for row in state.log_history
                 if "loss" in row
             ]
@@ -115,6 +128,12 @@ class Bar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+# of a history: mostly numbers
+def _number(value: Any) -> Any:
+    """A value as JSON has it: no number for NaN and infinity, which a run that diverges meets."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_sealed(folder: Path) -> Path | None:

@@ -100,9 +100,12 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize(("step", "lora_rank"), [(3, 4), (5, 0)])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, compared, monkeypatch, step, lora_rank):
-    changes = {"lora_rank": lora_rank}
+# a checkpoint every second step, so that a mean loss over three is cut by it
+@pytest.mark.parametrize(("step", "lora_rank", "logging"), [(3, 4, 1), (5, 0, 1), (5, 0, 3)])
+def test_a_killed_run_ends_with_the_same_bits(
+    tmp_path, compared, monkeypatch, step, lora_rank, logging
+):
+    changes = {"lora_rank": lora_rank, "more": {"logging_steps": logging}}
     want = fitted(tmp_path / "whole", compared, Square(1.0), **changes)
     init = GroupTrainer.__init__
 
@@ -181,8 +184,11 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*non-finite")
 def test_weights_that_are_spoilt_are_not_saved(tmp_path, compared):
     with pytest.raises(TrainingError, match=r"training diverged: \d+ weights, .* hold NaN"):
-        fitted(tmp_path, compared, Square(1.0), lr=1e30, more={"optim": "sgd"})
+        fitted(tmp_path, compared, Square(1.0), lr=1e30, more={"optim": "sgd", "logging_steps": 1})
     assert not (tmp_path / "model").exists()
+    # written to the end: what has no number is null
+    assert losses(tmp_path)[0] > 0
+    assert losses(tmp_path)[-1] is None
 
 
 def test_what_a_trainer_refuses_is_an_input_error(tmp_path, compared):
