@@ -11,7 +11,7 @@ from torch import nn
 
 from sharpen.errors import InputError
 
-from .processes import asks_for_shards
+from .processes import check_device
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -173,7 +173,7 @@ def trainer_arguments(options: FitOptions, folder: Path, *, is_cpu: bool) -> "Tr
     try:
         args = TrainingArguments(**given | dict(options.more))
         _try(args)
-        asks_for_shards(args)
+        check_device(args)
     except InputError:
         raise
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -74,6 +74,16 @@ def asks_for_shards(args: "TrainingArguments") -> bool:
     return is_launched and (bool(args.fsdp) or by_launcher)
 
 
+def check_device(args: "TrainingArguments") -> None:
+    """Refuse to shard where accelerate does not, before there is an accelerator.
+
+    Raises:
+        InputError: If FSDP is asked for on a CPU, or without a launcher.
+    """
+    if asks_for_shards(args) and args.device.type == "cpu":
+        raise _no_shards("CPU processes")
+
+
 def check_started(accelerator: "Accelerator", args: "TrainingArguments") -> None:
     """Refuse what the launcher asked for and `check_way` could not see.
 
@@ -92,10 +102,7 @@ def check_started(accelerator: "Accelerator", args: "TrainingArguments") -> None
     elif way != "NO" and not way.startswith("MULTI_"):
         raise _refused("the launcher", f"DDP or FSDP, got {way}")
     elif asks_for_shards(args):
-        raise InputError(
-            f"FSDP must run on GPUs, got {way} on {accelerator.device.type!r}, where accelerate "
-            "shards nothing; unset `fsdp`."
-        )
+        raise _no_shards(way)
 
 
 def keep_log_probs(accelerator: "Accelerator") -> None:
@@ -114,6 +121,12 @@ def _refused(name: str, wanted: str) -> InputError:
     return InputError(
         f"{name} must be {wanted}: a group of completions must stay whole; run DDP, or FSDP where "
         "memory is short."
+    )
+
+
+def _no_shards(got: str) -> InputError:
+    return InputError(
+        f"FSDP must run on GPUs, got {got}, where accelerate shards nothing; unset `fsdp`."
     )
 
 

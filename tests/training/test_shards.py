@@ -15,7 +15,7 @@ from kept_runs import assert_kept_as_by_one
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.training.objectives import Square
-from sharpen.training.processes import check_started
+from sharpen.training.processes import check_device, check_started
 from sharpen.training.trainer import GroupTrainer
 from test_layers import ROOT
 from tiny import alone, tiny
@@ -145,10 +145,21 @@ def test_a_model_in_parts_is_refused(tmp_path):
         GroupTrainer(model, compared(), Square(1.0), arguments(tmp_path))
 
 
+def test_shards_on_cpus_are_refused_before_anything_is_drawn():
+    args = SimpleNamespace(
+        fsdp=True, parallel_mode=SimpleNamespace(value="distributed"), device=torch.device("cpu")
+    )
+    with pytest.raises(InputError, match="FSDP must run on GPUs, got CPU processes"):
+        check_device(args)
+    for kind, fsdp in (("cuda", True), ("cpu", False)):
+        args.device, args.fsdp = torch.device(kind), fsdp
+        check_device(args)
+
+
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("MULTI_CPU", "FSDP must run on GPUs, got MULTI_CPU on 'cpu', where accelerate"),
+        ("MULTI_CPU", "FSDP must run on GPUs, got MULTI_CPU, where accelerate"),
         ("FSDP", "FSDP must be of version 2, got version 1"),
         ("DEEPSPEED", "the launcher must be DDP or FSDP, got DEEPSPEED"),
         ("MEGATRON_LM", "the launcher must be DDP or FSDP, got MEGATRON_LM"),
