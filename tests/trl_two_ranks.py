@@ -5,6 +5,7 @@ parameters ended, beside how far they went, and the rewards of every step.
 """
 
 import json
+import os
 import sys
 import warnings
 
@@ -38,6 +39,10 @@ def main(folder, out):
             "rewards": rewards,
         }
         sys.stdout.write("\n" + json.dumps(found) + "\n")
+        sys.stdout.flush()
+    torch.distributed.barrier()
+    # gloo's threads may abort a process that Python takes down around them
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """Training commands under a launcher: the first process runs them, all of them fit."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stdout
 
 import pytest
 
+import launched
 from sharpen.cli import main
 from sharpen.models import load_model
-from test_layers import ROOT
 from training_two_ranks import weights
 
 DATA = ["--model", "game24", "--device", "cpu", "--task", "game24", "--limit", "12"]
@@ -24,17 +21,6 @@ RUNS = {
     "rlhf": ["rlhf", *DATA, *DRAW, "--pairs", "all"],
     "xpo": ["xpo", *DATA, *DRAW, "--validation", "4", "--rounds", "2"],
 }
-
-
-def several(argv, folder, script=("-m", "sharpen")):
-    """Two processes of a command."""
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*launcher, "--nproc_per_node", "2", *script, *argv],
-        capture_output=True, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +44,10 @@ def way(folder):
 )
 def test_two_processes_leave_what_one_leaves(alone, tmp_path, name, shards):
     argv = [*RUNS[name], "--batch", "2", "--out", "out"]
-    script = (str(ROOT / "tests" / "sharded_cli.py"),) if shards else ("-m", "sharpen")
-    done = several([*argv, *(["--trainer", "fsdp=true"] if shards else [])], tmp_path, script)
+    if shards:
+        done = launched.two(["sharded_cli.py", *argv, "--trainer", "fsdp=true"], tmp_path)
+    else:
+        done = launched.two(["-m", "sharpen", *argv], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     want, got = way(alone / name), way(tmp_path / "out")
     assert want.norm() > 1e-3
@@ -79,7 +67,7 @@ def test_a_finished_run_is_left_alone(alone, tmp_path):
     shutil.copytree(alone / "sft", tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "run.json").read_text())
     (tmp_path / "out" / "run.json").write_text(json.dumps(settings | {"processes": 2}))
-    done = several([*argv, "--out", "out"], tmp_path)
+    done = launched.two(["-m", "sharpen", *argv, "--out", "out"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == (alone / "sft.said").read_text().replace(str(alone / "sft"), "out")
 
@@ -93,7 +81,7 @@ def test_a_finished_run_is_left_alone(alone, tmp_path):
 )
 def test_what_ends_the_first_process_ends_the_others_and_is_said_once(tmp_path, argv, message):
     begun = ["sft", *DATA, "--limit", "6", "-n", "4", "--batch", "1", "--out", "out", *argv]
-    done = several(begun, tmp_path)
+    done = launched.two(["-m", "sharpen", *begun], tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1
     assert not (tmp_path / "out" / "model").exists()

@@ -1,9 +1,6 @@
 """Two processes that hold a part of each weight (FSDP) end with the weights of one that has all."""
 
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +8,13 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+import launched
 from kept_runs import assert_kept_as_by_one
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.training.objectives import Square
 from sharpen.training.processes import check_device, check_started
 from sharpen.training.trainer import GroupTrainer
-from test_layers import ROOT
 from tiny import alone, tiny
 from tiny_groups import compared
 from training_shards import CASES
@@ -29,15 +26,7 @@ EXTRA = ("bf16", "efficient", "resumed", "refused", "dropped")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / "tests" / "training_shards.py"), str(folder),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = launched.two(["training_shards.py", str(folder)], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -1,8 +1,5 @@
 """Two processes end with the weights of one, to rounding, and with the same as each other."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+import launched
 from documented import blocks, ran
 from kept_runs import assert_kept_as_by_one
 from sharpen.errors import InputError
@@ -17,7 +15,6 @@ from sharpen.models import load_model
 from sharpen.training.objectives import Square
 from sharpen.training.processes import check_started, check_way, is_for_cpu
 from sharpen.training.trainer import GroupTrainer
-from test_layers import ROOT
 from tiny import tiny
 from tiny_groups import compared
 from training_two_ranks import CASES, KEPT, fit, losses, weights
@@ -26,15 +23,7 @@ from training_two_ranks import CASES, KEPT, fit, losses, weights
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / "tests" / "training_two_ranks.py"), str(folder),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = launched.two(["training_two_ranks.py", str(folder)], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: [torch.load(folder / f"{name}.{r}.pt") for r in (0, 1)] for name in CASES}
     return found | torch.load(folder / "found.pt") | {"folder": folder}
