@@ -62,8 +62,7 @@ class Crew:
         self.n = dist.get_world_size() if dist.is_initialized() else 1
         self.is_first = self.n == 1 or dist.get_rank() == 0
         self._is_fitting = False
-        # of its own, since it waits longer than a gradient may take
-        # PyTorch types it as a number, too
+        # of its own, since it waits longer than a gradient may take (Any: typed as a number, too)
         self._group: Any = dist.new_group(backend="gloo", timeout=WAIT) if self.n > 1 else None
 
     def fit(
@@ -85,16 +84,18 @@ class Crew:
             if not self._is_fitting:
                 self._send(None)
 
-    def follow(self, load_base: Callable[[], PreTrainedModel], *, trust_remote_code: bool) -> None:
+    def follow(
+        self, load_base: Callable[[torch.dtype], PreTrainedModel], *, trust_remote_code: bool
+    ) -> None:
         """Fit what the first process sends until it lets go. For the others.
 
         Args:
-            load_base: Loads the model of fits that name no other.
+            load_base: Loads, as that type, the model of fits that name no other.
             trust_remote_code: Run model code that comes with those that are named.
         """
         logging.getLogger("sharpen").setLevel(logging.ERROR)
         while (task := self._received()) is not None:
-            model = load_base() if task.start is None else load_model(
+            model = load_base(task.dtype) if task.start is None else load_model(
                 task.start, device="cpu", dtype=task.dtype, trust_remote_code=trust_remote_code
             )  # fmt: skip
             try:

@@ -120,8 +120,12 @@ def run_in_crew(config: TrainConfig, lead: Callable[[Crew], None]) -> None:
         with crew.led():
             lead(crew)
         return
-    here = replace(config, device="cpu")
-    crew.follow(lambda: load_base(here)[0], trust_remote_code=config.trust_remote_code)
+
+    def of_type(dtype: torch.dtype) -> PreTrainedModel:
+        name = str(dtype).removeprefix("torch.")
+        return load(replace(config, device="cpu", dtype=name))[0]
+
+    crew.follow(of_type, trust_remote_code=config.trust_remote_code)
 
 
 def training_settings(

@@ -6,9 +6,11 @@ import shutil
 from contextlib import redirect_stdout
 
 import pytest
+import torch
 
 import launched
-from sharpen.cli import main
+from sharpen.cli import main, parse
+from sharpen.commands import training
 from sharpen.models import load_model
 from training_two_ranks import weights
 
@@ -85,3 +87,20 @@ def test_what_ends_the_first_process_ends_the_others_and_is_said_once(tmp_path, 
     assert done.returncode != 0
     assert done.stderr.count(message) == 1
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_the_others_load_the_base_as_the_first_one_has_it(monkeypatch):
+    """A checkpoint of half precision is fp32 on a CPU unless it is said."""
+    loaded = []
+
+    class Other:
+        is_first = False
+
+        def follow(self, load_base, *, trust_remote_code):
+            loaded.append(load_base(torch.bfloat16))
+
+    monkeypatch.setattr(training, "Crew", Other)
+    config = parse("sft", ["--model", "game24", "--task", "game24", "--out", "out"])
+    training.run_in_crew(config, lambda crew: pytest.fail("not the first"))
+    (model,) = loaded
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.bfloat16)}
