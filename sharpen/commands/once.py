@@ -119,7 +119,11 @@ def _lead(
 
 
 def settings(
-    command: str, config: OnceConfig, own: dict[str, Any], device: torch.device, n_processes: int
+    command: str,
+    config: OnceConfig,
+    own: dict[str, Any],
+    device: torch.device,
+    n_processes: int = 1,
 ) -> dict[str, Any]:
     """Everything that the outputs depend on."""
     return {

@@ -129,7 +129,7 @@ def run_in_crew(config: TrainConfig, lead: Callable[[Crew], None]) -> None:
 
 
 def training_settings(
-    command: str, config: TrainConfig, device: torch.device, n_processes: int
+    command: str, config: TrainConfig, device: torch.device, n_processes: int = 1
 ) -> dict[str, Any]:
     """Everything that the outputs of a training command depend on, but its own options."""
     return {

@@ -201,7 +201,7 @@ def check(config: XpoConfig) -> None:
         )
 
 
-def settings(config: XpoConfig, device: torch.device, n_processes: int) -> dict[str, Any]:
+def settings(config: XpoConfig, device: torch.device, n_processes: int = 1) -> dict[str, Any]:
     """Everything that the outputs depend on."""
     names = ("reward", "beta", "exploration", "rounds", "validation")
     return {

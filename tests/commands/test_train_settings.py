@@ -26,12 +26,12 @@ OTHER = {
 }  # fmt: skip
 
 
-def of(config):
+def of(config, n_processes=1):
     device = torch.device(config.device or "cpu")
     if isinstance(config, XpoConfig):
-        return xpo.settings(config, device)
+        return xpo.settings(config, device, n_processes)
     command, own = ("sft", sft.own) if isinstance(config, SftConfig) else ("rlhf", rlhf.own)
-    return once.settings(command, config, own(config), device)
+    return once.settings(command, config, own(config), device, n_processes)
 
 
 CONFIGS = {
@@ -52,6 +52,7 @@ def test_each_option_is_in_the_settings(name, tmp_path):
         if field.name not in FREE:
             other = replace(config, **{field.name: given[field.name]})
             changed[field.name] = of(other) != of(config)
+    assert of(config, 2) == of(config) | {"processes": 2}
     assert [option for option, differs in changed.items() if not differs] == []
     assert {"n", "lr", "reward", "seed", "limit"} <= changed.keys()
 
