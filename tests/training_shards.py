@@ -173,6 +173,9 @@ def main(out):
     for name, case in CASES.items():
         save(name, fit(case, out / name)[1])
     save("bf16", fit(Case(max_tokens=40), out / "bf16", bf16=True)[1])
+    lora = Case(lora=True, max_tokens=40)
+    half = start(lora, torch.bfloat16)
+    save("lora-half", fit(lora, out / "lora-half", model=half, bf16=True)[1])
     efficient = FSDP | {"fsdp_config": {"cpu_ram_efficient_loading": True}}
     case = CASES["whole"]
     start(case)

@@ -73,13 +73,14 @@ CASES = {
 }
 
 
-def start(case):
-    """The model that a case begins with."""
+def start(case, dtype=torch.float32):
+    """The model that a case begins with; adapters are fp32."""
     make = opaque if case.opaque else tiny if case.family in FAMILIES else family
     model = make(case.family)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
+    model = model.to(dtype)
     if not case.lora:
         return model
     set_seed(0)

@@ -18,9 +18,9 @@ from sharpen.training.trainer import GroupTrainer
 from tiny import alone, tiny
 from tiny_groups import compared
 from training_shards import CASES
-from training_two_ranks import KEPT, fit, losses, start, weights
+from training_two_ranks import KEPT, Case, fit, losses, start, trainer_of, weights
 
-EXTRA = ("bf16", "efficient", "resumed", "refused", "dropped")
+EXTRA = ("bf16", "lora-half", "efficient", "resumed", "refused", "dropped")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,16 @@ def test_half_precision_leaves_log_probs_whole(two):
         half = Scorer(tiny().bfloat16()).logprobs(prompts, completions)
         assert (logprob - exact).abs().max() <= 2 * (half - exact).abs().max()
         assert all(map(math.isfinite, found["losses"]))
+
+
+def test_adapters_of_a_model_in_half_precision(two, tmp_path):
+    case = Case(lora=True)
+    one = trainer_of(case, tmp_path, 1, model=start(case, torch.bfloat16), bf16=True)
+    one.train()
+    for found in two["lora-half"]:
+        assert found["n_parts"] == found["n_weights"]
+        # to the rounding of bf16, which changes with what is in a batch
+        assert found["losses"] == pytest.approx(losses(one), rel=0.05)
 
 
 def test_weights_of_the_first_process_alone_do(two):
