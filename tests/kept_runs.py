@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from training_two_ranks import CASES, keep, start, weights
+from training_two_ranks import CASES, ENDS, keep, start, weights
 
 
 def assert_kept_as_by_one(folder, name, changes):
@@ -26,8 +26,9 @@ def assert_kept_as_by_one(folder, name, changes):
     assert [row["loss"] for row in rows[1]] == pytest.approx(
         [row["loss"] for row in rows[0]], rel=1e-4
     )
-    config = [
-        json.loads((out / "model" / "config.json").read_text()) for out in (one, folder / name)
-    ]
-    assert config[0] == config[1]
+    for file in ("config.json", "generation_config.json"):
+        said = [json.loads((run / "model" / file).read_text()) for run in (one, folder / name)]
+        assert said[0] == said[1]
+    # of the model that was given, not of its configuration
+    assert said[1]["eos_token_id"] == ENDS
     assert not list((folder / name).glob(".model*"))

@@ -150,6 +150,7 @@ def losses(trainer):
 
 
 # of what `fit` keeps: the whole model, adapters among them
+ENDS = [2, 5]
 KEPT = {"kept": {}, "kept-lora": {"lora_rank": 4}}
 
 
@@ -178,7 +179,9 @@ def keep(out, n_processes, *, killed=False, **changes):
         if killed:
             patch.setattr("sharpen.training.callbacks.Bar", killed_at(2))
         try:
-            keep_fit(tiny(), None, compared(), Square(1.0), chosen, out)
+            model = tiny()
+            model.generation_config.eos_token_id = ENDS
+            keep_fit(model, None, compared(), Square(1.0), chosen, out)
         except KilledError:
             assert killed
 

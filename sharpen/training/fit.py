@@ -8,7 +8,7 @@ checkpoint that each keeps.
 import copy
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,12 @@ from .processes import is_for_cpu, of_the_first
 from .saving import save_whole
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 MODEL, LOSSES, CHECKPOINTS = "model", "losses.jsonl", "checkpoints"
 
@@ -76,7 +81,8 @@ def fit(
     from .trainer import GroupTrainer
 
     args = trainer_arguments(options, out / CHECKPOINTS, is_cpu=is_for_cpu(model))
-    of_its_kind = partial(type(model), copy.deepcopy(model.config))
+    # before FSDP changes the class, and the Trainer the configuration
+    kind, config = type(model), copy.deepcopy(model.config)
     trained: Any = _with_lora(model, options) if options.lora_rank else model
     with without_noise(trained):
         try:
@@ -91,18 +97,19 @@ def fit(
         _only_our_bar(trainer)
         sealed = last_sealed(out / CHECKPOINTS)
         trainer.train(resume_from_checkpoint=None if sealed is None else str(sealed))
-    if trainer.lockstep is not None:
-        # all processes must ask; only the first is given it
-        state = trainer.accelerator.get_state_dict(trained)
-        of_the_first(lambda: _save(_whole(of_its_kind, options, state), tokenizer, out))
-    else:
+    if trainer.lockstep is None:
         whole = trained.merge_and_unload() if options.lora_rank else model
-        of_the_first(lambda: _save(whole, tokenizer, out))
+        of_the_first(partial(_save, whole.eval(), tokenizer, out))
+        return
+    # all processes must ask; only the first is given it
+    state = trainer.accelerator.get_state_dict(trained)
+    generation = model.eval().generation_config
+    of_the_first(lambda: _save(_gathered(kind, config, generation, options, state), tokenizer, out))
 
 
 def _save(model: "PreTrainedModel", tokenizer: Any, out: Path) -> None:
     _refuse_diverged(model, out)
-    save_whole(model.eval(), tokenizer, out / MODEL)
+    save_whole(model, tokenizer, out / MODEL)
 
 
 def _refuse_diverged(model: nn.Module, out: Path) -> None:
@@ -131,15 +138,21 @@ def _with_lora(model: "PreTrainedModel", options: FitOptions) -> nn.Module:
         return get_peft_model(model, config)
 
 
-def _whole(
-    of_its_kind: Callable[[], "PreTrainedModel"], options: FitOptions, state: Mapping[str, Any]
+def _gathered(
+    kind: "type[PreTrainedModel]",
+    config: "PreTrainedConfig",
+    generation: "GenerationConfig | None",
+    options: FitOptions,
+    state: Mapping[str, Any],
 ) -> "PreTrainedModel":
     """A model of gathered weights, adapters merged."""
     with torch.device("meta"):
-        model = of_its_kind()
+        model = kind(config)
         trained: Any = _with_lora(model, options) if options.lora_rank else model
     trained.load_state_dict(state, assign=True)
     model.tie_weights()
+    if generation is not None:
+        model.generation_config = generation
     return trained.merge_and_unload() if options.lora_rank else model
 
 

@@ -104,8 +104,8 @@ class GroupTrainer(Trainer):
             # probed here: on its device, and not wrapped yet
             way = self.scorer.route.sharing
             # a checkpointed forward returns no cache: sequences go whole
-            is_whole = args.gradient_checkpointing
-            self.shares_prompts = way == "tree" or (way == "cache" and not is_whole)
+            by_cache = way == "cache" and not args.gradient_checkpointing
+            self.shares_prompts = way == "tree" or by_cache
 
     # as Trainer
     def train(self, *args: Any, **kwargs: Any):
