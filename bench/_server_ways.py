@@ -14,9 +14,8 @@ from bench._server_clients import answers, request, serving
 from bench._sharing import Problem, V, llama
 from sharpen.models import load_model
 from sharpen.scoring import Scorer
+from sharpen.server.batcher import Job, MicroBatcher
 from sharpen.server.dialect import scores_of
-from sharpen.server.jobs import Job
-from sharpen.server.micro_batcher import MicroBatcher
 
 CLIENTS = 32
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sharpen import Scorer
+from sharpen.commands.inputs import open_source
 from sharpen.commands.options import PromptOptions
-from sharpen.commands.sources import open_source
 from sharpen.models import load_model, load_tokenizer
 from sharpen.sampling import SamplingConfig
+from sharpen.sampling.base import render_all
 from sharpen.sampling.hf import TransformersSampler
-from sharpen.sampling.prompts import render_all
 
 MAX_TOKENS = 32768  # of a batch, as `bon` has it
 SAMPLERS = {"ours, shared": "shared", "generate": "none"}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bench._sharing_gpu_ways import Calls, Setting
 from sharpen.sampling import SamplingConfig
+from sharpen.sampling.base import Prompt
 from sharpen.sampling.hf import TransformersSampler
-from sharpen.sampling.protocol import Prompt
 
 GENERATE = "generate"
 

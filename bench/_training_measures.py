@@ -9,9 +9,9 @@ import torch
 from sharpen import Scorer
 from sharpen.cli import parse
 from sharpen.commands import rlhf
-from sharpen.commands.sources import open_source
-from sharpen.commands.training import rate
-from sharpen.evaluation.bootstrap import bootstrap_ci95
+from sharpen.commands.inputs import open_source
+from sharpen.commands.train import rate
+from sharpen.evaluation.metrics import bootstrap_ci95
 from sharpen.tasks import get_task
 from sharpen.training.groups import Batch
 from sharpen.training.losses import square_loss

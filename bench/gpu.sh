@@ -69,7 +69,7 @@ step check_tree 120 "$python" -m bench.tree_attention --check &
 step check_sharing 120 "$python" -m bench.sharing_gpu --check &
 if has accelerate && has peft; then
   step fsdp 120 "$python" -m torch.distributed.run --standalone --nproc_per_node 1 \
-    tests/training_shards_device.py &
+    tests/workers/training_shards_device.py &
 else
   echo "fsdp: not both accelerate and peft here" >>"$summary"
 fi

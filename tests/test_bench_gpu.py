@@ -15,10 +15,10 @@ from bench._sharing_gpu_rows import rows_of, text_of
 from bench._sharing_gpu_tasks import Found, Task
 from bench._sharing_models import SHAPES, Prompted, model_of, twin
 from bench._tile_tables import rewritten
+from helpers.tree_oracle import TREES
 from sharpen_kernels.tree import tree_mask
 from sharpen_kernels.tree_attention import tree_attention_reference
 from test_layers import ROOT
-from tree_oracle import TREES
 
 TRIE = Problem("trie", ((1, 150), (2, 70), (3, 40)), (4, 2), 16)
 # subtrees end where tiles do

@@ -20,7 +20,7 @@ LAYERS = [
     ("sharpen.selection",),
     ("sharpen.scoring",),
     ("sharpen.tasks",),
-    ("sharpen.models", "sharpen.limits"),
+    ("sharpen.models", "sharpen.models"),
     ("sharpen.runs",),
     ("sharpen.records",),
     ("sharpen.errors", "sharpen.console"),

@@ -1,9 +1,9 @@
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
+from helpers.tiny import CONTEXT, FAMILIES, V, tiny
 from sharpen.errors import InputError
-from sharpen.limits import ModelLimits
-from tiny import CONTEXT, FAMILIES, V, tiny
+from sharpen.models import ModelLimits
 
 LIMITS = ModelLimits(vocab_size=10, max_length=8)
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from helpers.tiny import tiny
 from sharpen.errors import InputError
 from sharpen.models import SHIPPED, load_model, load_tokenizer
-from tiny import tiny
 
 
 def test_the_shipped_model_loads_as_any_other():

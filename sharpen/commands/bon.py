@@ -23,14 +23,13 @@ from sharpen.evaluation.report import format_table, render_report
 from sharpen.records import Row, write_rows, write_text
 from sharpen.runs import Journal, Run
 from sharpen.sampling import Prompt, SamplingConfig
-from sharpen.sampling.prompts import render_all
+from sharpen.sampling.base import render_all
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import REWARDS, stats_needed
 from sharpen.selection import best_of_n
 
 from .engines import SamplingOptions, check_engine, opened
-from .options import DrawOptions, PromptOptions, option, required
-from .sources import (
+from .inputs import (
     Source,
     check_reward,
     check_source,
@@ -39,6 +38,7 @@ from .sources import (
     open_source,
     source_settings,
 )
+from .options import DrawOptions, PromptOptions, option, required
 from .stages import (
     json_numbers,
     kept_scores,

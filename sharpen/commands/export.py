@@ -1,37 +1,425 @@
-"""`sharpen export`: scored samples to the data sets that TRL's trainers take, chosen by a reward.
+"""Rows into a file whose suffix says how: JSON lines, or parquet. All of them or none.
+
+Rated completions to the rows that TRL's trainers read: SFT, DPO, KTO, prompts, token ids.
+
+    sft      prompt, completion                                   the best of each prompt
+    dpo      prompt, chosen, rejected, score_chosen, score_rejected      pairs
+    kto      prompt, completion, label                            above a threshold; top and bottom
+    prompt   prompt                                               for GRPO and RLOO
+    tokens   input_ids, completion_mask                           nothing is tokenised again
+
+Each row also says where it comes from (`prompt_id`, `sample_id`, `reward`), which TRL passes over.
+Text stands beside text, an assistant's turn beside messages: a template is applied once, by TRL.
+
+G completions of one prompt.
+
+Scored samples of a file, a prompt at a time: texts, ids and one reward of each completion.
+
+A record holds `completions`, or one `completion`; the single ones of a prompt are put together. A
+reward is taken from the record's `rewards` (`sharpen score`), or made of the token statistics that
+it holds: `token_stats`, or the `logprobs` that a sampler kept.
+
+`sharpen export`: scored samples to the data sets that TRL's trainers take, chosen by a reward.
 
 Reads a file of `sharpen score` (or of `sharpen sample`, whose log-probs give some rewards) and
-writes one of TRL's shapes; see `sharpen.training.datasets`. The same input and options make the
+writes one of TRL's shapes; see `sharpen.commands.export`. The same input and options make the
 same file.
 """
 
+import importlib
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from sharpen.errors import InputError, RecordError
-from sharpen.records import Row, file_digest, read_prompts
-from sharpen.runs import Run
-from sharpen.scoring.rewards import REWARDS
-from sharpen.training.datasets import (
-    Rated,
-    dpo_rows,
-    kto_rows,
-    prompt_rows,
-    sft_rows,
-    token_rows,
-    unique,
+from sharpen.records import (
+    PromptRecord,
+    Row,
+    check_ids,
+    check_prompt,
+    check_text,
+    content_id,
+    file_digest,
+    read_prompts,
+    read_rows,
+    write_rows,
 )
+from sharpen.runs import Run
+from sharpen.scoring import Scores
+from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
+from sharpen.training.groups import PairKind, choose_pairs
+from sharpen_kernels import TokenStats
 
 from .options import option, required
-from .rated_samples import read_rated, with_prompts
-from .row_files import check_suffix, write_file
+from .score import completion_text
 from .stages import settings_beside
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file that `write_file` could not write, before anything is computed.
+
+    Raises:
+        InputError: If its suffix is neither `.jsonl` nor `.parquet`, or parquet has no library.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"`out` must end in {' or '.join(SUFFIXES)}, got {str(path)!r}.")
+    if path.suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow.parquet")
+        except ImportError as error:
+            raise InputError(
+                f"`out` {str(path)!r} needs pyarrow, got {error}; "
+                'run `pip install "sharpen[data]"`, or write .jsonl.'
+            ) from error
+
+
+def write_file(path: Path, rows: Sequence[Row]) -> None:
+    """Write a whole file or nothing; the same rows make the same bytes with one pyarrow.
+
+    Args:
+        path: Ends in `.jsonl` or `.parquet`, as `check_suffix` wants it.
+        rows: At least one: a column has the type that its values have.
+    """
+    if path.suffix == ".jsonl":
+        write_rows(path, rows)
+        return
+    arrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    neighbour = path.with_name(f".{path.name}.part")
+    parquet.write_table(arrow.Table.from_pylist(list(rows)), neighbour)
+    with open(neighbour, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(neighbour, path)
+
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One prompt, its completions and what they are worth.
+
+    Attributes:
+        place: Where it stands, for messages.
+        prompt_id: Its name.
+        prompt: Text or messages.
+        completions: Texts.
+        reward: Of each; higher is better.
+        eligible: False for those that must not be chosen; one whose reward is NaN is none either.
+        prompt_ids: Its token ids, where known.
+        completion_ids: Token ids of each completion, where known.
+    """
+
+    place: str
+    prompt_id: str
+    prompt: str | Messages
+    completions: list[str]
+    reward: list[float]
+    eligible: list[bool]
+    prompt_ids: list[int] | None = None
+    completion_ids: list[list[int]] | None = None
+
+    @property
+    def ranked(self) -> list[int]:
+        """The eligible completions, highest reward first, the first of equals first."""
+        able = [g for g, ok in enumerate(self.eligible) if ok]
+        return sorted(able, key=lambda g: -self.reward[g])
+
+    def said(self, g: int) -> str | Messages:
+        """Completion g in the form of its prompt."""
+        text = self.completions[g]
+        return text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def sft_rows(group: Rated, *, top: int = 1) -> Iterator[Row]:
+    """The `top` best completions of a prompt.
+
+    Example:
+        >>> group = Rated("f:1", "p", "2 + 2 =", [" 5", " 4"], [-3.0, -1.0], [True, True])
+        >>> next(sft_rows(group))["completion"]
+        ' 4'
+    """
+    for g in group.ranked[:top]:
+        yield {"prompt": group.prompt, "completion": group.said(g), **_source(group, g)}
+
+
+def token_rows(group: Rated, *, top: int = 1) -> Iterator[Row]:
+    """The same as token ids; `completion_mask` is 1 on those of the completion.
+
+    Raises:
+        InputError: If the ids are not known.
+    """
+    for g in group.ranked[:top]:
+        if group.prompt_ids is None or group.completion_ids is None:
+            raise InputError(
+                f"{group.place}: `shape` tokens needs `prompt_ids` and `completion_ids`; "
+                "score a file of `sharpen sample`, which has them."
+            )
+        prompt, completion = group.prompt_ids, group.completion_ids[g]
+        yield {
+            "input_ids": prompt + completion,
+            "completion_mask": [0] * len(prompt) + [1] * len(completion),
+            **_source(group, g),
+        }
+
+
+def dpo_rows(
+    group: Rated, generator: torch.Generator, *, pairs: PairKind = "best_worst", margin: float = 0.0
+) -> Iterator[Row]:
+    """Pairs whose rewards differ by more than `margin`, the better one chosen.
+
+    Args:
+        group: Of one prompt.
+        generator: For `pairs="random"`.
+        pairs: As in `choose_pairs`.
+        margin: At least 0: of equals, none is to be preferred.
+    """
+    keys = [_key(group, g) for g in range(len(group.completions))]
+    for i, j in choose_pairs(pairs, group.reward, group.eligible, generator, keys):
+        if group.reward[i] - group.reward[j] > margin:
+            yield {
+                "prompt": group.prompt,
+                "chosen": group.said(i),
+                "rejected": group.said(j),
+                "score_chosen": group.reward[i],
+                "score_rejected": group.reward[j],
+                "prompt_id": group.prompt_id,
+                "chosen_sample_id": i,
+                "rejected_sample_id": j,
+            }
+
+
+def kto_rows(
+    group: Rated, *, threshold: float | None = None, share: float | None = None
+) -> Iterator[Row]:
+    """Completions that are good or bad, by themselves.
+
+        threshold:  label = reward >= threshold, of every completion
+        share:      the best `share` of a prompt's completions, at least one, are good, as many of
+                    the worst are bad, the rest is left out; and so is what is not better, or not
+                    worse, than every one of the other kind
+
+    Args:
+        group: Of one prompt.
+        threshold: In units of the reward.
+        share: In (0, 0.5].
+    """
+    ranked = group.ranked
+    if threshold is not None:
+        label = {g: group.reward[g] >= threshold for g in ranked}
+    else:
+        assert share is not None
+        # rounding must not lose a whole one: 0.29 * 100 is 28.999...
+        k = max(1, int(share * len(ranked) + 1e-9))
+        good, bad = (ranked[:k], ranked[-k:]) if len(ranked) > 1 else ([], [])
+        low = min((group.reward[g] for g in good), default=0.0)
+        high = max((group.reward[g] for g in bad), default=0.0)
+        label = {g: True for g in good if group.reward[g] > high}
+        label |= {g: False for g in bad if group.reward[g] < low}
+    for g in sorted(label):
+        row = {"prompt": group.prompt, "completion": group.said(g), "label": label[g]}
+        yield row | _source(group, g)
+
+
+def prompt_rows(group: Rated) -> Iterator[Row]:
+    """The prompt alone."""
+    yield {"prompt": group.prompt, "prompt_id": group.prompt_id}
+
+
+def unique(group: Rated) -> Rated:
+    """Equal completions count once: all but the first eligible one are not eligible."""
+    seen: set[Any] = set()
+    eligible = []
+    for g, ok in enumerate(group.eligible):
+        key = _key(group, g)
+        eligible.append(ok and key not in seen)
+        if ok:
+            seen.add(key)
+    return replace(group, eligible=eligible)
+
+
+def _key(group: Rated, g: int) -> Hashable:
+    """What completions are told apart by: ids, or text where they are not known."""
+    return group.completions[g] if group.completion_ids is None else tuple(group.completion_ids[g])
+
+
+def _source(group: Rated, g: int) -> Row:
+    return {"prompt_id": group.prompt_id, "sample_id": g, "reward": group.reward[g]}
+
+
+NAN = float("nan")
+
+
+def read_rated(path: str, reward: str | None, *, cut: bool) -> list[Rated]:
+    """Every prompt of a file with its rated completions, in the order of their first records.
+
+    Args:
+        path: JSON lines, of `sharpen score` or `sharpen sample`.
+        reward: Its name; None: completions are not rated and not looked at.
+        cut: Whether completions that were cut at the token limit may be chosen.
+
+    Raises:
+        InputError: If the file cannot be read.
+        RecordError: If a record is bad or has not the reward.
+    """
+    whole: list[Rated] = []
+    singles: dict[str, list[Rated]] = {}
+    for place, row in read_rows(path):
+        group = _rated(place, row, reward, cut)
+        if "completion" not in row:
+            whole.append(group)
+            continue
+        together = singles.setdefault(group.prompt_id, [])
+        if together and together[0].prompt != group.prompt:
+            raise RecordError(
+                f"{place}: `prompt_id` {group.prompt_id!r} must belong to one prompt, got another "
+                f"at {together[0].place}."
+            )
+        # its place in the order of the file is that of its first record
+        if not together:
+            whole.append(group)
+        together.append(group)
+    return [
+        _joined(singles[group.prompt_id])
+        if singles.get(group.prompt_id, [None])[0] is group
+        else group
+        for group in whole
+    ]
+
+
+def with_prompts(
+    groups: Iterable[Rated], records: Iterable[PromptRecord], path: str
+) -> list[Rated]:
+    """The groups with the prompts that they were drawn from, which may be messages.
+
+    Raises:
+        RecordError: If a group's `prompt_id` is not among them.
+    """
+    given = {record.id: record.prompt for record in records}
+    found = []
+    for group in groups:
+        if group.prompt_id not in given:
+            raise RecordError(
+                f"{group.place}: `prompt_id` {group.prompt_id!r} must be in {path!r}; give the "
+                "file that the samples were drawn from."
+            )
+        found.append(replace(group, prompt=given[group.prompt_id]))
+    return found
+
+
+def _rated(place: str, row: Row, reward: str | None, cut: bool) -> Rated:
+    prompt = check_prompt(place, row)
+    given = row.get("prompt_id")
+    prompt_id = content_id(prompt) if given is None else check_text(place, "prompt_id", given)
+    if reward is None:
+        return Rated(place, prompt_id, prompt, [], [], [])
+    if ("completion" in row) == ("completions" in row):
+        got = "both" if "completion" in row else f"only {', '.join(row)}"
+        raise RecordError(f"{place}: must have one of `completion` and `completions`, got {got}.")
+    single = "completion" in row
+    values = _listed(place, "completions", row["completion" if single else "completions"], single)
+    texts = [completion_text(place, value) for value in values]
+    ids = None
+    if row.get("completion_ids") is not None:
+        lists = _listed(place, "completion_ids", row["completion_ids"], single, len(texts))
+        ids = [check_ids(place, "completion_ids", x) for x in lists]
+    prompt_ids = row.get("prompt_ids")
+    if prompt_ids is not None:
+        check_ids(place, "prompt_ids", prompt_ids)
+    rewards = _rewards(place, row, reward, single, len(texts))
+    able = [bool(text) and isfinite(r) for text, r in zip(texts, rewards, strict=True)]
+    reasons = row.get("finish_reason" if single else "finish_reasons")
+    if reasons is not None and not cut:
+        ends = _listed(place, "finish_reasons", reasons, single, len(texts))
+        able = [ok and end == "stop" for ok, end in zip(able, ends, strict=True)]
+    return Rated(place, prompt_id, prompt, texts, rewards, able, prompt_ids, ids)
+
+
+# a field of a record: whatever JSON holds
+def _listed(place: str, name: str, value: Any, single: bool, n: int | None = None) -> list[Any]:
+    """A field as a list of one entry a completion."""
+    values = [value] if single else value
+    if not isinstance(values, list) or (n is not None and len(values) != n):
+        wanted = "a list" if n is None else f"a list of {n} entries, one a completion"
+        got = len(values) if isinstance(values, list) else type(values).__name__
+        raise RecordError(f"{place}: `{name}` must be {wanted}, got {got}.")
+    return values
+
+
+def _rewards(place: str, row: Row, reward: str, single: bool, n: int) -> list[float]:
+    known = row.get("rewards")
+    if isinstance(known, dict) and reward in known:
+        values = _listed(place, f"rewards.{reward}", known[reward], single, n)
+        if not all(map(_is_number, values)):
+            raise RecordError(f"{place}: `rewards.{reward}` must hold numbers or null.")
+        return [NAN if x is None else float(x) for x in values]
+    stats = _statistics(place, row, single, n)
+    if (
+        reward not in REWARDS
+        or options_needed(reward)
+        or not set(stats_needed(reward)) <= set(stats)
+    ):
+        raise RecordError(
+            f"{place}: `reward` {reward!r} must be among its rewards "
+            f"({', '.join(known or {}) or 'none'}) or follow from its token statistics "
+            f"({', '.join(stats) or 'none'}); run `sharpen score --rewards {reward}` first."
+        )
+    needed = {name: stats[name] for name in stats_needed(reward)}
+    for name, nested in needed.items():
+        if not all(isinstance(x, list) and all(map(_is_number, x)) for x in nested):
+            raise RecordError(
+                f"{place}: `{name}` must hold a list for each completion, of a number or null for "
+                "each token."
+            )
+    lengths = [len(tokens) for tokens in next(iter(needed.values()))]
+    for name, nested in needed.items():
+        if [len(tokens) for tokens in nested] != lengths:
+            raise RecordError(
+                f"{place}: `{name}` must be as long as the other token statistics of a completion."
+            )
+    columns = {
+        name: torch.tensor([NAN if x is None else x for tokens in nested for x in tokens]).float()
+        for name, nested in needed.items()
+    }
+    return Scores.of(TokenStats(**columns), [lengths]).reward(reward).tolist()
+
+
+def _statistics(place: str, row: Row, single: bool, n: int) -> dict[str, list[list[Any]]]:
+    """The token statistics of a record, one list a completion."""
+    kept = row.get("token_stats")
+    found = dict(kept) if isinstance(kept, dict) else {}
+    if "logprob" not in found and row.get("logprobs") is not None:
+        found["logprob"] = row["logprobs"]
+    return {name: _listed(place, name, value, single, n) for name, value in found.items()}
+
+
+def _is_number(x: object) -> bool:
+    return x is None or (isinstance(x, (int, float)) and not isinstance(x, bool))
+
+
+def _joined(parts: list[Rated]) -> Rated:
+    """The single completions of a prompt as one group."""
+    first = parts[0]
+    ids = [part.completion_ids for part in parts]
+    return Rated(
+        first.place,
+        first.prompt_id,
+        first.prompt,
+        [text for part in parts for text in part.completions],
+        [reward for part in parts for reward in part.reward],
+        [ok for part in parts for ok in part.eligible],
+        first.prompt_ids,
+        None if any(x is None for x in ids) else [x for part in ids if part for x in part],
+    )
+
 
 # options that belong to some shapes alone
 OWN = {

@@ -18,19 +18,28 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharpen.errors import InputError
-from sharpen.evaluation.parity import Pairs, compare, is_within, pair, worst
-from sharpen.evaluation.parity_engines import forward_logprobs, kept_logprobs, server_logprobs
-from sharpen.evaluation.parity_report import finite, format_parity, in_context
-from sharpen.limits import ModelLimits
-from sharpen.models import resolve_model
+from sharpen.evaluation.parity import (
+    Pairs,
+    compare,
+    finite,
+    format_parity,
+    forward_logprobs,
+    in_context,
+    is_within,
+    kept_logprobs,
+    pair,
+    server_logprobs,
+    worst,
+)
+from sharpen.models import ModelLimits, resolve_model
 from sharpen.records import read_rows, write_text
 from sharpen.sampling.vllm_engine import VllmEngine
 from sharpen.scoring import Scorer
 
 from .engines import EndpointOptions, VllmOptions, llm_arguments
+from .inputs import load, model_settings
 from .options import ModelOptions, option, required
 from .score import Record, read_records
-from .sources import load, model_settings
 
 # sequences rated together
 CHUNK = 32

@@ -19,16 +19,11 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.records import Row, write_rows
-from sharpen.training.checks import check_beta
-from sharpen.training.groups import paired_group
-from sharpen.training.objectives import Dpo, Square
-from sharpen.training.pairs import Pairs, choose_pairs
-from sharpen.training.scaling import standardise
+from sharpen.training.groups import Pairs, choose_pairs, paired_group, standardise
+from sharpen.training.losses import Dpo, Square, check_beta
 
-from .once import Choice, OnceConfig, fit_once
 from .options import option
-from .sample_law import check_law
-from .training import PAIRS, Drawn
+from .train import PAIRS, Choice, Drawn, OnceConfig, check_law, fit_once
 
 OWN = ("beta", "pairs", "standardise", "loss")
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from sharpen.errors import InputError
 from sharpen.runs import Run
-from sharpen.sampling.prompts import render_all
+from sharpen.sampling.base import render_all
 
-from .engines import SamplingOptions, check_engine, opened
+from .engines import SamplerOptions, SamplingOptions, check_engine, open_sampler, opened
+from .inputs import check_source, model_settings, open_source, source_settings
 from .options import DrawOptions, PromptOptions, required
-from .samplers import SamplerOptions, open_sampler
-from .sources import check_source, model_settings, open_source, source_settings
 from .stages import sample_into, settings_beside
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sharpen.errors import InputError, RecordError
-from sharpen.limits import ModelLimits
+from sharpen.models import ModelLimits
 from sharpen.records import (
     PromptRecord,
     Row,
@@ -28,13 +28,13 @@ from sharpen.records import (
     read_rows,
 )
 from sharpen.runs import Journal, Run
-from sharpen.sampling.prompts import render
+from sharpen.sampling.base import render
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.scoring.token_stats import check_temperature
 
+from .inputs import load, model_settings
 from .options import ModelOptions, option, required
-from .sources import load, model_settings
 from .stages import json_numbers, nested_stats, settings_beside
 
 log = logging.getLogger("sharpen")

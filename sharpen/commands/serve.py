@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from sharpen.errors import InputError
-from sharpen.limits import ModelLimits
-from sharpen.models import load_model, load_tokenizer
+from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
-from sharpen.server.access import api_key
-from sharpen.server.answering import Service
-from sharpen.server.dialect import Desk
-from sharpen.server.limits import ServerLimits
+from sharpen.server.app import Service, address_of, api_key, bound, serve
+from sharpen.server.batcher import MicroBatcher
+from sharpen.server.dialect import Desk, Unscorable
 from sharpen.server.metrics import Metrics
-from sharpen.server.micro_batcher import MicroBatcher
-from sharpen.server.optional import needed
-from sharpen.server.running import address_of, bound, serve
-from sharpen.server.texts import Texts
-from sharpen.server.unscorable import Unscorable
+from sharpen.server.schemas import ServerLimits, needed
+from sharpen.server.text import Texts
 
 from .options import ModelOptions, option
 

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 from sharpen.selection import best_of_n
-from sharpen.training.groups import chosen_weights, weighted_groups
-from sharpen.training.objectives import Likelihood
-from sharpen.training.scaling import tilted_weights
+from sharpen.training.groups import chosen_weights, tilted_weights, weighted_groups
+from sharpen.training.losses import Likelihood
 
-from .once import Choice, OnceConfig, fit_once
 from .options import option
-from .sample_law import check_law
-from .training import Drawn
+from .train import Choice, Drawn, OnceConfig, check_law, fit_once
 
 OWN = ("weights", "soft_temperature", "per")
 

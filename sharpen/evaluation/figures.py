@@ -1,20 +1,144 @@
-"""The figures of the report as inline SVG: text stays text, colours follow the page.
+"""One panel of a figure: its axes, the looks of its series, names where curves end, and its SVG.
+
+Ink and series colours are CSS variables with a fallback (`var(--s0, #0072b2)`), so one figure
+serves light, dark and paper. Series differ in marker as well as in colour. The same input gives the
+same bytes. matplotlib's settings are changed only while a figure is drawn; its pyplot state and
+backend are not touched.
+
+The figures of the report as inline SVG: text stays text, colours follow the page.
 
 Every figure is a string that stands inside HTML.
 """
 
+import io
+import re
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from .curves import order_by
-from .headline import headline_rows
+from .metrics import order_by
 from .outcome import Outcome
-from .panel import INK, RC, SERIES, End, against_n, look, name_ends, panel, svg
-from .summary import Summary
+from .summary import Summary, headline_rows
+
+# after Okabe and Ito 2008, safe for colour-blind readers; the page holds lighter ones for dark
+SERIES = ("#0072b2", "#c2500a", "#007d5c", "#8250b0", "#846600", "#4a6674")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+INK, RULE = "#1a1a19", "#dededb"
+VARIABLES = {
+    INK: "var(--ink, #1a1a19)",
+    RULE: "var(--rule, #dededb)",
+    **{color: f"var(--s{i}, {color})" for i, color in enumerate(SERIES)},
+}
+SIZE_INCHES = (5.2, 3.4)
+LEFT, BOTTOM, HEIGHT = 0.09, 0.15, 0.73  # of the axes, as a share of the figure
+CHAR_WIDTH = 0.0185  # of a letter at 10 points, as a share of the figure's width
+RC = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.unicode_minus": True,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "ytick.major.size": 0,
+}
+
+
+class End(NamedTuple):
+    """The name of a curve, and where on the y axis the curve ends."""
+
+    y: float
+    text: str
+    color: str
+
+
+def look(i: int) -> tuple[str, str]:
+    """Colour and marker of series i."""
+    return SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+
+
+def panel(ylabel: str) -> tuple[Figure, Axes]:
+    """A figure of one panel, its y axis named above it."""
+    figure = Figure(figsize=SIZE_INCHES)
+    axes = figure.add_axes((LEFT, BOTTOM, 0.97 - LEFT, HEIGHT))
+    # above the axis and level: nobody reads a title on its side
+    figure.text(0.01, 0.94, ylabel)
+    axes.grid(axis="y", color=RULE, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    return figure, axes
+
+
+def against_n(axes: Axes, n_N: Sequence[int]) -> None:
+    """A logarithmic x axis of numbers of samples, with a tick at each."""
+    axes.set_xscale("log")
+    axes.set_xticks(n_N)
+    # a name gives way to the next where the two would touch
+    is_crowded = [b < 1.35 * a for a, b in pairwise(n_N)] + [False]
+    axes.set_xticklabels(
+        ["" if crowded else str(n) for n, crowded in zip(n_N, is_crowded, strict=True)]
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(0.92 * n_N[0], 1.08 * n_N[-1])
+    axes.set_xlabel("N, samples chosen from")
+
+
+def name_ends(axes: Axes, ends: Sequence[End]) -> None:
+    """Write each name right of where its curve ends, moved apart where they would touch."""
+    room = CHAR_WIDTH * max((len(end.text) for end in ends), default=0)
+    axes.set_position((LEFT, BOTTOM, 1 - LEFT - room - 0.02, HEIGHT))
+    low, high = axes.get_ylim()
+    for y, end in zip(apart(sorted(ends), 0.075 * (high - low)), sorted(ends), strict=True):
+        axes.text(
+            1.02, y, end.text, color=end.color, va="center", transform=axes.get_yaxis_transform()
+        )
+
+
+def apart(ends: Sequence[End], gap: float) -> list[float]:
+    """Heights nearest to those wanted (least squares) that keep `gap`; `ends` sorted upwards."""
+    # with gap * i taken off they need only not decrease: isotonic regression, by pooling
+    pools: list[list[float]] = []
+    for i, end in enumerate(ends):
+        pools.append([end.y - gap * i])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    level = [float(np.mean(pool)) for pool in pools for _ in pool]
+    return [y + gap * i for i, y in enumerate(level)]
+
+
+def svg(figure: Figure, name: str, *, paper: str | None = None) -> str:
+    """The figure as one `<svg>` element whose ids begin with `name`, without date or metadata.
+
+    Args:
+        figure: What `panel` made.
+        name: Of the figure, unlike those of others on its page.
+        paper: Colour behind it, for a figure that stands alone; None lets the page show through.
+    """
+    with style.context({"svg.hashsalt": name}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=paper is None, facecolor=paper or "none")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r" *<metadata>.*?</metadata>\n", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
+    return text.strip()
+
 
 N_BINS = 48
 

@@ -1,4 +1,6 @@
-"""How far two engines' log-probs of the same tokens are apart, and what that does to a ratio.
+"""Log-probs of given completions by engines other than ours, one log-prob a token.
+
+How far two engines' log-probs of the same tokens are apart, and what that does to a ratio.
 
     d[s] = ours[s] - theirs[s],   r[s] = exp(d[s]) = p_ours / p_theirs
 
@@ -10,16 +12,180 @@ off-policy training, and
 both estimate KL(theirs || ours), k3 with less variance and never below 0 (Schulman 2020,
 "Approximating KL divergence"). A token with |r - 1| > clip is one that PPO's clip acts on, though
 not a step was taken. S tokens, N completions.
+
+A comparison of two engines as text, and its worst tokens in context.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from sharpen.errors import InputError
+from sharpen.sampling.endpoint import EndpointClient, EndpointError, side_by_side
+from sharpen.scoring.model_access import evaluating, input_device
+
+if TYPE_CHECKING:
+    import transformers
+
+Prompts = Sequence[Sequence[int]]
+Completions = Sequence[Sequence[Sequence[int]]]
+
+
+def forward_logprobs(
+    model: "transformers.PreTrainedModel", prompts: Prompts, completions: Completions
+) -> list[list[list[float]]]:
+    """Of a plain forward of transformers: each sequence whole and alone, log-softmax in fp32.
+
+    The logits of one sequence are held at a time.
+    """
+    device = input_device(model)
+
+    def one(prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+        if not completion:
+            return []
+        ids = torch.tensor([[*prompt, *completion]], device=device)
+        logits_TV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        target_T = ids[0, len(prompt) :, None].to(logits_TV.device)
+        return logits_TV.float().log_softmax(dim=1).gather(1, target_T)[:, 0].tolist()
+
+    with torch.no_grad(), evaluating(model):
+        return [
+            [one(prompt, completion) for completion in group]
+            for prompt, group in zip(prompts, completions, strict=True)
+        ]
+
+
+def server_logprobs(
+    client: EndpointClient,
+    model: str,
+    prompts: Prompts,
+    completions: Completions,
+    *,
+    concurrency: int = 8,
+    progress: Callable[[int], object] = lambda n: None,
+) -> list[list[list[float]]]:
+    """Of a completions endpoint, asked to echo prompt and completion as token ids with log-probs.
+
+    Args:
+        client: Where it is.
+        model: Its name there.
+        prompts: Token ids.
+        completions: Token ids.
+        concurrency: Requests at a time.
+        progress: Told 1 for each sequence answered.
+
+    Raises:
+        EndpointError: If it does not answer, or not with a log-prob of each token, a number.
+    """
+    pairs = [
+        (i, prompt, completion)
+        for i, (prompt, completion) in enumerate(
+            (prompt, completion)
+            for prompt, group in zip(prompts, completions, strict=True)
+            for completion in group
+        )
+    ]
+
+    def ask(item: tuple[int, Sequence[int], Sequence[int]]) -> list[float]:
+        _, prompt, completion = item
+        body = {
+            "model": model,
+            "prompt": [*prompt, *completion],
+            "echo": True,
+            # some servers refuse 0; what they add is cut off
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 1,
+        }
+        answer = client.post("/completions", body)
+        return _echoed(client.url, answer, len(prompt), len(completion))
+
+    found: dict[int, list[float]] = {}
+    for item, result in side_by_side(ask, pairs, concurrency):
+        if isinstance(result, Exception):
+            raise result
+        found[item[0]] = result
+        progress(1)
+    flat = (found[i] for i in itertools.count())
+    return [[next(flat) for _ in group] for group in completions]
+
+
+def _echoed(url: str, answer: dict[str, Any], n_prompt: int, n_completion: int) -> list[float]:
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
+    values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    end = n_prompt + n_completion
+    # one more where the server had to generate
+    if not isinstance(values, list) or len(values) not in (end, end + 1):
+        got = "none" if not isinstance(values, list) else str(len(values))
+        raise EndpointError(
+            f"`endpoint` {url}: must echo {end} tokens with their log-probs, got {got}; use a "
+            "server that takes token ids, `echo` and `logprobs`."
+        )
+    found = []
+    for i, value in enumerate(values[n_prompt:end], n_prompt):
+        number = _nats(value)
+        if number is None:
+            raise EndpointError(
+                f"`endpoint` {url}: `token_logprobs`[{i}] must be a number or null, got {value!r}; "
+                "use a server that answers as OpenAI's completions do."
+            )
+        found.append(number)
+    return found
+
+
+def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[list[list[float]]]:
+    """Those that the sampler kept, from records of `sharpen sample`; null is NaN.
+
+    Args:
+        places: Where each record stands.
+        rows: The records.
+
+    Raises:
+        InputError: If a record has none, or something else among them.
+    """
+    kept = []
+    for place, row in zip(places, rows, strict=True):
+        groups = row.get("logprobs")
+        if "completion" in row and isinstance(groups, list):
+            groups = [groups]
+        if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+            raise InputError(
+                f"{place}: must have the sampler's own `logprobs`; give a file of "
+                "`sharpen sample`, or another `--against`."
+            )
+        kept.append([_numbers(f"{place}: `logprobs`[{g}]", ids) for g, ids in enumerate(groups)])
+    return kept
+
+
+def _numbers(name: str, values: Sequence[Any]) -> list[float]:
+    found = []
+    for i, value in enumerate(values):
+        number = _nats(value)
+        if number is None:
+            raise InputError(
+                f"{name}[{i}] must be a number or null, got {value!r}; give the file as "
+                "`sharpen sample` wrote it."
+            )
+        found.append(number)
+    return found
+
+
+# JSON of others
+def _nats(value: Any) -> float | None:
+    """A log-prob, NaN for null; None if it is neither."""
+    if value is None:
+        return float("nan")
+    # bool is an int to Python alone
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value)
+
 
 Measure = Literal["max", "mean", "p99"]
 Nested = Sequence[Sequence[Sequence[float]]]
@@ -182,3 +348,113 @@ def _histogram(size: np.ndarray) -> list[dict[str, Any]]:
         inside = (size > 0) & (size >= low) & ((size < high) | (high == np.inf))
         rows.append({"from": low, "to": high, "n": int(inside.sum())})
     return rows
+
+
+BAR = 40
+AROUND = 12  # tokens of context on either side
+
+
+def in_context(
+    pairs: Pairs,
+    index: int,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    decode: Callable[[list[int]], str],
+) -> dict[str, Any]:
+    """One token with what stands around it, for JSON and for people.
+
+    Args:
+        pairs: Where the token is.
+        index: Which.
+        prompt: Ids of its prompt.
+        completion: Ids of its completion.
+        decode: Ids to text, special tokens shown.
+    """
+    place = pairs.places[index]
+    before = [*prompt, *completion[: place.t]][-AROUND:]
+    after = list(completion[place.t + 1 : place.t + 1 + AROUND])
+    numbers = {
+        "ours": pairs.ours[index],
+        "theirs": pairs.theirs[index],
+        "difference": pairs.difference[index],
+    }
+    return {
+        "completion": place.g,
+        "position": place.t,
+        "token_id": completion[place.t],
+        "before": decode(before),
+        "token": decode([completion[place.t]]),
+        "after": decode(after),
+        **{name: finite(float(value)) for name, value in numbers.items()},
+    }
+
+
+def finite(value: Any) -> Any:
+    """What JSON can say of a number; infinity and NaN as text."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
+
+
+def format_parity(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    found, names = report["differences"], f"{report['ours']} - {report['theirs']}"
+    ratio = found["ratio"]
+    percentiles = "  ".join(f"{name} {_short(x)}" for name, x in found["percentiles"].items())
+    nan = f", {found['n_nan']} NaN ({found['n_nan_one_side']} on one side)"
+    lines = [
+        f"{names}: {found['n_tokens']:,} tokens of {found['n_completions']:,} completions"
+        + (nan if found["n_nan"] else ""),
+        f"|difference| a token, nats: max {_short(found['max'])}  mean {_short(found['mean'])}  "
+        f"{percentiles}",
+        f"signed mean {_short(found['signed_mean'])}, rms {_short(found['rms'])}; of a "
+        f"completion's sum: max {_short(found['completion_max'])}, mean "
+        f"{_short(found['completion_mean'])}",
+        f"ratio: {ratio['min']:.6g} to {ratio['max']:.6g}, "
+        f"{100 * ratio['outside_clip']:.3g} % outside 1 +- {ratio['clip']:g}; "
+        f"KL k1 {_short(ratio['k1'])}, k3 {_short(ratio['k3'])}",
+        "",
+        *_bars(found["histogram"]),
+    ]
+    if report["worst"]:
+        lines += ["", "furthest apart:"]
+    for one in report["worst"]:
+        lines += [
+            f"  {_short(one['difference'])} ({_long(one['ours'])} and {_long(one['theirs'])})  "
+            f"{one['place']}, completion {one['completion']}, token {one['position']}",
+            f"    {_shown(one['before'])}[{_shown(one['token'])}]{_shown(one['after'])}",
+        ]
+    verdict = "within" if report["is_within"] else "ABOVE"
+    value = found["percentiles"]["p99"] if report["measure"] == "p99" else found[report["measure"]]
+    lines += [
+        "",
+        f"{report['measure']} {_short(value)} is {verdict} the tolerance {report['tolerance']:g}"
+        + (", and NaN is on one side" if found["n_nan_one_side"] else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _bars(histogram: list[dict[str, Any]]) -> list[str]:
+    most = max(row["n"] for row in histogram) or 1
+    lines = []
+    for row in histogram:
+        name = "exactly 0" if row["to"] == 0 else f"{row['from']:g} to {row['to']:g}"
+        bar = "#" * -(-BAR * row["n"] // most)
+        lines.append(f"  {name:>16s} {row['n']:>9,} {bar}".rstrip())
+    return lines
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _long(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.7g}"
+
+
+def _shown(text: str) -> str:
+    return text.replace("\n", "\\n")

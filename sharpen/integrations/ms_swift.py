@@ -13,11 +13,10 @@ from typing import Any
 
 from sharpen.errors import InputError
 from sharpen.records import PromptRecord, check_prompt
-from sharpen.sampling.prompts import render
+from sharpen.sampling.base import render
 from sharpen.scoring import Scorer
 
-from .rating import Rating, rate_by, rate_each, scorer_of, shared
-from .unscorable import settled
+from .reward_model import Rating, rate_by, rate_each, scorer_of, settled, shared
 
 # columns of a row that hold more than text
 MEDIA = ("images", "videos", "audios")

@@ -22,9 +22,7 @@ import torch
 
 from sharpen.errors import InputError
 
-from .micro_batches import Rate
-from .rating import Rating, rate_by, rate_each, scorer_of
-from .unscorable import settled
+from .reward_model import Rate, Rating, rate_by, rate_each, scorer_of, settled
 
 
 # a tokenizer, and messages as NeMo-RL has them

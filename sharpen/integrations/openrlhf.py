@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 
 from sharpen.errors import InputError
-from sharpen.limits import ModelLimits
+from sharpen.models import ModelLimits
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
-from sharpen.server.dialect import Desk
-from sharpen.server.limits import ServerLimits
-from sharpen.server.micro_batcher import MicroBatcher
-from sharpen.server.reward_hosts import read_get_reward
-from sharpen.server.texts import Texts
-from sharpen.server.unscorable import Unscorable
+from sharpen.server.batcher import MicroBatcher
+from sharpen.server.dialect import Desk, Unscorable
+from sharpen.server.rewards import read_get_reward
+from sharpen.server.schemas import ServerLimits
+from sharpen.server.text import Texts
 
-from .unscorable import checked
+from .reward_model import checked
 
 if TYPE_CHECKING:
     import transformers

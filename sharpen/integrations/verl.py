@@ -11,12 +11,10 @@ from typing import Any
 
 from sharpen.errors import InputError
 from sharpen.records import PromptRecord, check_prompt, check_text
-from sharpen.sampling.prompts import render
+from sharpen.sampling.base import render
 from sharpen.scoring import Scorer
 
-from .micro_batches import MicroBatches, Rate
-from .rating import Rating, rate_by, scorer_of, shared
-from .unscorable import settled
+from .reward_model import MicroBatches, Rate, Rating, rate_by, scorer_of, settled, shared
 
 # a batch belongs to one event loop
 _batches: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Rating, MicroBatches]]"

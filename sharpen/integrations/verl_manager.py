@@ -15,9 +15,7 @@ from typing import Any
 
 from sharpen.errors import InputError
 
-from .micro_batches import MicroBatches
-from .rating import Rating, rate_by, shared
-from .unscorable import settled
+from .reward_model import MicroBatches, Rating, rate_by, settled, shared
 
 
 def response_ids(batch: Any) -> tuple[list[int], list[int]]:

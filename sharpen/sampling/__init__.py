@@ -1,7 +1,7 @@
 """Prompts to samples."""
 
-from .protocol import FinishReason as FinishReason
-from .protocol import Prompt as Prompt
-from .protocol import Sampler as Sampler
-from .protocol import Samples as Samples
-from .protocol import SamplingConfig as SamplingConfig
+from .base import FinishReason as FinishReason
+from .base import Prompt as Prompt
+from .base import Sampler as Sampler
+from .base import Samples as Samples
+from .base import SamplingConfig as SamplingConfig

@@ -15,7 +15,7 @@ from sharpen.errors import InputError
 from sharpen.scoring import Scores
 from sharpen.selection.adaptive import AdaptiveChoice, Stopping, draws_in_order, outcome_of
 
-from .protocol import Prompt, Sampler, Samples, SamplingConfig
+from .base import Prompt, Sampler, Samples, SamplingConfig
 
 ROUND = 8  # draws of a prompt between two looks at the rule; chosen
 

@@ -1,6 +1,10 @@
 """Decode N completions of each prompt on one copy of its keys and values; ended rows cost nothing.
 
 B rows, A rows that are open, C that go on, G prompts of P tokens, V vocabulary.
+
+Decode a model that cannot share prompts: every token reads its whole sequence again.
+
+B rows, A rows that are open, C that go on, G prompts of P tokens, V vocabulary.
 """
 
 import logging
@@ -13,10 +17,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharpen.limits import ModelLimits
-from sharpen.scoring.agreement import Truth
-from sharpen.scoring.forward import accepted, evaluating, rope_boundary
+from sharpen.models import ModelLimits
 from sharpen.scoring.hooks import SharingError, install, is_installed, under, uninstall
+from sharpen.scoring.model_access import accepted, evaluating, rope_boundary
+from sharpen.scoring.probe import Truth
 
 from .prompt_cache import PromptCache, PromptPlan, StepPlan
 
@@ -191,3 +195,29 @@ def _by_own_cache(model: PreTrainedModel, ids: Tensor, P: int) -> Tensor:
         out = model(input_ids=ids[:, t : t + 1], past_key_values=past, use_cache=True)
         found.append(out.logits[0, -1])
     return torch.stack(found).float().log_softmax(1)
+
+
+def decode_rereading(
+    model: PreTrainedModel, prompts: Int64[Tensor, "G P"], counts: Sequence[int], take: Take
+) -> None:
+    """`decode` without a cache and without hooks: right for any causal model, and slower.
+
+    A row of P + T tokens costs about (P + T) T instead of P + T.
+
+    Args:
+        model: In eval mode.
+        prompts: Of one length.
+        counts: Rows of each prompt, at least one.
+        take: As for `decode`.
+    """
+    device = prompts.device
+    ids_AL = prompts.repeat_interleave(torch.tensor(list(counts), device=device), dim=0)
+    rows_A = torch.arange(len(ids_AL), device=device)
+    options = accepted(model, use_cache=False, logits_to_keep=1)
+    while True:
+        logits_AV = model(input_ids=ids_AL, **options).logits[:, -1]
+        token_A, onward_C = take(rows_A, logits_AV)
+        if not len(onward_C):
+            return
+        rows_A = rows_A[onward_C]
+        ids_AL = torch.cat([ids_AL[onward_C], token_A[onward_C, None]], dim=1)

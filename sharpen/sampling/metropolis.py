@@ -1,4 +1,28 @@
-"""Samples of p^alpha by Metropolis-Hastings: keep a beginning, draw the rest again, accept or not.
+"""A step of drawing from a proposal q ~ p^(1/temperature) that keeps log p and log q of its tokens.
+
+B rows, A of them that are open, P prompt tokens, T most new tokens, V vocabulary.
+
+The states of Metropolis-Hastings chains over completions, and the ratio that accepts a move.
+
+A move from x to x' picks a cut c, keeps the first c tokens of x and draws the rest up to its end
+from the proposal q. The cut is uniform over the T tokens of x, so the way back picks it with
+probability 1 / T' instead of 1 / T, and draws the *whole* rest of x:
+
+    log r = alpha (log p(x') - log p(x)) + log q(x from c) - log q(x' from c) + log T - log T'
+
+With probability min(1, r) for a move, p^alpha is in detailed balance for each c alone.
+
+B chains, T most new tokens.
+
+Draw rows again from places of their own; what a row keeps is not decoded again.
+
+At step t those rows run that begin at token t or before and are open, so all have t tokens behind
+their prompt. A row that begins at c > 0 comes in with token c - 1: of the tokens that it keeps the
+one whose logits are needed.
+
+B rows, A that run, G prompts of P tokens, T most new tokens, V vocabulary.
+
+Samples of p^alpha by Metropolis-Hastings: keep a beginning, draw the rest again, accept or not.
 
 Each completion is the last state of a chain of its own that begins at a plain sample of the model.
 The moves are those of Karan & Du 2025 (arXiv:2510.14901), with the exact ratio of `chains.py`: of
@@ -10,28 +34,252 @@ B chains, G prompts of P tokens, T most new tokens.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral
+from typing import Protocol
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharpen.errors import InputError
-from sharpen.scoring.forward import evaluating
+from sharpen.scoring.hooks import under
+from sharpen.scoring.model_access import accepted, evaluating
 
-from . import chains
-from .chain_cache import COPIES
-from .chains import Chains
+from .base import FinishReason, Prompt, Samples, SamplingConfig, Share
+from .decode import next_logits, read
 from .draw import child_keys, row_key, uniform
-from .hf import Rows
-from .plan import Share
+from .hf import DrawStep, Rows, results
 from .power import PowerSampler, check_settings
-from .protocol import Prompt, Samples, SamplingConfig
-from .redraw import OnSharedPrompts, Redrawing, Rereading
-from .tempered_step import TemperedStep
+from .prompt_cache import COPIES, ChainCache, StepPlan
+
+
+class TemperedStep(DrawStep):
+    """A `DrawStep` that also remembers each token's log-prob under the proposal.
+
+    Args:
+        model: As for `DrawStep`.
+        prompts: As for `DrawStep`.
+        keys: As for `DrawStep`.
+        eos_ids: As for `DrawStep`.
+        config: As for `DrawStep`; its temperature need not be the proposal's.
+        proposal_temperature: Above 0.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Int64[Tensor, "B P"],
+        keys: Int64[Tensor, " B"],
+        eos_ids: tuple[int, ...],
+        config: SamplingConfig,
+        proposal_temperature: float,
+    ):
+        super().__init__(model, prompts, keys, eos_ids, config)
+        self.proposal_temperature = proposal_temperature
+        self.proposal_BT = torch.zeros_like(self.logprob_BT)
+        self.n_kept_B = torch.zeros_like(self.count_B)
+
+    def keep(
+        self,
+        token: Int64[Tensor, "B T"],
+        logprob: Float32[Tensor, "B T"],
+        proposal: Float32[Tensor, "B T"],
+        n: Int64[Tensor, " B"],
+    ) -> None:
+        """Begin each row with the first `n` of these, drawn before; none ends a row.
+
+        Args:
+            token: Their ids.
+            logprob: As `logprob_BT`.
+            proposal: As `proposal_BT`.
+            n: At most T - 1 of a row.
+        """
+        is_kept_BT = torch.arange(token.shape[1], device=token.device) < n[:, None]
+        self.token_BT = torch.where(is_kept_BT, token, self.token_BT)
+        self.logprob_BT = torch.where(is_kept_BT, logprob, self.logprob_BT)
+        self.proposal_BT = torch.where(is_kept_BT, proposal, self.proposal_BT)
+        self.n_kept_B, self.count_B = n, n.clone()
+
+    def _draw(
+        self, rows: Int64[Tensor, " A"], is_open: Bool[Tensor, " A"], logits: Float32[Tensor, "A V"]
+    ) -> Int64[Tensor, " A"]:
+        token_A = super()._draw(rows, is_open, logits)
+        tempered_AV = logits / self.proposal_temperature
+        chosen_A = tempered_AV.gather(1, token_A[:, None]).squeeze(1)
+        self.proposal_BT[rows, self.step] = chosen_A - tempered_AV.logsumexp(dim=1)
+        return token_A
+
+
+@dataclass(frozen=True, eq=False)
+class Chains:
+    """One completion a chain.
+
+    Attributes:
+        token: Anything behind a completion's end.
+        logprob: Of each token under the model, nats.
+        proposal: Of each token under the proposal, nats.
+        count: Tokens of each completion, its end token among them.
+        is_open: Whether it was cut at T.
+        is_nan: Whether the model's logits were NaN.
+    """
+
+    token: Int64[Tensor, "B T"]
+    logprob: Float32[Tensor, "B T"]
+    proposal: Float32[Tensor, "B T"]
+    count: Int64[Tensor, " B"]
+    is_open: Bool[Tensor, " B"]
+    is_nan: Bool[Tensor, " B"]
+
+    def total(
+        self, of: Float32[Tensor, "B T"], start: Int64[Tensor, " B"]
+    ) -> Float64[Tensor, " B"]:
+        """Sum over the tokens from `start` to the end of each completion."""
+        t_T = torch.arange(of.shape[1], device=of.device)
+        is_inside_BT = (t_T >= start[:, None]) & (t_T < self.count[:, None])
+        return of.double().masked_fill(~is_inside_BT, 0.0).sum(dim=1)
+
+    def moved(self, to: "Chains", where: Bool[Tensor, " B"]) -> "Chains":
+        """`to` where it says so, and these elsewhere."""
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Chains(
+            **{
+                name: torch.where(where.view(-1, *[1] * (x.dim() - 1)), getattr(to, name), x)
+                for name, x in mine.items()
+            }
+        )
+
+    def results(self) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
+        """Ids, log-probs and finish reason of every chain."""
+        return results(self.token, self.logprob, self.count, self.is_open, self.is_nan)
+
+
+def log_ratio(
+    old: Chains, new: Chains, cut: Int64[Tensor, " B"], alpha: float
+) -> Float64[Tensor, " B"]:
+    """The log of r of the moves from `old` to `new`; at alpha = inf, +inf where `new` is likelier.
+
+    Args:
+        old: Where the chains are.
+        new: Where they may go: the same tokens before the cut.
+        cut: The number of these tokens.
+        alpha: Power of the target.
+    """
+    # the tokens before the cut are the same, and so are their log-probs
+    gain_B = new.total(new.logprob, cut) - old.total(old.logprob, cut)
+    if math.isinf(alpha):
+        return torch.where(gain_B > 0, math.inf, -math.inf).double()
+    back_B, there_B = old.total(old.proposal, cut), new.total(new.proposal, cut)
+    return alpha * gain_B + back_B - there_B + old.count.double().log() - new.count.double().log()
+
+
+# rows [A], their last token [A] and how many came before it, to the logits [A, V] behind it
+Run = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class Redrawing(Protocol):
+    """Draws the rows of one batch, again and again."""
+
+    def __call__(self, step: TemperedStep) -> None:
+        """Draw every row from where `step` begins it."""
+        ...
+
+    def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
+        """Say which rows have become what was drawn last; the others are what they were."""
+        ...
+
+
+class OnSharedPrompts:
+    """Prompts are read once, and a token of a row when it is drawn.
+
+    Args:
+        model: In eval mode, with the hooks installed.
+        prompts: Of one length.
+        counts: Rows of each prompt.
+        T: Most new tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Int64[Tensor, "G P"], counts: Sequence[int], T: int
+    ):
+        found = read(model, prompts)
+        self.model = model
+        self.cache = ChainCache(found.cache, counts, T)
+        owner_B = torch.repeat_interleave(torch.tensor(list(counts)))
+        self.first, self.owner = found.logits, owner_B.to(found.logits.device)
+        self.running: list[int] = []
+
+    def __call__(self, step: TemperedStep) -> None:
+        """See `Redrawing`."""
+        self.cache.begin()
+        self.running = []
+        _redraw(step, lambda rows: self.first[self.owner[rows]], self._run)
+
+    def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
+        """See `Redrawing`."""
+        self.cache.settle(is_taken)
+
+    def _run(self, rows: Tensor, ids: Tensor, n_before: int) -> Tensor:
+        # rows that go on together go on in place
+        if (numbers := rows.tolist()) != self.running:
+            self.cache.take(rows, n_before)
+            self.running = numbers
+        with under(StepPlan(self.cache)):
+            return next_logits(self.model, ids[:, None], self.cache)
+
+
+class Rereading:
+    """Whole sequences are read at every token: right for any causal model, and slower.
+
+    Args:
+        model: In eval mode.
+        prompts: Of each row.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Int64[Tensor, "B P"]):
+        self.model, self.prompts = model, prompts
+        self.options = accepted(model, use_cache=False, logits_to_keep=1)
+
+    def __call__(self, step: TemperedStep) -> None:
+        """See `Redrawing`."""
+
+        def run(rows: Tensor, ids: Tensor, n_before: int) -> Tensor:
+            before_AL = torch.cat([self.prompts[rows], step.token_BT[rows, :n_before]], dim=1)
+            return self._logits(torch.cat([before_AL, ids[:, None]], dim=1))
+
+        _redraw(step, lambda rows: self._logits(self.prompts[rows]), run)
+
+    def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
+        """See `Redrawing`; there is nothing to take back."""
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, **self.options).logits[:, -1]
+
+
+def _redraw(step: TemperedStep, first: Callable[[Tensor], Tensor], run: Run) -> None:
+    begins = step.n_kept_B.tolist()
+    device = step.n_kept_B.device
+    coming: dict[int, list[int]] = {}
+    for row, n in enumerate(begins):
+        coming.setdefault(n, []).append(row)
+    rows = torch.tensor(coming.get(0, []), dtype=torch.int64, device=device)
+    logits = first(rows) if len(rows) else None
+    for t in range(step.config.max_new_tokens):
+        step.step = t
+        ids = rows
+        if logits is not None:
+            token_A, onward = step(rows, logits)
+            rows, ids = rows[onward], token_A[onward]
+        if new := coming.get(t + 1):
+            joined = torch.tensor(new, device=device)
+            # side by side again, prompt by prompt
+            rows, order = torch.cat([rows, joined]).sort()
+            ids = torch.cat([ids, step.token_BT[joined, t]])[order]
+        if not len(rows) and t + 1 >= max(begins):
+            return
+        logits = run(rows, ids, t) if len(rows) else None
 
 
 @dataclass(frozen=True)
@@ -206,7 +454,7 @@ class _Walk:
             step = self._step(tempered, child_keys(self.keys_B, f"move {move}"))
             step.keep(state.token, state.logprob, state.proposal, cut_B)
             new = self._drawn(step)
-            log_r_B = chains.log_ratio(state, new, cut_B, self.power.alpha)
+            log_r_B = log_ratio(state, new, cut_B, self.power.alpha)
             # a state whose logits are NaN stays, and none is ever entered
             is_taken_B = self._uniform(f"accept {move}").log() < log_r_B
             is_taken_B &= ~(state.is_nan | new.is_nan)

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 
-from .decode import Take, crosses_rope_boundary, decode_again, read
+from .base import Prompt, SamplingConfig
+from .decode import Take, crosses_rope_boundary, decode_again, decode_rereading, read
 from .hf import TransformersSampler
-from .protocol import Prompt, SamplingConfig
-from .reread import decode_rereading
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from sharpen.errors import InputError
 
+from .base import FinishReason, Prompt, Samples, SamplingConfig
 from .draw import row_key
-from .protocol import FinishReason, Prompt, Samples, SamplingConfig
 
 INSTALL = (
     "vLLM is not installed here; it needs an environment of its own: `make vllm`, or "

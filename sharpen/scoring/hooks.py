@@ -11,6 +11,14 @@ What of the model is compiled stays so, and is left out while a plan is under wa
 traced, or would be looked up, without one.
 
 B rows, H heads, L queries, K size of a head.
+
+A forward of one packed row, in which every token attends to its ancestors in a tree.
+
+T packed tokens of one row, H heads, K size of a head.
+
+Run a transformers model on one packed row: every shared token once.
+
+T packed tokens, R hidden rows that predict, D hidden, V vocabulary.
 """
 
 import sys
@@ -26,6 +34,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sharpen.errors import SharpenError
+from sharpen_kernels.tree import Tree
+from sharpen_kernels.tree_attention import tree_attention
+
+from .model_access import accepted, backbone_of
+from .packing import PackedRow
 
 if TYPE_CHECKING:
     import transformers
@@ -215,3 +228,109 @@ def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return AttentionInterface()[base]
+
+
+@dataclass(frozen=True, eq=False)
+class TreePlan:
+    """One row of packed tokens, as `tree` says."""
+
+    tree: Tree
+
+    def mask(self, layers: Layers) -> LayerMask:
+        """See `Plan`."""
+        window = window_of(layers.allows, layers.n_query, layers.n_key, self.tree.T)
+        return TreeMask(self.tree, window)
+
+
+class TreeMask(LayerMask):
+    """The tree, and the window of some layers.
+
+    Not a dataclass: FSDP takes those apart on their way into a layer, and casts what is inside.
+    """
+
+    def __init__(self, tree: Tree, window: int | None):
+        self.tree = tree
+        # tokens that a query sees, itself among them; None for all
+        self.window = window
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """See `LayerMask`."""
+        T = self.tree.T
+        if q.shape[0] != 1 or q.shape[2] != T or k.shape[2] != T:
+            raise SharingError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}")
+        out_HTK = tree_attention(
+            q[0],
+            k[0],
+            v[0],
+            self.tree,
+            window=self.window,
+            softcap=scores.softcap,
+            sinks=scores.sinks,
+            scale=scores.scale,
+        )
+        return out_HTK.transpose(0, 1)[None]
+
+
+def window_of(allows: Callable[..., Tensor], n_query: int, n_key: int, T: int) -> int | None:
+    """The sliding window of the mask that `allows(batch, head, query, key)`, None for all tokens.
+
+    Read off the mask's own answers, wherever the model keeps the number. Two neighbouring rows
+    tell a window from chunks, whose rows differ in how many tokens they see.
+
+    Raises:
+        SharingError: If the mask is neither causal nor a causal sliding window.
+    """
+    if (n_query, n_key) != (T, T):
+        raise SharingError(f"it attends from {n_query} to {n_key} of {T} tokens")
+    zero, key_T = torch.tensor(0), torch.arange(T)
+    rows = {q: allows(zero, zero, torch.tensor(q), key_T).cpu() for q in {T - 1, max(T - 2, 0)}}
+    window = int(rows[T - 1].sum())
+    for query, seen_T in rows.items():
+        if not torch.equal(seen_T, (key_T > query - window) & (key_T <= query)):
+            raise SharingError("its mask is neither causal nor a sliding window")
+    return None if window == T else window
+
+
+def hidden_source(model: "transformers.PreTrainedModel", row: PackedRow) -> Float[Tensor, "R D"]:
+    """The hidden rows of `row.source`, as the backbone hands them to the head; differentiable.
+
+    The hooks of `hooks.py` must be installed in `model`.
+    """
+    backbone = backbone_of(model)
+    assert backbone is not None, "checked when the route was chosen"
+    out = _run(backbone, row)
+    hidden_TD: Tensor = out.last_hidden_state[0]
+    return hidden_TD[row.source.to(hidden_TD.device)]
+
+
+def logit_source(model: "transformers.PreTrainedModel", row: PackedRow) -> Float[Tensor, "R V"]:
+    """The logits of `row.source`, as the model computes them; differentiable.
+
+    Allocates [R, V] if the model can be told which tokens to project, else [T, V].
+
+    Raises:
+        SharpenError: If the model returns logits for some other number of tokens.
+    """
+    T, R = len(row.ids), len(row.source)
+    logits_KV: Tensor = _run(model, row, logits_to_keep=row.source).logits[0]
+    if len(logits_KV) not in (T, R):
+        raise SharpenError(
+            f"{type(model).__name__} must return logits for {R} or {T} tokens, "
+            f"got {len(logits_KV)}."
+        )
+    return logits_KV if len(logits_KV) == R else logits_KV[row.source.to(logits_KV.device)]
+
+
+def _run(module: nn.Module, row: PackedRow, **options: Tensor):
+    # a mask of ones: without it transformers reads sequences off the positions
+    mask_T = torch.ones_like(row.ids)
+    asked = accepted(
+        module,
+        input_ids=row.ids[None],
+        attention_mask=mask_T[None],
+        position_ids=row.tree.position[None],
+        use_cache=False,
+        **options,
+    )
+    with under(TreePlan(row.tree)):
+        return module(**asked)

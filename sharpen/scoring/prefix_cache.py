@@ -16,8 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from .batching import plan_batches
-from .forward import accepted, input_device
 from .hooks import SharingError
+from .model_access import accepted, input_device
 from .pairs import Pair
 
 if TYPE_CHECKING:

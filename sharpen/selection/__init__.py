@@ -2,12 +2,12 @@
 
 from .adaptive import adaptive_best_of_n as adaptive_best_of_n
 from .best_of_n import best_of_n as best_of_n
-from .borda import borda_vote as borda_vote
-from .confidence_vote import confidence_filter as confidence_filter
-from .confidence_vote import confidence_vote as confidence_vote
+from .best_of_n import soft_best_of_n as soft_best_of_n
 from .pessimism import inference_time_pessimism as inference_time_pessimism
 from .pessimism import pessimistic_best_of_n as pessimistic_best_of_n
-from .probability_vote import probability_vote as probability_vote
-from .soft_best_of_n import soft_best_of_n as soft_best_of_n
-from .vote import majority_vote as majority_vote
-from .vote import weighted_vote as weighted_vote
+from .votes import borda_vote as borda_vote
+from .votes import confidence_filter as confidence_filter
+from .votes import confidence_vote as confidence_vote
+from .votes import majority_vote as majority_vote
+from .votes import probability_vote as probability_vote
+from .votes import weighted_vote as weighted_vote

@@ -25,7 +25,7 @@ from torch import Tensor
 from sharpen.errors import InputError
 from sharpen.scoring import Scores
 
-from .candidates import candidates
+from .best_of_n import candidates
 
 
 class AdaptiveChoice(NamedTuple):

@@ -18,9 +18,7 @@ from torch import Tensor
 from sharpen.errors import InputError
 from sharpen.scoring import Scores
 
-from .candidates import candidates
-from .soft_best_of_n import SoftChoice
-from .weights import draw_by_weight, effective_samples
+from .best_of_n import SoftChoice, candidates, draw_by_weight, effective_samples
 
 
 class PessimisticChoice(NamedTuple):

@@ -1,21 +1,81 @@
-"""What every dialect of the server is: a body to jobs, and their statistics to an answer."""
+"""Samples that no reward can be computed of: refused, or given a reward that was chosen before.
 
+Hosts that train ask for the reward of every sample, and end where one is refused.
+
+What every dialect of the server is: a body to jobs, and their statistics to an answer.
+"""
+
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from sharpen.limits import ModelLimits
+from sharpen.errors import InputError, SharpenError
+from sharpen.models import ModelLimits
 from sharpen.scoring.rewards import stats_needed
 from sharpen.scoring.scores import Scores
 from sharpen_kernels import TokenStats
 
-from .jobs import Job
-from .limits import ServerLimits
-from .refusal import RefusedError
-from .texts import Texts
-from .unscorable import Unscorable
+from .batcher import Job
+from .schemas import RefusedError, ServerLimits
+from .text import Texts
+
+logger = logging.getLogger(__name__)
+
+Cause = Literal["empty", "not_finite", "too_long"]
+
+
+class Unscorable:
+    """What reward routes answer for a sample that cannot be rated.
+
+    Args:
+        reward: The reward of such a sample; None refuses it.
+        observe: Told the cause of each that is not refused.
+
+    Raises:
+        InputError: If `reward` is no finite number.
+    """
+
+    def __init__(
+        self, reward: float | None = None, observe: Callable[[Cause], object] | None = None
+    ):
+        if reward is not None and not math.isfinite(reward):
+            raise InputError(
+                f"`unscorable_reward` must be a finite number, got {reward}; hosts read no other."
+            )
+        self._reward = reward
+        self._observe = observe
+        self._told: set[Cause] = set()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether such a sample is refused."""
+        return self._reward is None
+
+    def reward_of(self, cause: Cause, refusal: SharpenError) -> float:
+        """The reward of a sample, which is counted, and logged if it is the first of its cause.
+
+        Raises:
+            SharpenError: `refusal`, if such samples are refused.
+        """
+        if self._reward is None:
+            raise refusal
+        if self._observe is not None:
+            self._observe(cause)
+        if cause not in self._told:
+            self._told.add(cause)
+            logger.warning(
+                "the reward of a sample is %g, as of all that cannot be rated; the first that is "
+                "%s: %s",
+                self._reward,
+                cause,
+                refusal,
+            )
+        return self._reward
+
 
 Answer = Mapping[str, Any]
 

@@ -1,4 +1,10 @@
-"""Fit a model to groups of completions, so that a killed run goes on to the same weights.
+"""Training without dropout: a log-ratio to the base model must not be noise.
+
+Folders that are whole or not there, whatever is killed, and on disk when they are called so.
+
+What a run leaves behind while it trains: losses, sealed checkpoints, a progress bar.
+
+Fit a model to groups of completions, so that a killed run goes on to the same weights.
 
 Writes into a folder: `checkpoints/` (the last two), `losses.jsonl`, and at the end `model/`, which
 is there whole or not at all. Of several processes the first writes, but for its own part of a
@@ -7,23 +13,30 @@ checkpoint that each keeps.
 
 import copy
 import importlib.util
+import math
+import os
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sharpen.errors import InputError, TrainingError
+from sharpen.records import write_rows, write_text
 
+from .distributed import is_for_cpu, of_the_first
 from .groups import Group
-from .noise import without_noise
-from .objectives import Objective
+from .losses import Objective
 from .options import FitOptions, refused_arguments, trainer_arguments
-from .processes import is_for_cpu, of_the_first
-from .saving import save_whole
 
 if TYPE_CHECKING:
     from transformers import (
@@ -32,6 +45,200 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
+
+# of rates that a module, or a configuration it reads in its forward, holds as a plain number
+NOISY = ("drop", "jitter")
+
+
+@contextmanager
+def without_noise(model: nn.Module) -> Iterator[None]:
+    """While open, every rate of dropout and of router jitter in `model` is 0.
+
+    Rates are found by name, in `nn.Dropout` layers, in modules that hold a number, and in
+    configurations. They come back in the end, so a saved configuration keeps its own.
+    """
+    before: list[tuple[Any, str, float]] = []
+    for holder in _holders(model):
+        is_layer = isinstance(holder, nn.modules.dropout._DropoutNd)
+        for name, value in vars(holder).items():
+            is_rate = any(word in name for word in NOISY) or (is_layer and name == "p")
+            if is_rate and isinstance(value, float) and value != 0:
+                before.append((holder, name, value))
+    for holder, name, _ in before:
+        setattr(holder, name, 0.0)
+    try:
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+# Any: configurations of any class
+def _holders(model: nn.Module) -> list[Any]:
+    """Modules and their configurations, each once."""
+    modules = list(model.modules())
+    configs = [vars(module).get("config") for module in modules]
+    # a model of several modalities holds one configuration in another
+    inner = [value for config in configs if config is not None for value in vars(config).values()]
+    every = [*modules, *configs, *(value for value in inner if hasattr(value, "to_diff_dict"))]
+    return list({id(holder): holder for holder in every if hasattr(holder, "__dict__")}.values())
+
+
+def save_whole(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path
+) -> None:
+    """Save a model and its tokenizer as `folder`, which is there whole or not at all."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    flush(part)
+    os.replace(part, folder)
+
+
+def flush(folder: Path) -> None:
+    """Return when every file of `folder` is on disk: a name must not get there before its bytes."""
+    for path in (folder, *folder.rglob("*")):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+SEAL = "complete"
+LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+
+
+class LossLog(TrainerCallback):
+    """Keeps a JSON lines file equal to the run's history: one row a logged step.
+
+    The history is part of a checkpoint, so a resumed run writes the file of one that never stopped.
+    A mean loss ends where a checkpoint is: what was gathered for it is not part of that.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    # as `on_log`
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Log whenever a checkpoint follows."""
+        control.should_log = control.should_log or control.should_save
+
+    # Any: the hooks of transformers pass whatever they have
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Write the whole file anew."""
+        if state.is_world_process_zero:
+            # a history that was read back has its keys in another order
+            rows = [
+                {name: _number(row[name]) for name in LOGGED if name in row}
+                | {name: _number(row[name]) for name in sorted(row) if name not in LOGGED}
+                for row in state.log_history
+                if "loss" in row
+            ]
+            write_rows(self.path, rows)
+
+
+class Seal(TrainerCallback):
+    """Marks a checkpoint once all of its files are there, which only then is resumed from."""
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Add the mark; every process has written its part by then."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero and args.output_dir is not None:
+            folder = _folder(Path(args.output_dir), state.global_step)
+            flush(folder)
+            write_text(folder / SEAL, "")
+
+
+class Bar(TrainerCallback):
+    """One line on stderr, with the last loss."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Open it where the run goes on."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """One step on."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss."""
+        if self.bar is not None and "loss" in state.log_history[-1]:
+            self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.4g}")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Close it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+# of a history: mostly numbers
+def _number(value: Any) -> Any:
+    """A value as JSON has it: no number for NaN and infinity, which a run that diverges meets."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def last_sealed(folder: Path) -> Path | None:
+    """The last checkpoint in `folder` whose files are all there; None if there is none."""
+    sealed = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{SEAL}")]
+    return max(sealed, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _folder(out: Path, step: int) -> Path:
+    return out / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
 
 MODEL, LOSSES, CHECKPOINTS = "model", "losses.jsonl", "checkpoints"
 
@@ -77,7 +284,7 @@ def fit(
     if (out / MODEL).exists():
         return
     require_train(lora=options.lora_rank > 0)
-    from .callbacks import Bar, LossLog, Seal, last_sealed
+    pass
     from .trainer import GroupTrainer
 
     args = trainer_arguments(options, out / CHECKPOINTS, is_cpu=is_for_cpu(model))

@@ -11,7 +11,7 @@ from torch import nn
 
 from sharpen.errors import InputError
 
-from .processes import check_device
+from .distributed import check_device
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

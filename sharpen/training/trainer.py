@@ -1,4 +1,8 @@
-"""A `transformers.Trainer` whose batches are whole prompt groups and whose loss sees log-probs.
+"""Gradients of a batch that is cut into micro-batches, by processes that run equally many of them.
+
+S scored tokens of the batch.
+
+A `transformers.Trainer` whose batches are whole prompt groups and whose loss sees log-probs.
 
 Everything that a Trainer does comes with it: accelerate, checkpoints and resuming, schedules, mixed
 precision, LoRA through peft, `report_to`. Log-probs come from a `Scorer`: a prompt is computed once
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -27,12 +32,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from sharpen.errors import InputError
 from sharpen.scoring import Scorer
 from sharpen.scoring.batching import inverse_of
-from sharpen.scoring.lockstep import Lockstep, MicroBatch, forward_is
-from sharpen.scoring.route import find_route, take_route
+from sharpen.scoring.gradients import Lockstep, MicroBatch, forward_is, refuse_dropout
+from sharpen.scoring.probe import find_route, take_route
 
-from .groups import Batch, Group
-from .objectives import Objective
-from .processes import (
+from .distributed import (
     asks_for_shards,
     average_gradients,
     check_started,
@@ -42,7 +45,44 @@ from .processes import (
     most,
     of_the_first,
 )
-from .sharded import accumulate
+from .groups import Batch, Group
+from .losses import Objective
+
+
+def accumulate(
+    model: nn.Module,
+    run: Callable[[MicroBatch], Tensor],
+    parts: Sequence[MicroBatch],
+    fillers: Sequence[MicroBatch],
+    loss: Callable[[Float[Tensor, " S"]], Tensor],
+) -> None:
+    """Add the gradient of a loss of the log-probs to `.grad`, one micro-batch in memory at a time.
+
+    Each is run twice: all of them for the slopes of the loss, then one by one for the gradient.
+
+    Args:
+        model: Whose dropout must be off.
+        run: Log-probs of a micro-batch, through the wrapped model.
+        parts: The batch.
+        fillers: Run after them, so that all processes run equally many; they change nothing.
+        loss: Of the log-probs [S], in input order, to a scalar.
+
+    Raises:
+        InputError: If dropout is on: slopes would be those of other log-probs.
+    """
+    refuse_dropout(model)
+    with torch.no_grad():
+        found = [run(part) for part in parts]
+        for filler in fillers:
+            run(filler)
+    inverse_S = inverse_of([part.place for part in parts])
+    logprob_S = torch.cat(found)[inverse_S.to(found[0].device)].requires_grad_()
+    (slope_S,) = torch.autograd.grad(loss(logprob_S), logprob_S)
+    for part in parts:
+        (run(part) * slope_S[part.place.to(slope_S.device)]).sum().backward()
+    for filler in fillers:
+        (run(filler) * 0.0).sum().backward()
+
 
 # Any: what a Trainer passes from its data to its steps
 Inputs = dict[str, Any]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 
+from helpers.shipped import SMALL_RUN, bon, broken_model
 from sharpen.cli import main
 from sharpen.models import load_model, load_tokenizer
 from sharpen.tasks import get_task
-from shipped import SMALL_RUN, bon, broken_model
 
 FILES = ["chosen.jsonl", "greedy.jsonl", "report.html", "samples.jsonl", "summary.json"]
 

@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
+from sharpen.commands.inputs import Source
 from sharpen.commands.rlhf import RlhfConfig, check, pair_rows, preferred
 from sharpen.commands.rlhf import choose as choose_pairs
 from sharpen.commands.sft import SftConfig, weights
 from sharpen.commands.sft import choose as choose_best
-from sharpen.commands.sources import Source
-from sharpen.commands.training import PAIRS, Drawn, rate
+from sharpen.commands.train import PAIRS, Drawn, rate
 from sharpen.errors import InputError
 from sharpen.records import PromptRecord
 from sharpen.scoring import Scorer, Scores
-from sharpen.training.objectives import Dpo, Likelihood, Square
+from sharpen.training.losses import Dpo, Likelihood, Square
 
 INF, NAN = math.inf, math.nan
 # of two prompts; the last of the first was cut, the first of the second cannot be

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from frozen_options import CHOICES, FORWARDED, MUST, OPTIONS
+from helpers.frozen_options import CHOICES, FORWARDED, MUST, OPTIONS
 from sharpen.cli import main, parse
 
 ROOT = Path(__file__).parents[2]

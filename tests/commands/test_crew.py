@@ -8,11 +8,11 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-import launched
+import helpers.launched as launched
 from sharpen.cli import main, parse
-from sharpen.commands import training
+from sharpen.commands import train
 from sharpen.models import load_model
-from training_two_ranks import weights
+from workers.training_two_ranks import weights
 
 DATA = ["--model", "game24", "--device", "cpu", "--task", "game24", "--limit", "12"]
 DRAW = ["-n", "4", "--max-new-tokens", "48", "--trainer", "logging_steps=1"]
@@ -99,8 +99,8 @@ def test_the_others_load_the_base_as_the_first_one_has_it(monkeypatch):
         def follow(self, load_base, *, trust_remote_code):
             loaded.append(load_base(torch.bfloat16))
 
-    monkeypatch.setattr(training, "Crew", Other)
+    monkeypatch.setattr(train, "Crew", Other)
     config = parse("sft", ["--model", "game24", "--task", "game24", "--out", "out"])
-    training.run_in_crew(config, lambda crew: pytest.fail("not the first"))
+    train.run_in_crew(config, lambda crew: pytest.fail("not the first"))
     (model,) = loaded
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.bfloat16)}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from completions_server import Completions, serving
+from helpers.completions_server import Completions, serving
 from sharpen.cli import main
 from sharpen.models import load_tokenizer
 from sharpen.sampling.draw import row_key

@@ -3,8 +3,8 @@
 import ast
 import shlex
 
-from completions_server import serving
-from other_pythons import ROOT, code_block
+from helpers.completions_server import serving
+from helpers.other_pythons import ROOT, code_block
 from sharpen.cli import main
 
 

@@ -16,9 +16,9 @@ COMMON = [
     "--max-tokens", "2000", "--device", "cpu", "--batch", "1", "--save-every", "1",
     "--trainer", "logging_steps=1",
 ]  # fmt: skip
-JOURNAL, SEAL = "sharpen.runs:Journal.append", "sharpen.training.callbacks:Seal.on_save"
+JOURNAL, SEAL = "sharpen.runs:Journal.append", "sharpen.training.fit:Seal.on_save"
 OPTIMIZER = "transformers.trainer:Trainer._save_optimizer_and_scheduler"
-MODEL, STAGE = "sharpen.training.saving:flush", "sharpen.commands.rounds:Stage"
+MODEL, STAGE = "sharpen.training.fit:flush", "sharpen.commands.xpo:Stage"
 ARGV = {
     "sft": ["sft", *COMMON, "--lr", "1e-4"],
     "rlhf": [
@@ -53,7 +53,7 @@ def cut(tmp_path_factory):
     ]
     paths = os.pathsep.join(str(ROOT / x) for x in ("", "kernels"))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed_runs.py")],
+        [sys.executable, str(ROOT / "tests" / "workers" / "killed_runs.py")],
         input=json.dumps(jobs), text=True, capture_output=True, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from completions_server import serving
+from helpers.completions_server import serving
 from sharpen.cli import main
 from sharpen.commands import parity as parity_command
 from sharpen.models import load_model

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from sharpen.cli import main
-from sharpen.commands.rounds import N_JUDGE, Data
-from sharpen.commands.training import Drawn
-from sharpen.commands.xpo import best_round, divide
+from sharpen.commands.train import Drawn
+from sharpen.commands.xpo import N_JUDGE, Data, best_round, divide
 from sharpen.errors import InputError
 from sharpen.models import load_model
 from sharpen.sampling import Prompt

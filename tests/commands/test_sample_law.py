@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sharpen.cli import main
-from sharpen.commands.sample_law import Law, law_of, read_law
+from sharpen.commands.train import Law, law_of, read_law
 from sharpen.models import load_model
 from sharpen.scoring import Scorer
 

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
+from helpers.shipped import broken_model
 from sharpen.cli import main
 from sharpen.models import load_model, load_tokenizer
 from sharpen.scoring.rewards import REWARDS, options_needed
-from shipped import broken_model
 
 PROMPT = "Numbers: 1 2 3 4 Target: 24\n"
 TRACE = "4 * 3 = 12 left: 1 2 12\n12 * 2 = 24 left: 1 24\n24 * 1 = 24"

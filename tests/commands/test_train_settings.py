@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sharpen.cli import main
-from sharpen.commands import once, rlhf, sft, xpo
+from sharpen.commands import rlhf, sft, train, xpo
 from sharpen.commands.rlhf import RlhfConfig
 from sharpen.commands.sft import SftConfig
 from sharpen.commands.xpo import XpoConfig
@@ -31,7 +31,7 @@ def of(config, n_processes=1):
     if isinstance(config, XpoConfig):
         return xpo.settings(config, device, n_processes)
     command, own = ("sft", sft.own) if isinstance(config, SftConfig) else ("rlhf", rlhf.own)
-    return once.settings(command, config, own(config), device, n_processes)
+    return train.settings(command, config, own(config), device, n_processes)
 
 
 CONFIGS = {

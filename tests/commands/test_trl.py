@@ -34,7 +34,7 @@ def test_trl_reads_the_same_tokens_and_takes_the_same_steps(tmp_path):
     asked = [out / "pairs.jsonl", tmp_path / "trl", STEPS, LR, BETA, BATCH]
     paths = [str(ROOT), str(ROOT / "kernels"), str(PEERS)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "trl_dpo.py"), *map(str, asked)],
+        [sys.executable, str(ROOT / "tests" / "workers" / "trl_dpo.py"), *map(str, asked)],
         text=True, capture_output=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sharpen.errors import InputError
-from sharpen.evaluation.auroc import within_prompt_auroc
+from sharpen.evaluation.metrics import within_prompt_auroc
 
 
 def pairs(reward_G, correct_G, may_G):

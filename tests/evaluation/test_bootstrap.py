@@ -1,14 +1,8 @@
 import numpy as np
 import pytest
 
-from sharpen.evaluation import bootstrap
-from sharpen.evaluation.bootstrap import (
-    bootstrap_ci95,
-    ci95,
-    p_value,
-    paired_p_value,
-    resample_means,
-)
+from sharpen.evaluation import metrics
+from sharpen.evaluation.metrics import bootstrap_ci95, ci95, p_value, paired_p_value, resample_means
 
 
 def coin(n_heads, P=400):
@@ -52,7 +46,7 @@ def test_same_seed_same_resamples_and_columns_are_paired():
 def test_chunks_are_of_the_same_law(monkeypatch):
     value_P1 = coin(30, P=100)[:, None]
     whole = resample_means(value_P1, n_resamples=4000)
-    monkeypatch.setattr(bootstrap, "CHUNK", 700)
+    monkeypatch.setattr(metrics, "CHUNK", 700)
     parts = resample_means(value_P1, n_resamples=4000)
     assert parts.shape == whole.shape
     assert parts.mean() == pytest.approx(0.3, abs=0.003)

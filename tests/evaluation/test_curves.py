@@ -7,7 +7,7 @@ import pytest
 
 from sharpen.errors import InputError
 from sharpen.evaluation import Outcome
-from sharpen.evaluation.curves import best_of_k, order_by, pass_at_k, sample_accuracy
+from sharpen.evaluation.metrics import best_of_k, order_by, pass_at_k, sample_accuracy
 from sharpen.scoring import Scores
 from sharpen.selection import best_of_n
 

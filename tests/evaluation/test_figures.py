@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from sharpen.evaluation import Outcome
-from sharpen.evaluation.figures import accuracy_svg, histogram_svg, logprob_svg
-from sharpen.evaluation.panel import End, apart
+from sharpen.evaluation.figures import End, accuracy_svg, apart, histogram_svg, logprob_svg
 
 
 @pytest.fixture

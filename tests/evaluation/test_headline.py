@@ -1,6 +1,6 @@
 import re
 
-from sharpen.evaluation.headline import format_table, headline_rows
+from sharpen.evaluation.summary import format_table, headline_rows
 
 HEADS = ["accuracy, %", "N=1", "5", "6", "95 % at 6", "over greedy", "over one sample", "p"]
 

@@ -6,13 +6,22 @@ import math
 import numpy as np
 import pytest
 
-from completions_server import serving
+from helpers.completions_server import serving
+from helpers.tiny import alone, ragged, tiny
 from sharpen.errors import InputError
-from sharpen.evaluation.parity import compare, is_within, pair, worst
-from sharpen.evaluation.parity_engines import forward_logprobs, kept_logprobs, server_logprobs
-from sharpen.evaluation.parity_report import finite, format_parity, in_context
-from sharpen.sampling.endpoint_client import EndpointClient, EndpointError
-from tiny import alone, ragged, tiny
+from sharpen.evaluation.parity import (
+    compare,
+    finite,
+    format_parity,
+    forward_logprobs,
+    in_context,
+    is_within,
+    kept_logprobs,
+    pair,
+    server_logprobs,
+    worst,
+)
+from sharpen.sampling.endpoint import EndpointClient, EndpointError
 
 NAN, INF = float("nan"), float("inf")
 OURS = [[[-1.0, -2.0], []], [[-0.5]]]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sharpen.evaluation import Outcome, Texts
-from sharpen.evaluation.responses import group_examples
+from sharpen.evaluation.report import group_examples
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sharpen.evaluation import Outcome
-from sharpen.evaluation.curves import best_of_k, order_by
+from sharpen.evaluation.metrics import best_of_k, order_by
 from sharpen.scoring import Scores
 from sharpen.selection import best_of_n
 

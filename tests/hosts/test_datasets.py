@@ -105,11 +105,14 @@ def test_trl_takes_two_steps_on_each(scored, tmp_path):
     }
     named = [f"{trainer}={path}" for trainer, path in files.items()]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    script = ROOT / "tests" / "workers" / "trl_two_steps.py"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "trl_two_steps.py"), str(tmp_path / "trl"), *named],
-        text=True, capture_output=True, cwd=tmp_path,
+        [sys.executable, str(script), str(tmp_path / "trl"), *named],
+        text=True,
+        capture_output=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == list(files)

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from documented import blocks, ran
+from helpers.documented import blocks, ran
 
 
 def test_the_page_runs(tmp_path):

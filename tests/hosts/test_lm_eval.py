@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from lm_eval_runs import (
+from helpers.lm_eval_runs import (
     TASKS,
     assert_same,
     evaluated,
@@ -14,7 +14,7 @@ from lm_eval_runs import (
     prepared,
     request,
 )
-from lm_eval_tasks import prose
+from helpers.lm_eval_tasks import prose
 
 
 @pytest.fixture(scope="module")

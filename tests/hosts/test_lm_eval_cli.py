@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from lm_eval_runs import assert_same, evaluated, model_of, prepared
+from helpers.lm_eval_runs import assert_same, evaluated, model_of, prepared
 
 TASKS = ["shared", "rolling", "last"]
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from documented import blocks, ran
+from helpers.documented import blocks, ran
 from test_bench import run
 
 PAGE = "docs/hosts/lm-eval.md"

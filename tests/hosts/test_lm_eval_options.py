@@ -8,8 +8,8 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.registry import get_model
 
-from byte_checkpoint import byte_tokenizer
-from lm_eval_runs import (
+from helpers.byte_checkpoint import byte_tokenizer
+from helpers.lm_eval_runs import (
     CONTEXT,
     assert_same,
     evaluated,
@@ -18,7 +18,7 @@ from lm_eval_runs import (
     numbers,
     prepared,
 )
-from lm_eval_tasks import prose
+from helpers.lm_eval_tasks import prose
 from sharpen.errors import InputError
 from sharpen.scoring import Scorer
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from lm_eval_runs import evaluated, model_of, numbers, prepared
+from helpers.lm_eval_runs import evaluated, model_of, numbers, prepared
 
 # an odd number of documents, and windows that the ranks have unequal numbers of
 TASKS = ["nothing", "rolling"]
@@ -31,7 +31,7 @@ def test_two_ranks_give_what_one_gives(tmp_path):
         "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }  # fmt: skip
-    script = Path(__file__).parents[1] / "lm_eval_rank.py"
+    script = Path(__file__).parents[1] / "workers" / "lm_eval_rank.py"
     command = [sys.executable, str(script), str(model), str(folder), str(tmp_path / "out.json")]
     ranks = [
         subprocess.Popen(

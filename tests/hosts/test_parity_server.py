@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from serving import serving
+from helpers.serving import serving
 from sharpen.cli import main
 from sharpen.models import resolve_model
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from server_desk import PROMPT, RIGHT, WRONG
-from serving import serving
+from helpers.server_desk import PROMPT, RIGHT, WRONG
+from helpers.serving import serving
+from helpers.shipped import broken_model
+from helpers.tiny import CONTEXT, V, tiny
 from sharpen.scoring import Scorer
-from shipped import broken_model
-from tiny import CONTEXT, V, tiny
 
 GROUP = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 

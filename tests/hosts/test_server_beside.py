@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from server_desk import desk
+from helpers.server_desk import desk
 from sharpen.scoring.scores import Scores
-from sharpen.server.answering import Service
-from sharpen.server.app import build
-from sharpen.server.limits import N_INSIDE
+from sharpen.server.app import Service, build
+from sharpen.server.batcher import MicroBatcher
 from sharpen.server.metrics import Metrics
-from sharpen.server.micro_batcher import MicroBatcher
-from sharpen.server.texts import Texts
+from sharpen.server.schemas import N_INSIDE
+from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 
 SECONDS = 20.0  # nothing waits for it unless it is broken

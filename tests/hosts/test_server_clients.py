@@ -10,13 +10,13 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from server_desk import PROMPT, RIGHT, WRONG
-from serving import serving
-from sharpen.evaluation.parity_engines import server_logprobs
+from helpers.server_desk import PROMPT, RIGHT, WRONG
+from helpers.serving import serving
+from sharpen.evaluation.parity import server_logprobs
 from sharpen.integrations.openrlhf import SelfReward
-from sharpen.integrations.rating import Rating, rate_by
+from sharpen.integrations.reward_model import Rating, rate_by
 from sharpen.models import SHIPPED
-from sharpen.sampling.endpoint_client import EndpointClient
+from sharpen.sampling.endpoint import EndpointClient
 from sharpen.scoring import Scorer
 
 PATH = str(SHIPPED["game24"])

@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from documented import blocks, ran
-from serving import serving
+from helpers.documented import blocks, ran
+from helpers.serving import serving
 from test_layers import ROOT
 
 PAGES = ("server", "openrlhf", "llama-factory")

@@ -9,8 +9,8 @@ from http.client import HTTPResponse
 
 import pytest
 
-from serving import SECONDS, serving
-from tiny import tiny
+from helpers.serving import SECONDS, serving
+from helpers.tiny import tiny
 
 BODY = {"prompt": [1, 2], "completions": [[3]]}
 # requests wait for company longer than anything here

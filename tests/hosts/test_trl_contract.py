@@ -10,9 +10,9 @@ import trl
 from trl.trainer import add_fused_lm_head
 from trl.trainer import utils as theirs
 
+from helpers.trl_tiny import batch, online, saved
 from sharpen.errors import InputError
 from sharpen.integrations import trl as ours
-from trl_tiny import batch, online, saved
 
 # of TRL's own configuration
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

@@ -8,11 +8,11 @@ from datasets import load_dataset
 from transformers import PrinterCallback
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
+from helpers.trl_tiny import QUIET
 from sharpen.cli import main
 from sharpen.integrations.trl import SharedPrefixDPOTrainer
 from sharpen.models import load_model, load_tokenizer
 from sharpen.scoring import Scorer
-from trl_tiny import QUIET
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 RUN = [

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from helpers.trl_tiny import batch, gradients, online, saved
 from sharpen.errors import InputError
-from trl_tiny import batch, gradients, online, saved
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+from helpers.trl_tiny import PROMPTS, QUIET, saved
 from sharpen.errors import InputError
 from sharpen.integrations.trl import (
     SharedPrefixDPOTrainer,
@@ -15,7 +16,6 @@ from sharpen.integrations.trl import (
 )
 from sharpen.models import load_tokenizer
 from sharpen.scoring import Scorer
-from trl_tiny import PROMPTS, QUIET, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 ANSWERS = ["8 + 4 = 12", "4 * 6 = 24", "3 + 4", "8 * 4 = 32 left: 4", "2 - 1", "1 + 2 = 3 left"]

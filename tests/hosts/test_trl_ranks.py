@@ -2,8 +2,8 @@
 
 import json
 
-import launched
-from trl_tiny import saved
+import helpers.launched as launched
+from helpers.trl_tiny import saved
 
 
 def test_two_processes_take_the_same_steps(tmp_path):

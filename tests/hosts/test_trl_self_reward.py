@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from helpers.trl_tiny import PROMPTS, online, saved
 from sharpen.errors import InputError
 from sharpen.integrations.trl import SelfReward
 from sharpen.models import load_tokenizer, resolve_model
 from sharpen.scoring import Scorer
-from trl_tiny import PROMPTS, online, saved
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

@@ -9,7 +9,7 @@ import ast
 
 import pytest
 
-from other_pythons import code_block, python_of, run
+from helpers.other_pythons import code_block, python_of, run
 
 HOW = "run `make verl`, or name an interpreter with verl 0.9.1 in SHARPEN_VERL_PYTHON"
 

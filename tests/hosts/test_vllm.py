@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from other_pythons import code_block, python_of, run
-from vllm_llama import CPU, save_llama
+from helpers.other_pythons import code_block, python_of, run
+from helpers.vllm_llama import CPU, save_llama
 
 DRAW = ["--task", "game24", "--limit", "6", "--max-new-tokens", "24", "--dtype", "float32"]
 

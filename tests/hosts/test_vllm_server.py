@@ -9,10 +9,10 @@ import urllib.request
 
 import pytest
 
-from other_pythons import ROOT, python_of
+from helpers.other_pythons import ROOT, python_of
+from helpers.vllm_llama import CPU, save_llama
 from sharpen.cli import main
 from sharpen.models import load_tokenizer
-from vllm_llama import CPU, save_llama
 
 DRAW = ["--task", "game24", "--limit", "4", "-n", "4", "--max-new-tokens", "16"]
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sharpen.integrations import nemo_rl, unscorable
+from sharpen.integrations import nemo_rl, reward_model
 from sharpen.scoring import Scorer
 
 
@@ -26,7 +26,7 @@ def put(monkeypatch, name, **members):
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
     """What is logged once a process is logged once a test."""
-    monkeypatch.setattr(unscorable, "_TOLD", set())
+    monkeypatch.setattr(reward_model, "_TOLD", set())
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import inspect
 import pytest
 import yaml
 
-from other_pythons import code_block
-from sharpen.integrations.trl.from_environment import EnvironmentReward
+from helpers.other_pythons import code_block
+from sharpen.integrations.trl.rewards import EnvironmentReward
 from sharpen.models import load_tokenizer
 
 PROMPT = "Numbers: 4 4 6 8 Target: 24\n"

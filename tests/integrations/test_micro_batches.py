@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from sharpen.errors import InputError, ServiceError
-from sharpen.integrations.micro_batches import MicroBatches
+from sharpen.integrations.reward_model import MicroBatches
 
 
 class Rater:

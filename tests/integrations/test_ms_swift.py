@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from other_pythons import code_block
+from helpers.other_pythons import code_block
 from sharpen.errors import InputError
-from sharpen.integrations import ms_swift, rating
-from sharpen.integrations.rating import Rating, rate_by
+from sharpen.integrations import ms_swift, reward_model
+from sharpen.integrations.reward_model import Rating, rate_by
 
 PROMPT = "Numbers: 4 4 6 8 Target: 24\n"
 TEXTS = ["8 + 4 = 12 left: 4 6 12\n6 - 4 = 2 left: 2 12\n12 * 2 = 24", "8 * 4 = 32 left: 4 6 32"]
@@ -119,7 +119,7 @@ def test_ms_swift_example_of_the_page(swift, scorer, monkeypatch):
     made = swift.orms["sharpen"](args=None)
     tokenizer = chatting(scorer, monkeypatch)
     monkeypatch.setattr(ms_swift, "scorer_of", lambda rating: scorer)
-    monkeypatch.setattr(rating, "_SHARED", {})
+    monkeypatch.setattr(reward_model, "_SHARED", {})
     # the columns of a row, as rl_core/data.py hands them over
     columns = {name: [[], []] for name in ("images", "videos", "audios", "tools", "objects")}
     texts = [TEXTS[0], ""]

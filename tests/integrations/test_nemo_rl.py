@@ -8,7 +8,7 @@ import weakref
 import pytest
 import yaml
 
-from other_pythons import code_block
+from helpers.other_pythons import code_block
 from sharpen.errors import InputError
 from sharpen.integrations import nemo_rl
 

@@ -6,12 +6,11 @@ import os
 import pytest
 import torch
 
-from completions_server import serving
+from helpers.completions_server import serving
+from helpers.tiny import alone, ragged, tiny
 from sharpen.errors import InputError
-from sharpen.integrations.rating import Rating, rate_by
-from sharpen.integrations.unscorable import EMPTY, not_finite, settled
+from sharpen.integrations.reward_model import EMPTY, Rating, not_finite, rate_by, settled
 from sharpen.scoring import Scorer, Scores
-from tiny import alone, ragged, tiny
 
 
 @pytest.fixture

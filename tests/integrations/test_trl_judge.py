@@ -8,9 +8,9 @@ import peft
 import pytest
 import torch
 
+from helpers.tiny import ragged, tiny
 from sharpen.errors import InputError
-from sharpen.integrations.trl.judge import Judge
-from tiny import ragged, tiny
+from sharpen.integrations.trl.rewards import Judge
 
 # of transformers, about what peft asks of it
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -130,7 +130,7 @@ def test_a_policy_that_is_replaced_is_scored_anew():
 
 
 def test_a_state_without_steps_is_at_its_beginning():
-    from sharpen.integrations.trl.trainer_facts import Facts
+    from sharpen.integrations.trl.rewards import Facts
 
     assert Facts().seen({"trainer_state": SimpleNamespace(global_step=4)}).step == 4
     assert Facts().seen({}).step == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oracle import assert_as_accurate
+from helpers.oracle import assert_as_accurate
 from sharpen.errors import InputError
 from sharpen.integrations.trl import (
     entropy_from_logits,

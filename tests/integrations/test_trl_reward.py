@@ -10,9 +10,8 @@ from transformers import TrainerCallback
 
 from sharpen.errors import InputError
 from sharpen.integrations.trl import SelfReward, self_reward
-from sharpen.integrations.trl.from_environment import EnvironmentReward, reward_from
-from sharpen.integrations.trl.grouped import group_deviation, group_sizes, normalised
-from sharpen.integrations.trl.prompt_tokens import prompt_tokens
+from sharpen.integrations.trl.batches import group_deviation, group_sizes, normalised, prompt_tokens
+from sharpen.integrations.trl.rewards import EnvironmentReward, reward_from
 from sharpen.models import load_model, load_tokenizer
 from sharpen.scoring import Scorer
 

@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
+from helpers.tiny import V, opaque, tiny
 from sharpen.errors import InputError
 from sharpen.integrations.trl.shared_stats import NEEDS, SharedStats
-from tiny import V, opaque, tiny
 
 P, C = 20, 8
 

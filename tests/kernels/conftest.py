@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import interpreter_dots
+import helpers.interpreter_dots as interpreter_dots
 from sharpen_kernels._launch import INTERPRETED
 
 if INTERPRETED:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oracle import assert_matches_fp64, head_problem, values
+from helpers.oracle import assert_matches_fp64, head_problem, values
 from sharpen_kernels import _cpu_library
 from sharpen_kernels._launch import INTERPRETED
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oracle import assert_matches_fp64, head_problem, values, values_and_gradients
+from helpers.oracle import assert_matches_fp64, head_problem, values, values_and_gradients
 from sharpen_kernels import _cpu_library, linear_logprob
 from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from oracle import head_problem, values_and_gradients
-from sharpen_kernels import linear_logprob
-from sharpen_kernels.stats import NAMES
-from two_ranks import (
+from helpers.oracle import head_problem, values_and_gradients
+from helpers.two_ranks import (
     Model,
     Ranks,
     assert_found_matches_fp64,
@@ -17,6 +15,8 @@ from two_ranks import (
     score_on_mesh,
     train_step,
 )
+from sharpen_kernels import linear_logprob
+from sharpen_kernels.stats import NAMES
 
 WHOLE, ROWS = [Replicate()], [Shard(0)]
 

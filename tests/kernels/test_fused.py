@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oracle import (
+from helpers.oracle import (
     DIFFERENTIABLE,
     assert_matches_fp64,
     head_problem,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from oracle import (
+from helpers.oracle import (
     DIFFERENTIABLE,
     assert_as_accurate,
     assert_matches_fp64,

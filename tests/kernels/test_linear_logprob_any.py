@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oracle import assert_matches_fp64, head_problem, values
+from helpers.oracle import assert_matches_fp64, head_problem, values
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.stats import NAMES
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from oracle import head_problem, values, values_and_gradients
+from helpers.oracle import head_problem, values, values_and_gradients
 from sharpen_kernels._launch import exact_matmul
 from sharpen_kernels.linear_logprob import linear_logprob
 from sharpen_kernels.stats import NAMES

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oracle import DIFFERENTIABLE, head_problem, values
+from helpers.oracle import DIFFERENTIABLE, head_problem, values
 from sharpen_kernels import TokenStats, _cpu_library, linear_logprob
 from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native

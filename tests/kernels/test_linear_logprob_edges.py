@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from oracle import (
+from helpers.oracle import (
     DIFFERENTIABLE,
     assert_matches_fp64,
     has_nothing,

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from oracle import assert_matches_fp64, head_problem, values
+from helpers.oracle import assert_matches_fp64, head_problem, values
 from sharpen_kernels._launch import INTERPRETED
 
 op = importlib.import_module("sharpen_kernels.linear_logprob")

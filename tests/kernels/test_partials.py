@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oracle import assert_as_accurate, head_problem, values
+from helpers.oracle import assert_as_accurate, head_problem, values
 from sharpen_kernels import Partials, merge, partials, ranks_ahead
 from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from logit_oracle import assert_matches_fp64, logit_problem, values
+from helpers.logit_oracle import assert_matches_fp64, logit_problem, values
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.stats import NAMES
 

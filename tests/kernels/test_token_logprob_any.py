@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from logit_oracle import logit_problem, values_and_gradient
-from oracle import assert_as_accurate
+from helpers.logit_oracle import logit_problem, values_and_gradient
+from helpers.oracle import assert_as_accurate
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.stats import NAMES
 from sharpen_kernels.token_logprob import token_logprob, token_logprob_reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from logit_oracle import logit_problem, values
+from helpers.logit_oracle import logit_problem, values
 from sharpen_kernels.token_logprob import token_logprob_reference
 
 INF = float("inf")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from logit_oracle import DIFFERENTIABLE, logit_problem, values
+from helpers.logit_oracle import DIFFERENTIABLE, logit_problem, values
 from sharpen_kernels import _token_logprob_torch as blocked
 from sharpen_kernels import token_logprob
 from sharpen_kernels._launch import INTERPRETED

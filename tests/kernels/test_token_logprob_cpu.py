@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench._measure import peak_extra_mib
-from logit_oracle import assert_matches_fp64, logit_problem, values, values_and_gradient
+from helpers.logit_oracle import assert_matches_fp64, logit_problem, values, values_and_gradient
 from sharpen_kernels import _cpu_library, token_logprob
 from sharpen_kernels import _token_logprob_cpu as native
 from sharpen_kernels import _token_logprob_torch as blocked

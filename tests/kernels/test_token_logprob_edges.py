@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from logit_oracle import (
+from helpers.logit_oracle import (
     DIFFERENTIABLE,
     assert_matches_fp64,
     logit_problem,

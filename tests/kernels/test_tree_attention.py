@@ -5,9 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels.tree_attention import tree_attention
-from tree_oracle import (
+from helpers.tree_oracle import (
     TREES,
     assert_matches_fp64,
     attention_problem,
@@ -15,6 +13,8 @@ from tree_oracle import (
     trees,
     values_and_gradients,
 )
+from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels.tree_attention import tree_attention
 
 # smaller than every prompt, between prompt and completion, larger than any sequence
 WINDOWS = [2, 5, 60, 1000]

@@ -6,10 +6,10 @@ import mmap
 import pytest
 import torch
 
+from helpers.tree_oracle import TREES, attention_problem, grow, tree_of, values_and_gradients
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.tree import Tree
 from sharpen_kernels.tree_attention import tree_attention
-from tree_oracle import TREES, attention_problem, grow, tree_of, values_and_gradients
 
 op = importlib.import_module("sharpen_kernels.tree_attention")
 OPTIONS = [{}, {"window": 24}, {"softcap": 3.0}]

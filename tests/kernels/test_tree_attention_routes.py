@@ -6,10 +6,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from helpers.tree_oracle import TREES, assert_matches_fp64, attention_problem, eager, tree_of
 from sharpen_kernels import _tree_attention_flash as flash_route
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.tree_attention import tree_attention, tree_attention_reference
-from tree_oracle import TREES, assert_matches_fp64, attention_problem, eager, tree_of
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of ours is in here")
 OPTIONS = [{}, {"window": 24}, {"softcap": 3.0}, {"scale": 0.1}]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from helpers.tree_oracle import TREES, assert_matches_fp64, attention_problem, tree_of
 from sharpen_kernels import _tree_attention_tiles as tiles
 from sharpen_kernels._launch import INTERPRETED
 from sharpen_kernels.tree import Tree, tree_mask
-from tree_oracle import TREES, assert_matches_fp64, attention_problem, tree_of
 
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="lists are of the Triton kernels"

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from oracle import LEAVES, head_problem, values, values_and_gradients
+from helpers.oracle import LEAVES, head_problem, values, values_and_gradients
+from helpers.two_ranks import Ranks, assert_found_matches_fp64, each_its_own, score
 from sharpen_kernels import linear_logprob, vocab_parallel_linear_logprob
 from sharpen_kernels.linear_logprob import linear_logprob_reference
 from sharpen_kernels.stats import NAMES
-from two_ranks import Ranks, assert_found_matches_fp64, each_its_own, score
 
 OP = torch.ops.sharpen.vocab_parallel_linear_logprob
 SHARDED = ("dweight", "dbias")

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from power_oracle import EOS, PROMPT, random_table
-from sharpen.sampling.chains import Chains, log_ratio
+from helpers.power_oracle import EOS, PROMPT, random_table
+from sharpen.sampling.metropolis import Chains, log_ratio
 
 T = 4
 

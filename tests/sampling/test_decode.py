@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from families import TREE, V, family
+from helpers.families import TREE, V, family
 from sharpen.errors import InputError
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.decode import decode

@@ -4,12 +4,10 @@ import logging
 
 import pytest
 
-from completions_server import serving
+from helpers.completions_server import serving
 from sharpen.errors import InputError
 from sharpen.sampling import Prompt, Sampler, SamplingConfig
-from sharpen.sampling.endpoint import EndpointSampler
-from sharpen.sampling.endpoint_client import EndpointClient, EndpointError
-from sharpen.sampling.endpoint_config import Patience
+from sharpen.sampling.endpoint import EndpointClient, EndpointError, EndpointSampler, Patience
 
 PROMPTS = [Prompt(f"p{i}", f"question {i}", (), f"file:{i}") for i in range(6)]
 FOUR = SamplingConfig(n=4, max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3)

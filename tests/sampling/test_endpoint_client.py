@@ -6,12 +6,10 @@ import threading
 
 import pytest
 
-from completions_server import serving
+from helpers.completions_server import serving
 from sharpen.errors import InputError, SharpenError
-from sharpen.sampling import endpoint_client
-from sharpen.sampling.endpoint_client import EndpointClient, EndpointError
-from sharpen.sampling.endpoint_config import Patience
-from sharpen.sampling.retry_after import retry_after_s
+from sharpen.sampling import endpoint
+from sharpen.sampling.endpoint import EndpointClient, EndpointError, Patience, retry_after_s
 
 BODY = {"model": "m", "n": 2, "seed": 5}
 KEY = "sk-secret-0123456789"
@@ -22,7 +20,7 @@ def waits(monkeypatch):
     """Every wait between tries, not slept."""
     slept = []
     # a turn that comes at once is no wait
-    monkeypatch.setattr(endpoint_client, "sleep", lambda s: slept.append(s) if s else None)
+    monkeypatch.setattr(endpoint, "sleep", lambda s: slept.append(s) if s else None)
     return slept
 
 

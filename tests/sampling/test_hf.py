@@ -2,11 +2,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from helpers.tiny import CONTEXT, FAMILIES, tiny
 from sharpen.errors import InputError
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.tasks.game24.tokenizer import build_tokenizer
-from tiny import CONTEXT, FAMILIES, tiny
 
 TOKENIZER = build_tokenizer()
 # two lengths, so that batches differ between budgets

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from power_oracle import (
+from helpers.power_oracle import (
     PROMPT,
     logprobs,
     power_law,
@@ -17,12 +17,12 @@ from power_oracle import (
     total_variation,
     two_tokens,
 )
+from helpers.tiny import alone, tiny
 from sharpen.errors import InputError
-from sharpen.sampling import Prompt, Sampler, SamplingConfig, chains
+from sharpen.sampling import Prompt, Sampler, SamplingConfig, metropolis
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.metropolis import Metropolis, MetropolisSampler
 from sharpen.tasks.game24.tokenizer import build_tokenizer
-from tiny import alone, tiny
 
 TOKENIZER = build_tokenizer()
 GATE = 0.02
@@ -68,19 +68,19 @@ def test_the_law_of_many_chains_is_the_power_distribution(model, T, power):
     assert distance(model(), power, T) < GATE
 
 
-def without_cut(old, new, cut, alpha, log_ratio=chains.log_ratio):
+def without_cut(old, new, cut, alpha, log_ratio=metropolis.log_ratio):
     return log_ratio(old, new, cut, alpha) - old.count.log() + new.count.log()
 
 
-def of_the_overlap(old, new, cut, alpha, log_ratio=chains.log_ratio):
+def of_the_overlap(old, new, cut, alpha, log_ratio=metropolis.log_ratio):
     shorter = torch.minimum(old.count, new.count)
-    overlap = chains.Chains(**{**vars(old), "count": shorter})
+    overlap = metropolis.Chains(**{**vars(old), "count": shorter})
     return log_ratio(overlap, new, cut, alpha) - shorter.log() + old.count.log()
 
 
 @pytest.mark.parametrize("wrong", [without_cut, of_the_overlap])
 def test_a_wrong_ratio_is_told_by_the_gate(wrong, monkeypatch):
-    monkeypatch.setattr(chains, "log_ratio", wrong)
+    monkeypatch.setattr(metropolis, "log_ratio", wrong)
     assert distance(TABLE(), OTHER_PROPOSAL, 4) > 4 * GATE
 
 
@@ -102,7 +102,7 @@ def test_a_chain_begins_at_the_models_own_sample(monkeypatch):
     plain = TransformersSampler(model, TOKENIZER).sample(PROMPTS, CONFIG)
     want = {samples.prompt_id: samples for batch in plain for samples in batch}
     never = torch.full((12,), -math.inf, dtype=torch.float64)
-    monkeypatch.setattr(chains, "log_ratio", lambda old, *_: never[: len(old.count)])
+    monkeypatch.setattr(metropolis, "log_ratio", lambda old, *_: never[: len(old.count)])
     for name, samples in draw_all(model, Metropolis(steps=2)).items():
         assert samples.completion_ids == want[name].completion_ids
         assert samples.logprobs == want[name].logprobs

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpen.sampling.plan import Share, plan_batches
+from sharpen.sampling.base import Share, plan_batches
 
 
 @given(

@@ -2,7 +2,7 @@ import pytest
 
 from sharpen.errors import InputError
 from sharpen.records import PromptRecord
-from sharpen.sampling.prompts import has_chat_template, render
+from sharpen.sampling.base import has_chat_template, render
 from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TEMPLATE = (

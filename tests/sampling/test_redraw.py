@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from families import V, family
+from helpers.families import V, family
 from sharpen.sampling import Prompt, SamplingConfig
-from sharpen.sampling.chain_cache import COPIES, ChainCache
 from sharpen.sampling.metropolis import Metropolis, MetropolisSampler
-from sharpen.sampling.prompt_cache import PromptCache
+from sharpen.sampling.prompt_cache import COPIES, ChainCache, PromptCache
 from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sharpen.sampling.resampling import effective_size, log_mean, systematic
+from sharpen.sampling.smc import effective_size, log_mean, systematic
 
 W = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from power_oracle import (
+from helpers.power_oracle import (
     PROMPT,
     logprobs,
     power_law,
@@ -16,12 +16,12 @@ from power_oracle import (
     total_variation,
     two_tokens,
 )
+from helpers.tiny import alone, tiny
 from sharpen.errors import InputError
 from sharpen.sampling import Prompt, Sampler, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.smc import ParticleFilter, ParticleSampler
 from sharpen.tasks.game24.tokenizer import build_tokenizer
-from tiny import alone, tiny
 
 TOKENIZER = build_tokenizer()
 GATE = 0.02

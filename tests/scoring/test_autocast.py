@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from helpers.tiny import alone, ragged, tiny
 from sharpen import Scorer
-from tiny import alone, ragged, tiny
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "gpt2-tied", "gptj-bias"])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from families import CACHE, CONTEXT, TREE, V, family
-from saved_bytes import peak_saved_bytes
+from helpers.families import CACHE, CONTEXT, TREE, V, family
+from helpers.saved_bytes import peak_saved_bytes
+from helpers.tiny import tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
-from tiny import tiny
 
 
 def ids(n, seed):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from bench._measure import peak_extra_mib
-from families import CACHE, V, family
+from helpers.families import CACHE, V, family
 from sharpen import Scorer
-from sharpen.scoring import predicting
-from sharpen.scoring.predicting import any_shared
+from sharpen.scoring import token_stats
+from sharpen.scoring.token_stats import any_shared
 
 
 def ids(n, seed):
@@ -53,7 +53,7 @@ def test_nothing_to_share_takes_whole_sequences(name, monkeypatch):
     for way in ("auto", "tree"):
         got = scorers[way].score(*UNSHARED[name]).tokens.logprob
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
-    monkeypatch.setattr(predicting, "hidden_source", None)
+    monkeypatch.setattr(token_stats, "hidden_source", None)
     scorers["auto"].score(*UNSHARED[name])
     with pytest.raises(TypeError):  # a way that is asked for by name is taken
         scorers["tree"].score(*UNSHARED[name])

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from oracle import assert_as_accurate
+from helpers.oracle import assert_as_accurate
+from helpers.tiny import FAMILIES, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen_kernels.stats import NAMES
-from tiny import FAMILIES, alone, opaque, ragged, tiny
 
 ONE_BY_ONE, SOME, ALL = 1, 40, 100_000
 OPAQUE = "opaque head"

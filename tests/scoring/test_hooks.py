@@ -5,12 +5,20 @@ import threading
 import pytest
 import torch
 
-from families import CONTEXT, V, family
+from helpers.families import CONTEXT, V, family
 from sharpen import Scorer
-from sharpen.scoring.hooks import NAMES, SharingError, install, under, uninstall
+from sharpen.scoring.hooks import (
+    NAMES,
+    SharingError,
+    TreeMask,
+    TreePlan,
+    hidden_source,
+    install,
+    under,
+    uninstall,
+    window_of,
+)
 from sharpen.scoring.packing import plan
-from sharpen.scoring.tree_forward import hidden_source
-from sharpen.scoring.tree_plan import TreeMask, TreePlan, window_of
 from sharpen_kernels.tree import Tree
 
 PROMPT = torch.randint(V, (1, 20), generator=torch.Generator().manual_seed(0))

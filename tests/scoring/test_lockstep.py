@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from families import family
+from helpers.families import family
+from helpers.tiny import FAMILIES, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
-from sharpen.scoring import forward
-from sharpen.scoring.lockstep import Lockstep, forward_is
+from sharpen.scoring import model_access
+from sharpen.scoring.gradients import Lockstep, forward_is
 from sharpen.scoring.packing import PackedRow
-from sharpen.scoring.route import find_route
-from tiny import FAMILIES, alone, opaque, ragged, tiny
+from sharpen.scoring.probe import find_route
 
 CPU = torch.device("cpu")
 # those that no packed row scores right
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_scorer():
 
 
 def test_logits_are_made_of_few_tokens_at_a_time(monkeypatch):
-    monkeypatch.setattr(forward, "LOGITS_BYTES", 4 * 293 * 24)
+    monkeypatch.setattr(model_access, "LOGITS_BYTES", 4 * 293 * 24)
     given = ragged()
     assert len(lockstep(opaque()).micro_batches(*given)) > 1
     # a head that is read needs no logits

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from helpers.tiny import alone, opaque, tiny
 from sharpen import Scorer
-from sharpen.scoring import forward
-from tiny import alone, opaque, tiny
+from sharpen.scoring import model_access
 
 V = 20_000
 PROMPTS = [[1, 2, 3]]
@@ -55,6 +55,6 @@ def test_nor_does_a_backward_in_bounded_memory(slopes):
 def test_logits_route_holds_those_of_one_small_batch(monkeypatch):
     scorer = Scorer(opaque(vocab_size=V))
     assert scorer.route.head == "logits"
-    monkeypatch.setattr(forward, "LOGITS_BYTES", LOGITS_BYTES // 5)
+    monkeypatch.setattr(model_access, "LOGITS_BYTES", LOGITS_BYTES // 5)
     seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS))
     assert seen <= LOGITS_BYTES / 5

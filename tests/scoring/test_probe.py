@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
+from helpers.tiny import V, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
-from sharpen.scoring.head import Head, readings
-from tiny import V, alone, opaque, ragged, tiny
+from sharpen.scoring.model_access import Head, readings
 
 
 def assert_scores_like_the_model(model, route):

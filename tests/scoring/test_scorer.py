@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from helpers.tiny import CONTEXT, SHAPE, V, alone, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.tasks.game24.tokenizer import build_tokenizer
-from tiny import CONTEXT, SHAPE, V, alone, ragged, tiny
 
 NAN_ID = 7
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import family
+from helpers.families import family
+from helpers.tiny import V, alone
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring.packing import plan
-from sharpen.scoring.sharers import sharers
-from tiny import V, alone
+from sharpen.scoring.pairs import sharers
 
 IDS = st.integers(0, 1)
 PROMPT = st.lists(IDS, min_size=1, max_size=4)

@@ -7,13 +7,12 @@ import random
 import pytest
 import torch
 
-from families import CACHE, CONTEXT, TREE, V, family
+from helpers.families import CACHE, CONTEXT, TREE, V, family
+from helpers.tiny import tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring.packing import plan
-from sharpen.scoring.predicting import Sharing, predicting
-from sharpen.scoring.token_stats import token_stats
-from tiny import tiny
+from sharpen.scoring.token_stats import Sharing, predicting, token_stats
 
 WAY = dict.fromkeys(TREE, "tree") | dict.fromkeys(CACHE, "cache")
 FLOOR_NATS = 2e-5

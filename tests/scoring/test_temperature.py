@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from oracle import assert_as_accurate
+from helpers.oracle import assert_as_accurate
+from helpers.tiny import FAMILIES, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
-from tiny import FAMILIES, alone, opaque, ragged, tiny
 
 T = 0.6
 

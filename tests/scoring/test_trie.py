@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpen.scoring.trie import build_trie
+from sharpen.scoring.packing import build_trie
 
 # two ids and short lists: most sequences agree somewhere, many are equal or begin another
 IDS = st.integers(0, 1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from families import family
+from helpers.families import family
+from helpers.tiny import V, alone
 from sharpen import Scorer
-from tiny import V, alone
 
 NAMES = {"llama": "tree", "lfm2": "cache"}
 of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated")

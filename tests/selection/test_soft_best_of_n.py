@@ -6,8 +6,7 @@ import torch
 from sharpen import Scores, best_of_n
 from sharpen.errors import InputError
 from sharpen.selection import soft_best_of_n
-from sharpen.selection.soft_best_of_n import soft_weights
-from sharpen.selection.weights import draw_by_weight, effective_samples
+from sharpen.selection.best_of_n import draw_by_weight, effective_samples, soft_weights
 from sharpen_kernels import TokenStats
 
 INF = float("inf")

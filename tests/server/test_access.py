@@ -1,8 +1,8 @@
 import pytest
 
 from sharpen.errors import InputError
-from sharpen.server.access import api_key, check_key, is_loopback
-from sharpen.server.refusal import RefusedError
+from sharpen.server.app import api_key, check_key, is_loopback
+from sharpen.server.schemas import RefusedError
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

@@ -3,8 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sharpen.server.bodies import PIECE, Made, _json_pieces, decoded, encoded
-from sharpen.server.refusal import RefusedError
+from sharpen.server.schemas import PIECE, Made, RefusedError, _json_pieces, decoded, encoded
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from server_desk import PROMPT, RIGHT, answered, desk, scorer
+from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import SharpenError
 from sharpen.server.completions import read_completions
-from sharpen.server.texts import Texts
+from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 
 # what lm-eval's local-completions sends

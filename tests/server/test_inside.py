@@ -2,9 +2,8 @@
 
 import pytest
 
-from sharpen.server.inside import Inside
-from sharpen.server.limits import ServerLimits
-from sharpen.server.refusal import RefusedError
+from sharpen.server.metrics import Inside
+from sharpen.server.schemas import RefusedError, ServerLimits
 
 
 def test_what_a_request_held_is_given_back():

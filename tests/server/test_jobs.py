@@ -2,9 +2,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.tiny import tiny
 from sharpen.scoring import Scorer
-from sharpen.server.jobs import Job, choose, parted, regroup
-from tiny import tiny
+from sharpen.server.batcher import Job, choose, parted, regroup
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 # made into jobs in the test: the checks of types draw random numbers, which a strategy must not

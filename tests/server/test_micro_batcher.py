@@ -4,14 +4,13 @@ import time
 import pytest
 import torch
 
+from helpers.tiny import tiny
 from sharpen.errors import InputError
 from sharpen.scoring import Scorer
 from sharpen.scoring.scores import Scores
-from sharpen.server.jobs import Job
-from sharpen.server.micro_batcher import MicroBatcher
-from sharpen.server.refusal import RefusedError, refusal_of
+from sharpen.server.batcher import Job, MicroBatcher
+from sharpen.server.schemas import RefusedError, refusal_of
 from sharpen_kernels import TokenStats
-from tiny import tiny
 
 LONG = 20.0  # seconds; nothing that a test waits for on purpose
 

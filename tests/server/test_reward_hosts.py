@@ -1,10 +1,10 @@
 import pytest
 
-from server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
+from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError, SharpenError
 from sharpen.integrations.openrlhf import SelfReward, reward_func
-from sharpen.server.reward_hosts import read_evaluation, read_get_reward
-from sharpen.server.texts import Texts
+from sharpen.server.rewards import read_evaluation, read_get_reward
+from sharpen.server.text import Texts
 
 QUERIES = {"query": [PROMPT + RIGHT, PROMPT + WRONG], "prompts": [PROMPT] * 2, "labels": [1, None]}
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
+from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError
-from sharpen.server.refusal import RefusedError
-from sharpen.server.score import read_score
+from sharpen.server.rewards import read_score
+from sharpen.server.schemas import RefusedError
 
 BODY = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 

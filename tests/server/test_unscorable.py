@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server_desk import PROMPT, RIGHT, answered, desk, scorer
+from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import InputError, SharpenError
-from sharpen.limits import ModelLimits
-from sharpen.server.reward_hosts import read_evaluation, read_get_reward
-from sharpen.server.texts import Texts
-from sharpen.server.unscorable import Unscorable
+from sharpen.models import ModelLimits
+from sharpen.server.dialect import Unscorable
+from sharpen.server.rewards import read_evaluation, read_get_reward
+from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 
 LONG = "8 " * 1100

@@ -8,10 +8,8 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.training.groups import Batch, Group
-from sharpen.training.losses import dpo_loss, nll, square_loss, xpo_loss
-from sharpen.training.objectives import Dpo, Likelihood, Square
-from sharpen.training.optimism import optimism_weight, proof_alpha
-from sharpen.training.value import regularised_value
+from sharpen.training.losses import Dpo, Likelihood, Square, dpo_loss, nll, square_loss, xpo_loss
+from sharpen.training.xpo import optimism_weight, proof_alpha, regularised_value
 
 NAN, INF = math.nan, math.inf
 L = torch.tensor([-3.0, -4.0, -6.0], dtype=torch.float64)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from sharpen.errors import InputError
-from sharpen.training.datasets import (
+from sharpen.commands.export import (
     Rated,
     dpo_rows,
     kto_rows,
@@ -13,6 +12,7 @@ from sharpen.training.datasets import (
     token_rows,
     unique,
 )
+from sharpen.errors import InputError
 
 NAN = float("nan")
 

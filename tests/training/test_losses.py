@@ -7,14 +7,16 @@ import torch
 
 from sharpen.training.groups import Batch, Group
 from sharpen.training.losses import (
+    Dpo,
+    Likelihood,
+    Square,
     dpo_loss,
     nll,
     sequence_sums,
     square_loss,
     xpo_loss,
 )
-from sharpen.training.objectives import Dpo, Likelihood, Square
-from sharpen.training.optimism import optimism_weight
+from sharpen.training.xpo import optimism_weight
 
 # three completions of 2, 1 and 3 tokens; sums -3, -4, -6
 LOGPROB = torch.tensor([-1.0, -2.0, -4.0, -1.0, -2.0, -3.0], dtype=torch.float64)

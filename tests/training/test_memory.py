@@ -2,13 +2,13 @@
 
 import pytest
 
-from saved_bytes import peak_saved_bytes
+from helpers.saved_bytes import peak_saved_bytes
+from helpers.tiny import tiny
+from helpers.tiny_groups import ids
 from sharpen.training.groups import Group
-from sharpen.training.objectives import Dpo, Likelihood, Square
+from sharpen.training.losses import Dpo, Likelihood, Square
 from sharpen.training.options import FitOptions, trainer_arguments
 from sharpen.training.trainer import GroupTrainer
-from tiny import tiny
-from tiny_groups import ids
 
 PROMPT, LENGTH, CONTEXT = 40, 20, 256
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sharpen.training.noise import without_noise
-from sharpen.training.objectives import Dpo
-from tiny import CONTEXT, V, tiny
-from tiny_groups import compared, fitted, losses
+from helpers.tiny import CONTEXT, V, tiny
+from helpers.tiny_groups import compared, fitted, losses
+from sharpen.training.fit import without_noise
+from sharpen.training.losses import Dpo
 
 COMMON = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 # rates in layers, in numbers of a module, in the configuration that a forward reads

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sharpen.evaluation.theory.linear_softmax import LinearSoftmax, optimism_of, sphere_packing
-from sharpen.training.optimism import optimism_weight, proof_alpha
+from sharpen.experiments.theory.linear_softmax import LinearSoftmax, optimism_of, sphere_packing
+from sharpen.training.xpo import optimism_weight, proof_alpha
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
+from helpers.tiny import tiny
+from helpers.tiny_groups import sums
 from sharpen.training.fit import fit
-from sharpen.training.groups import Batch, Group
-from sharpen.training.objectives import Likelihood, Square
+from sharpen.training.groups import Batch, Group, standardise, tilted_weights
+from sharpen.training.losses import Likelihood, Square
 from sharpen.training.options import FitOptions
-from sharpen.training.scaling import standardise, tilted_weights
-from tiny import tiny
-from tiny_groups import sums
 
 PROMPT = [1, 3]
 # every completion of at most two tokens that ends in 2, and one that is cut

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sharpen.errors import InputError
-from sharpen.training.pairs import choose_pairs
+from sharpen.training.groups import choose_pairs
 
 REWARD = [-3.0, -1.0, -2.0, -9.0, -1.0, -5.0, -4.0]
 OK = [True, True, True, False, True, True, True]

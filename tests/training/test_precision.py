@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from helpers.tiny import alone, tiny
+from helpers.tiny_groups import COMPLETIONS, PROMPTS, bits, compared, fitted, likelihood, losses
 from sharpen import Scorer
 from sharpen.training.groups import Batch
-from sharpen.training.objectives import Likelihood, Square
-from tiny import alone, tiny
-from tiny_groups import COMPLETIONS, PROMPTS, bits, compared, fitted, likelihood, losses
+from sharpen.training.losses import Likelihood, Square
 
 # steps are as long as gradients: Adam would divide rounding by rounding
 SGD = {"logging_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(
 @of_transformers
 def test_checkpointing_counts_what_no_cache_can_share(tmp_path):
     """A checkpointed forward returns no cache, so each sequence is read whole."""
-    from families import family
+    from helpers.families import family
     from sharpen.training.options import FitOptions, trainer_arguments
     from sharpen.training.trainer import GroupTrainer
 

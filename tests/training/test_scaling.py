@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sharpen.errors import InputError
+from sharpen.training.groups import standardise, tilted_weights
 from sharpen.training.losses import square_loss
-from sharpen.training.scaling import standardise, tilted_weights
-from sharpen.training.value import regularised_value
+from sharpen.training.xpo import regularised_value
 
 REWARD = torch.tensor([-1.0, -3.0, -50.0, -10.0, -14.0, -2.0], dtype=torch.float64)
 GROUPS = torch.tensor([0, 3, 5, 5, 6])

@@ -8,17 +8,17 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import launched
-from kept_runs import assert_kept_as_by_one
+import helpers.launched as launched
+from helpers.kept_runs import assert_kept_as_by_one
+from helpers.tiny import alone, tiny
+from helpers.tiny_groups import compared
 from sharpen import Scorer
 from sharpen.errors import InputError
-from sharpen.training.objectives import Square
-from sharpen.training.processes import check_device, check_started
+from sharpen.training.distributed import check_device, check_started
+from sharpen.training.losses import Square
 from sharpen.training.trainer import GroupTrainer
-from tiny import alone, tiny
-from tiny_groups import compared
-from training_shards import CASES
-from training_two_ranks import KEPT, Case, fit, losses, start, trainer_of, weights
+from workers.training_shards import CASES
+from workers.training_two_ranks import KEPT, Case, fit, losses, start, trainer_of, weights
 
 EXTRA = ("bf16", "lora-half", "efficient", "resumed", "refused", "dropped")
 

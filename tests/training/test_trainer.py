@@ -6,20 +6,20 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from helpers.tiny import tiny
+from helpers.tiny_groups import bits, fitted, losses, options, sums
+from helpers.tiny_groups import compared as compared_groups
+from helpers.tiny_groups import likelihood as likelihood_groups
 from sharpen import Scorer
 from sharpen.errors import InputError, TrainingError
 from sharpen.models import load_model
-from sharpen.training import callbacks, saving
+from sharpen.training import fit as callbacks
 from sharpen.training import fit as fit_module
-from sharpen.training.callbacks import SEAL, last_sealed
-from sharpen.training.fit import fit
+from sharpen.training import fit as saving
+from sharpen.training.fit import SEAL, fit, last_sealed
 from sharpen.training.groups import Batch
-from sharpen.training.objectives import Dpo, Likelihood, Square
+from sharpen.training.losses import Dpo, Likelihood, Square
 from sharpen.training.trainer import GroupTrainer
-from tiny import tiny
-from tiny_groups import bits, fitted, losses, options, sums
-from tiny_groups import compared as compared_groups
-from tiny_groups import likelihood as likelihood_groups
 
 
 @pytest.fixture(scope="module")

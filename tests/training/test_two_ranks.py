@@ -7,17 +7,17 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-import launched
-from documented import blocks, ran
-from kept_runs import assert_kept_as_by_one
+import helpers.launched as launched
+from helpers.documented import blocks, ran
+from helpers.kept_runs import assert_kept_as_by_one
+from helpers.tiny import tiny
+from helpers.tiny_groups import compared
 from sharpen.errors import InputError
 from sharpen.models import load_model
-from sharpen.training.objectives import Square
-from sharpen.training.processes import check_started, check_way, is_for_cpu
+from sharpen.training.distributed import check_started, check_way, is_for_cpu
+from sharpen.training.losses import Square
 from sharpen.training.trainer import GroupTrainer
-from tiny import tiny
-from tiny_groups import compared
-from training_two_ranks import CASES, KEPT, fit, losses, weights
+from workers.training_two_ranks import CASES, KEPT, fit, losses, weights
 
 
 @pytest.fixture(scope="module")

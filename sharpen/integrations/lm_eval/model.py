@@ -21,8 +21,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from sharpen.errors import InputError
-from sharpen.limits import ModelLimits
-from sharpen.models import SHIPPED
+from sharpen.models import SHIPPED, ModelLimits
 from sharpen.scoring import Scorer, Scores
 
 from .grouping import Group, Ids, fitted, grouped, stretches

@@ -6,12 +6,12 @@ What needs TRL itself is imported when it is asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .from_environment import self_reward as self_reward
+from .batches import use_reference_columns as use_reference_columns
 from .ops import entropy_from_logits as entropy_from_logits
 from .ops import selective_log_softmax as selective_log_softmax
 from .ops import selective_log_softmax_and_entropy as selective_log_softmax_and_entropy
-from .reference_columns import use_reference_columns as use_reference_columns
-from .reward import SelfReward as SelfReward
+from .rewards import SelfReward as SelfReward
+from .rewards import self_reward as self_reward
 
 if TYPE_CHECKING:
     from .fused_head import add_fused_lm_head as add_fused_lm_head

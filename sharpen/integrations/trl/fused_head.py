@@ -1,4 +1,6 @@
-"""TRL's fused head, over prompts that are computed once.
+"""A model's own forward, under what a trainer wrapped around it.
+
+TRL's fused head, over prompts that are computed once.
 
 `trl.trainer.add_fused_lm_head` gives `model(..., labels=labels, fused_lm_head=True)`, from which
 all of TRL's trainers read per-token log-probs, entropies and more. This one answers the same call
@@ -8,21 +10,37 @@ of a group, goes through the layers once.
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpen.errors import InputError
 
-from ._host import host
-from .bare_forward import bare_forward
+from .host import host
 from .shared_stats import SharedStats
 
 if TYPE_CHECKING:
     import transformers
+
+
+@contextmanager
+def bare_forward(model: nn.Module) -> Iterator[None]:
+    """While open the forward is the class's own, outside what a trainer wrapped around it.
+
+    accelerate's wrapper turns autocast on: probed through it, a head would seem to be another.
+    """
+    is_placed = hasattr(model, "_hf_hook")  # by device_map, whose wrapper moves tensors
+    wrapped = None if is_placed else vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
 
 # what a trainer hands over beside ids, mask and labels, and means nothing here
 HARMLESS = ("use_cache", "num_items_in_batch", "return_dict")

@@ -13,9 +13,9 @@ from transformers import ProcessorMixin
 
 from sharpen.errors import InputError
 
-from ._host import host, trainer_class
+from .batches import use_reference_columns
 from .fused_head import put_head
-from .reference_columns import use_reference_columns
+from .host import host, trainer_class
 
 # a name each, as a base class must be one
 _GRPO, _RLOO = trainer_class("GRPOTrainer"), trainer_class("RLOOTrainer")

@@ -1,0 +1,388 @@
+"""Uncertainty over prompts: percentile bootstrap of means, and of their paired differences.
+
+The prompt is the unit of resampling; all samples of a prompt move together. One set of
+resamples serves every statistic of a run, so any two of them are paired.
+
+P prompts, M statistics, B resamples.
+
+Whether a reward tells right from wrong among the completions of one prompt.
+
+A choice is made within a prompt, so only the order within it counts: a reward can separate easy
+prompts from hard ones, and look good over all completions together, without helping any choice.
+
+P prompts, G completions per prompt.
+
+Best-of-k and pass@k for every k <= G from one set of G samples, without Monte Carlo.
+
+A run draws G completions once; the figure at k is the expectation over a uniformly
+random subset of k of them, drawn without replacement. Sort the eligible ones best
+first: the one at rank j is chosen if it is in the subset and the j before it are not,
+
+    weight[j] = C(G - 1 - j, k - 1) / C(G, k) = k/G * prod_{i<j} (G - k - i) / (G - 1 - i)
+
+and every figure is a sum of weight x value. At k = G the weights are one-hot: the choice
+of `best_of_n`. A vote is not an order statistic (the votes change with the subset), so
+`majority` and `rpc` enumerate all subsets where they are few and draw seeded ones where not.
+
+P prompts, G completions per prompt.
+
+Votes over random subsets of a prompt's completions: which completion each subset chooses.
+
+In a subset the value of a completion is that of its answer: the number of completions that give it
+("majority"), or the log of the summed probability of the distinct ones ("rpc"). The first
+completion of the highest value is the choice; one without an answer has the least value there is.
+
+P prompts, G completions per prompt, B subsets, A answers, R distinct completions.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from sharpen.errors import InputError
+
+from .outcome import MAJORITY, RPC, VOTES, Outcome
+
+N_RESAMPLES = 10_000  # a choice: the Monte Carlo error of a 95 % limit is far below its width
+CHUNK = 1 << 22  # prompt draws held at once, 32 MiB
+
+
+def resample_means(
+    value_PM: Float64[np.ndarray, "P M"], *, seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> Float64[np.ndarray, "B M"]:
+    """Mean of every column over P prompts drawn with replacement, `n_resamples` times."""
+    P = len(value_PM)
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK // P)
+    means = []
+    for start in range(0, n_resamples, rows):
+        size = min(rows, n_resamples - start)
+        draw_BP = rng.integers(P, size=(size, P)) + P * np.arange(size)[:, None]
+        count_BP = np.bincount(draw_BP.ravel(), minlength=size * P).reshape(size, P)
+        means.append(count_BP.astype(np.float64) @ value_PM / P)
+    return np.concatenate(means)
+
+
+def ci95(statistic_B: Float64[np.ndarray, " B"]) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of a resampled statistic."""
+    low, high = np.percentile(statistic_B, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def p_value(difference_B: Float64[np.ndarray, " B"]) -> float:
+    """Two-sided p-value of "the difference is zero", from its resampled values.
+
+        p = min(1, 2 * (1 + min(#{d <= 0}, #{d >= 0})) / (B + 1))
+
+    It is the percentile interval turned round: p < 0.05 where the 95 % interval leaves out 0.
+    Never 0; the smallest possible is 2 / (B + 1).
+
+    Source:
+        Efron and Tibshirani 1993, chapters 13 and 15; the added one is Davison and Hinkley 1997.
+    """
+    # equal vectors summed in another order differ in the last bits; that is not a sign
+    d = np.round(difference_B, 12)
+    tail = min(int((d <= 0).sum()), int((d >= 0).sum()))
+    return min(1.0, 2 * (1 + tail) / (len(d) + 1))
+
+
+def bootstrap_ci95(
+    value_P: Float64[np.ndarray, " P"], *, seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `value_P` over prompts."""
+    return ci95(resample_means(value_P[:, None], seed=seed, n_resamples=n_resamples)[:, 0])
+
+
+def paired_p_value(
+    a_P: Float64[np.ndarray, " P"],
+    b_P: Float64[np.ndarray, " P"],
+    *,
+    seed: int = 0,
+    n_resamples: int = N_RESAMPLES,
+) -> float:
+    """Two-sided paired bootstrap p-value (`p_value`) of equal means of two vectors over prompts."""
+    difference_P1 = (a_P - b_P)[:, None]
+    return p_value(resample_means(difference_P1, seed=seed, n_resamples=n_resamples)[:, 0])
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """Areas under the ROC curve of one reward.
+
+    Attributes:
+        mean: Mean of the prompts' areas, each prompt alike; NaN where none has one.
+        pooled: Share of all pairs of all prompts that are in order, each pair alike.
+        n_prompts: Prompts that have an area: with a right and a wrong completion.
+        auroc_P: Area of each prompt, NaN where it has none.
+        n_pairs_P: Pairs of a right and a wrong completion of each prompt.
+    """
+
+    mean: float
+    pooled: float
+    n_prompts: int
+    auroc_P: Float64[np.ndarray, " P"]
+    n_pairs_P: Int64[np.ndarray, " P"]
+
+
+def within_prompt_auroc(
+    reward_PG: Float64[np.ndarray, "P G"],
+    # their shapes are checked below, with a message
+    correct_PG: Bool[np.ndarray, "..."],
+    valid_PG: Bool[np.ndarray, "..."] | None = None,
+) -> Auroc:
+    """Chance that a right completion of a prompt has a higher reward than a wrong one.
+
+        auroc[p] = mean over right i, wrong j of p of  1[r_i > r_j] + 1[r_i = r_j] / 2
+
+    0.5 is a coin, 1 always right. Prompts whose completions are all right, or all wrong, have no
+    pair and are left out, and so are completions that are not valid or whose reward is NaN: a
+    choice never sees them.
+
+    Args:
+        reward_PG: Higher is better; infinities are ordered as they are.
+        correct_PG: Grades.
+        valid_PG: Which completions may be chosen; default: all.
+
+    Raises:
+        InputError: If the arrays are of different shapes.
+
+    Source:
+        Taubenfeld et al. 2025 (CISC), arXiv:2502.06233, within-question discrimination: `pooled`.
+
+    Example:
+        >>> reward_PG = np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 5.0]])
+        >>> correct_PG = np.array([[True, False, True], [True, True, True]])
+        >>> found = within_prompt_auroc(reward_PG, correct_PG)
+        >>> found.mean, found.n_prompts  # 3 > 2, 1 < 2; the second prompt has nothing wrong
+        (0.5, 1)
+    """
+    for name, given_PG in (("correct_PG", correct_PG), ("valid_PG", valid_PG)):
+        if given_PG is not None and given_PG.shape != reward_PG.shape:
+            raise InputError(
+                f"`{name}` must be of the shape of `reward_PG`, {reward_PG.shape}, "
+                f"got {given_PG.shape}."
+            )
+    may_PG = ~np.isnan(reward_PG)
+    if valid_PG is not None:
+        may_PG = may_PG & valid_PG
+    P = len(reward_PG)
+    won_P, n_pairs_P = np.zeros(P), np.zeros(P, dtype=np.int64)
+    for p in range(P):
+        right, wrong = (reward_PG[p, may_PG[p] & c] for c in (correct_PG[p], ~correct_PG[p]))
+        wrong = np.sort(wrong)
+        # wrong ones below each right one, and below or beside it
+        below, beside = (np.searchsorted(wrong, right, side) for side in ("left", "right"))
+        won_P[p] = (below.sum() + beside.sum()) / 2
+        n_pairs_P[p] = len(right) * len(wrong)
+    auroc_P = np.full(P, np.nan)
+    np.divide(won_P, n_pairs_P, out=auroc_P, where=n_pairs_P > 0)
+    has_area = n_pairs_P > 0
+    n_prompts, n_pairs = int(has_area.sum()), int(n_pairs_P.sum())
+    return Auroc(
+        mean=float(auroc_P[has_area].mean()) if n_prompts else float("nan"),
+        pooled=float(won_P.sum() / n_pairs) if n_pairs else float("nan"),
+        n_prompts=n_prompts,
+        auroc_P=auroc_P,
+        n_pairs_P=n_pairs_P,
+    )
+
+
+N_SUBSETS = 200  # of a vote, per prompt: standard error at most 0.035 / sqrt(P); a choice
+
+
+@dataclass(frozen=True)
+class BestOfK:
+    """Best-of-k of one reward at one k, prompt by prompt, so that prompts can be resampled.
+
+    Attributes:
+        weight_PG: Probability that each completion is the chosen one; a row sums to the share
+            of subsets that hold an eligible completion.
+        accuracy_P: Probability of a correct choice; a subset without an eligible completion
+            counts as wrong. None without a checker.
+        mean_logprob: Mean log-probability of the chosen, nats, over all prompts and subsets
+            that have a choice (pooled, each with its probability); NaN if none has.
+    """
+
+    weight_PG: Float64[np.ndarray, "P G"]
+    accuracy_P: Float64[np.ndarray, " P"] | None
+    mean_logprob: float
+
+
+def best_of_k(
+    outcome: Outcome, reward: str, k: int, *, seed: int = 0, n_subsets: int = N_SUBSETS
+) -> BestOfK:
+    """Expected accuracy and log-probability of the best of k random samples by `reward`.
+
+    Exact for every reward but the votes "majority" and "rpc", which are exact where
+    C(G, k) <= max(n_subsets, G) (so at k = 1 and k = G) and otherwise a mean over `n_subsets`
+    random subsets per prompt.
+
+    Args:
+        outcome: The run.
+        reward: One of `outcome.rewards`.
+        k: Subset size, 1 <= k <= G.
+        seed: Of the random subsets; not used by exact figures.
+        n_subsets: Random subsets per prompt, >= 1.
+
+    Raises:
+        InputError: If `k` is out of range or the reward unknown.
+    """
+    _check_k(k, outcome.n_samples)
+    if reward in VOTES:
+        weight_PG = vote_weights(outcome, reward, k, seed, n_subsets)
+    else:
+        weight_PG = _rank_weights(outcome, reward, k)
+    logprob_PG = outcome.reward_PG["logprob"]
+    counted_PG = (weight_PG > 0) & ~np.isnan(logprob_PG)
+    total = weight_PG[counted_PG].sum()
+    mean = float(weight_PG[counted_PG] @ logprob_PG[counted_PG] / total) if total > 0 else math.nan
+    accuracy_P = None
+    if outcome.correct_PG is not None:
+        accuracy_P = (weight_PG * outcome.correct_PG).sum(axis=1)
+    return BestOfK(weight_PG, accuracy_P, mean)
+
+
+def pass_at_k(correct_PG: Bool[np.ndarray, "P G"], k: int) -> Float64[np.ndarray, " P"]:
+    """Probability that at least one of k random samples is correct, valid or not.
+
+        1 - C(G - c, k) / C(G, k) = 1 - prod_{i<k} (G - c - i) / (G - i)
+
+    Raises:
+        InputError: If `k` is not in 1..G.
+
+    Source:
+        Chen et al. 2021, arXiv:2107.03374, equation 1.
+
+    Example:
+        >>> pass_at_k(np.array([[True, False, False, False]]), 2)
+        array([0.5])
+    """
+    G = correct_PG.shape[1]
+    _check_k(k, G)
+    i_k = np.arange(k)
+    wrong_P = G - correct_PG.sum(axis=1)
+    # where k > G - c one factor is exactly 0
+    return 1 - np.prod((wrong_P[:, None] - i_k) / (G - i_k), axis=1)
+
+
+def sample_accuracy(correct_PG: Bool[np.ndarray, "P G"]) -> Float64[np.ndarray, " P"]:
+    """Expected accuracy of one sample: the mean over all G, valid or not."""
+    return correct_PG.mean(axis=1, dtype=np.float64)
+
+
+def order_by(outcome: Outcome, reward: str) -> Int64[np.ndarray, "P G"]:
+    """Completion indices best first: eligible before ineligible, ties by the lower index."""
+    eligible_PG = outcome.eligible(reward)
+    reward_PG = all_votes(outcome) if reward == MAJORITY else outcome.reward_PG[reward]
+    # -inf is a legal reward, so eligibility is a key of its own and not a sentinel value
+    key_PG = np.where(eligible_PG, -reward_PG, 0.0)
+    return np.lexsort((key_PG, ~eligible_PG), axis=1).astype(np.int64)
+
+
+def _check_k(k: int, G: int) -> None:
+    if not 1 <= k <= G:
+        raise InputError(f"`k` must be in 1..{G}, the samples per prompt, got {k}; sample more.")
+
+
+def _rank_weights(outcome: Outcome, reward: str, k: int) -> np.ndarray:
+    G = outcome.n_samples
+    i = np.arange(G - 1)
+    step = np.maximum(G - k - i, 0) / (G - 1 - i)
+    weight_G = k / G * np.concatenate([[1.0], np.cumprod(step)])
+    weight_PG = np.empty((outcome.n_prompts, G))
+    np.put_along_axis(weight_PG, order_by(outcome, reward), weight_G[None], axis=1)
+    return np.where(outcome.eligible(reward), weight_PG, 0.0)
+
+
+NO_VOTE = -sys.float_info.max  # below every value of an answer, above no choice at all
+
+
+def vote_weights(
+    outcome: Outcome, reward: str, k: int, seed: int, n_subsets: int
+) -> Float64[np.ndarray, "P G"]:
+    """Share of the subsets of k that choose each completion, by the vote `reward`.
+
+    All subsets where there are at most max(n_subsets, G), else `n_subsets` seeded ones per prompt.
+    """
+    G = outcome.n_samples
+    eligible_PG = outcome.eligible(reward)
+    weight_PG = np.zeros((outcome.n_prompts, G))
+    is_exact = math.comb(G, k) <= max(n_subsets, G)
+    member_BG = _all_subsets(G, k) if is_exact else None
+    for p, label_G in enumerate(_labels(outcome, reward)):
+        if member_BG is None:
+            # a generator per prompt: its subsets do not depend on which prompts stand before it
+            drawn_BG = np.random.default_rng([seed, p]).random((n_subsets, G)).argsort(axis=1) < k
+        else:
+            drawn_BG = member_BG
+        able_BG = drawn_BG & eligible_PG[p]
+        if reward == RPC:
+            assert outcome.response_PG is not None
+            logprob_G = outcome.reward_PG["logprob"][p]
+            value_BG = _log_masses(label_G, outcome.response_PG[p], logprob_G, able_BG)
+        else:
+            value_BG = _counts(label_G, able_BG)
+        value_BG = np.where(able_BG, np.maximum(value_BG, NO_VOTE), -np.inf)
+        winner_B = value_BG.argmax(axis=1)[able_BG.any(axis=1)]
+        weight_PG[p] = np.bincount(winner_B, minlength=G) / len(drawn_BG)
+    return weight_PG
+
+
+def all_votes(outcome: Outcome) -> Float64[np.ndarray, "P G"]:
+    """Votes for each completion's answer among all eligible ones; 0 for one without an answer."""
+    member_1G = np.ones((1, outcome.n_samples), dtype=bool)
+    labels = _labels(outcome, MAJORITY)
+    return np.concatenate([_counts(label_G, member_1G) for label_G in labels])
+
+
+def _labels(outcome: Outcome, reward: str) -> Iterator[Int64[np.ndarray, " G"]]:
+    """Answers of each prompt as small integers; -1 for a completion that has no vote."""
+    eligible_PG = outcome.eligible(reward)
+    for p, row in enumerate(outcome.answers or []):
+        label_G = np.full(len(row), -1, dtype=np.int64)
+        seen: dict[str | None, int] = {}
+        for g in np.flatnonzero(eligible_PG[p]).tolist():
+            if row[g] is not None:
+                label_G[g] = seen.setdefault(row[g], len(seen))
+        yield label_G
+
+
+def _counts(
+    label_G: Int64[np.ndarray, " G"], member_BG: Bool[np.ndarray, "B G"]
+) -> Float64[np.ndarray, "B G"]:
+    """Votes that each completion's answer gets in each subset; 0 for one without an answer."""
+    # column 0 is for no answer and stays empty
+    label_A = np.arange(-1, label_G.max() + 1)
+    is_vote_GA = (label_G[:, None] == label_A) & (label_A >= 0)
+    return (member_BG.astype(np.float64) @ is_vote_GA)[:, label_G + 1]
+
+
+def _log_masses(
+    label_G: Int64[np.ndarray, " G"],
+    response_G: Int64[np.ndarray, " G"],
+    logprob_G: Float64[np.ndarray, " G"],
+    able_BG: Bool[np.ndarray, "B G"],
+) -> Float64[np.ndarray, "B G"]:
+    """Log-mass of each completion's answer in each subset, nats; -inf for one without an answer."""
+    mass_BA = np.full((len(able_BG), label_G.max() + 2), -np.inf)
+    # of an answer that no eligible completion gives there is no column; column 0 stays empty
+    for label, response in sorted(set(zip(label_G.tolist(), response_G.tolist(), strict=True))):
+        if label < 0:
+            continue
+        same_G = (label_G == label) & (response_G == response)
+        logprob = logprob_G[same_G][0]
+        is_there_B = able_BG[:, same_G].any(axis=1)
+        mass_BA[is_there_B, label + 1] = np.logaddexp(mass_BA[is_there_B, label + 1], logprob)
+    return mass_BA[:, label_G + 1]
+
+
+def _all_subsets(G: int, k: int) -> np.ndarray:
+    index_BK = np.array(list(itertools.combinations(range(G), k)))
+    member_BG = np.zeros((len(index_BK), G), dtype=bool)
+    np.put_along_axis(member_BG, index_BK, True, axis=1)
+    return member_BG

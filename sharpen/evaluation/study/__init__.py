@@ -1,4 +1,0 @@
-"""From stored samples to the tables of a study: selectors, samplers and trained models, compared.
-
-All of it is pure functions of samples and their rewards; `sharpen.commands.study` draws them.
-"""

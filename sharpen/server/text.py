@@ -1,0 +1,258 @@
+"""Where a prompt ends in a text that begins with it, or with what a host has left of it.
+
+A host whose prompts are too long cuts them on the left and sends the whole prompt beside a text
+that begins with the rest. So a text that does not begin with the prompt may begin with its end: of
+all ends of the prompt that the text begins with, the longest. Where a prompt repeats itself, a
+response that repeats it again counts as prompt. An end shorter than `MIN_KEPT` says nothing.
+
+Text of a request to token ids and back, with the tokenizer of the model or without one.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sharpen.errors import InputError
+from sharpen.records import PromptRecord, check_prompt
+from sharpen.sampling.base import has_chat_template, render
+
+from .schemas import RefusedError, text, wrong
+
+if TYPE_CHECKING:
+    import transformers
+
+# characters; chosen. No run leaves so little of a prompt, and a new line ends many
+MIN_KEPT = 32
+# what a decoder writes for each byte of a character that was cut through, of at most four
+REPLACEMENT, MAX_REPLACED = "\ufffd", 3
+# tokens around the place that lengths of texts point to, as a cut character has other lengths
+NEAR = 4
+
+
+def kept_end(opening: str, text: str) -> int:
+    """Characters of `text` that are an end of `opening`: the longest, or 0 if it is too short.
+
+    Example:
+        >>> kept_end("Question: what is the sum of 17 and 25? Answer: ",
+        ...          "what is the sum of 17 and 25? Answer: 42")
+        38
+        >>> kept_end("Question: 17 + 25? Answer: ", "Answer: 42")
+        0
+    """
+    n_replaced = len(text) - len(text.lstrip(REPLACEMENT))
+    skip = n_replaced if n_replaced <= MAX_REPLACED else 0
+    n = _overlap(opening, text[skip:])
+    return n + skip if n >= MIN_KEPT else 0
+
+
+def kept_ids(ids: Sequence[int], kept: str, decode: Callable[[list[int]], str]) -> list[int] | None:
+    """The last of `ids` that are decoded to `kept`, as the host cut them; None if none are."""
+    n = len(ids)
+    at = bisect_left(range(n + 1), len(kept), key=lambda k: len(decode(list(ids[n - k :]))))
+    for k in sorted(range(max(1, at - NEAR), min(n, at + NEAR) + 1), key=lambda k: abs(k - at)):
+        last = list(ids[n - k :])
+        if decode(last) == kept:
+            return last
+    return None
+
+
+def _overlap(left: str, right: str) -> int:
+    """Length of the longest end of `left` that `right` begins with; Knuth, Morris and Pratt."""
+    right = right[: len(left)]
+    left = left[len(left) - len(right) :]
+    borders = [0] * len(right)
+    n = 0
+    for i in range(1, len(right)):
+        while n and right[i] != right[n]:
+            n = borders[n - 1]
+        n += right[i] == right[n]
+        borders[i] = n
+    n = 0
+    # both are as long, so all of `right` can be matched by the last character alone
+    for character in left:
+        while n and character != right[n]:
+            n = borders[n - 1]
+        n += character == right[n]
+    return n
+
+
+# a short conversation, rendered to see what the template writes before an answer
+PROBE = [{"role": "user", "content": "?"}]
+
+# what the refusal of a text is called that the context cannot hold
+TOO_LONG = "too_long"
+
+
+class Texts:
+    """Reads prompts and completions in every form that a request may have them.
+
+    Args:
+        tokenizer: Of the model; None if it has none, and then only token ids can be read.
+        max_chars: Characters of a text that may be tokenised, which takes seconds where they are
+            millions; None for any.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "transformers.PreTrainedTokenizerBase | None",
+        max_chars: int | None = None,
+    ):
+        self._given = tokenizer
+        self._max_chars = max_chars
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """The tokenizer.
+
+        Raises:
+            RefusedError: If the model has none.
+        """
+        if self._given is None:
+            raise RefusedError(
+                422, "this model has no tokenizer here; send token ids.", code="no_tokenizer"
+            )
+        return self._given
+
+    # ids of a request are whatever it holds, until the model's limits have seen them
+    def ids(self, value: object, field: str, *, special: bool) -> list[Any]:
+        """Token ids of text, or the ids themselves, which are not checked yet.
+
+        Raises:
+            RefusedError: If it is neither, or far too long to be read.
+        """
+        if isinstance(value, list):
+            return value
+        if isinstance(value, str):
+            self._check_length(field, len(value))
+            return list(self.tokenizer.encode(text(value, field), add_special_tokens=special))
+        raise wrong(field, "text or a list of token ids", value)
+
+    # as above
+    def prompt_ids(self, value: object, *, special: bool) -> list[Any]:
+        """Token ids of a prompt: text, ids, or messages, which the chat template renders.
+
+        Raises:
+            RefusedError: If it is none of these.
+            InputError: If messages are malformed, or there is no template.
+        """
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            prompt = check_prompt("the request", {"prompt": value})
+            self._check_length("prompt", sum(len(message["content"]) for message in value))
+            record = PromptRecord("the request", "", prompt)
+            return list(render(record, self.tokenizer).ids)
+        return self.ids(value, "prompt", special=special)
+
+    def _check_length(self, field: str, n: int) -> None:
+        if self._max_chars is not None and n > self._max_chars:
+            raise RefusedError(
+                422,
+                f"`{field}` must have at most {self._max_chars} characters, got {n}; the model's "
+                "context could not hold it.",
+                param=field,
+                code=TOO_LONG,
+            )
+
+    def eos(self) -> list[int]:
+        """The token that ends a completion.
+
+        Raises:
+            InputError: If the tokenizer has none.
+        """
+        if not isinstance(self.tokenizer.eos_token_id, int):
+            raise InputError("`add_eos` needs a tokenizer with one EOS token; leave it out.")
+        return [self.tokenizer.eos_token_id]
+
+    def split(self, query: str, prompt: str, field: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of what follows it in `query`; special tokens stand in the text.
+
+        A query that was decoded from ids may spell its prompt as the tokenizer does, so that
+        spelling counts as well; and it may begin with the end of a prompt that was too long.
+
+        Raises:
+            RefusedError: If `query` begins with none of these.
+        """
+        # of a longer prompt a query that fits the model can hold the end alone
+        tail = prompt if self._max_chars is None else prompt[-self._max_chars :]
+        prompt_ids = self.ids(tail, "prompts", special=False)
+        openings = (tail, self.decoded(prompt_ids))
+        for opening in openings if tail == prompt else ():
+            if query.startswith(opening):
+                return prompt_ids, self.ids(query[len(opening) :], field, special=False)
+        n = max(kept_end(opening, query) for opening in openings)
+        if n:
+            kept, response = query[:n], query[n:]
+            kept_of_prompt = kept_ids(prompt_ids, kept, self.decoded)
+            return (
+                kept_of_prompt or self.ids(kept, field, special=False),
+                self.ids(response, field, special=False),
+            )
+        raise RefusedError(
+            422,
+            f"`{field}` must begin with its prompt {prompt[:40]!r}, or with {MIN_KEPT} characters "
+            f"or more of the end of it, got {query[:40]!r}; send prompt and query as one tokenizer "
+            "spells them.",
+            param=field,
+            code="bad_field",
+        )
+
+    def split_last(self, whole: str, field: str) -> tuple[list[int], list[int]]:
+        """Ids up to the last turn of the assistant, and of it; a text with none splits early.
+
+        Without a chat template, or without what it writes before an answer, everything after the
+        first token is the completion.
+        """
+        marker = self.before_answer
+        if marker and marker in whole:
+            before, _, after = whole.rpartition(marker)
+            prompt_ids = self.ids(before + marker, field, special=False)
+            return prompt_ids, self.ids(after, field, special=False)
+        ids = self.ids(whole, field, special=False)
+        return ids[:1], ids[1:]
+
+    @cached_property
+    def before_answer(self) -> str:
+        """What the chat template writes between a question and its answer; "" without one."""
+        if self._given is None or not has_chat_template(self._given):
+            return ""
+        # a template is a program of the model's author; one that refuses the probe has no marker
+        try:
+            plain, opened = (
+                str(
+                    self._given.apply_chat_template(
+                        PROBE, tokenize=False, add_generation_prompt=is_open
+                    )
+                )
+                for is_open in (False, True)
+            )
+        except Exception:
+            return ""
+        return opened[len(plain) :] if opened.startswith(plain) else ""
+
+    def decoded(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens and spaces as they are; "" without a tokenizer."""
+        if self._given is None:
+            return ""
+        return self._decode(ids)
+
+    def token_text(self, token: int) -> str:
+        """Text of one token inside a text, with the space it may begin with."""
+        if self._given is None:
+            return f"token_id:{token}"
+        if token not in self._token_texts:
+            # alone, a SentencePiece token loses its space
+            before = self._decode(self._anchor)
+            joined = self._decode([*self._anchor, token])
+            inside = joined.startswith(before) and bool(self._anchor)
+            self._token_texts[token] = joined[len(before) :] if inside else self._decode([token])
+        return self._token_texts[token]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return list(self.tokenizer.encode("a", add_special_tokens=False))[-1:]
+
+    # what `decode` returns depends on what it gets; from one list it is text
+    def _decode(self, ids: list[int]) -> str:
+        options: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, **options))

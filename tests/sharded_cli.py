@@ -1,8 +1,0 @@
-"""`sharpen ARGS` where accelerate shards CPUs: torchrun ... tests/sharded_cli.py ARGS."""
-
-from sharpen.__main__ import entry
-from training_shards import shard_on_cpus
-
-if __name__ == "__main__":
-    shard_on_cpus()
-    entry()
