@@ -48,10 +48,10 @@ def require(module: str, message: str) -> Any:
     Example:
         >>> require("json", "unused").loads("[1]")
         [1]
-        >>> require("no_such_package", "`export` needs it, got {error}; pip install it.")
+        >>> require("no_such_package", "It must be there, got {error}.")
         Traceback (most recent call last):
             ...
-        sharpen.errors.InputError: `export` needs it, got No module named 'no_such_package'; pip install it.
+        sharpen.errors.InputError: It must be there, got No module named 'no_such_package'.
     """
     try:
         return importlib.import_module(module)
