@@ -26,7 +26,7 @@ LAYERS = [
     ("sharpen.errors", "sharpen.console"),
     ("sharpen_kernels",),
 ]
-BUDGETS = {"sharpen": 250, "kernels": 350, "tests": 250, "bench": 120}
+BUDGETS = {"sharpen": 250, "kernels": 350, "tests": 250}
 
 
 def each_module():
