@@ -132,11 +132,12 @@ def measure(
     device: str,
     seconds: float,
     min_rounds: int = MIN_ROUNDS,
+    before: Callable[[], object] | None = None,
 ) -> tuple[dict[str, Timing], Missing]:
     """Time the contenders in turns.
 
     The rounds last `seconds`, but there are `min_rounds` to MAX_ROUNDS. A contender that fails is
-    left out, and its reason is returned.
+    left out, and its reason is returned. `before` is called ahead of each timed call, untimed.
     """
     times: dict[str, list[float]] = {}
     seen: dict[str, tuple[float, Tensor]] = {}
@@ -159,6 +160,8 @@ def measure(
             if time.perf_counter() - last_line > PROGRESS_SECONDS:
                 say(f"round {i + 1}, at least {min_rounds} in {seconds:g} s: {name}", depth=1)
                 last_line = time.perf_counter()
+            if before is not None:
+                before()
             found.append(once(contenders[name], device))
     return {name: Timing(tuple(found), *seen[name]) for name, found in times.items()}, failed
 
@@ -247,10 +250,11 @@ def compare(
     device: str,
     seconds: float,
     min_rounds: int = MIN_ROUNDS,
+    before: Callable[[], object] | None = None,
 ) -> tuple[Results, Missing]:
     """Measure the contenders in turns; errors are of their first numbers against `truth`."""
     calls = {name: contender.call for name, contender in contenders.items()}
-    timings, failed = measure(calls, device, seconds, min_rounds)
+    timings, failed = measure(calls, device, seconds, min_rounds, before)
     want, results = _first(truth), {}
     for name, timing in timings.items():
         kind = contenders[name].kind

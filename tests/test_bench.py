@@ -84,6 +84,15 @@ def test_gpu_checklist_without_a_gpu_says_what_it_needs(tmp_path):
     assert "needs a CUDA device" in done.stdout
 
 
+def test_ranks_may_wait_ahead_of_each_timed_call():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or torch.ones(1) for name in "ab"}
+    found, _ = measure(calls, "cpu", 0.0, min_rounds=2, before=lambda: order.append("wait"))
+    # each twice before any is timed: its first call, and the one whose memory is counted
+    assert order == ["a", "a", "b", "b", *["wait", "a", "wait", "b"] * 2]
+    assert len(found["a"].seconds) == 2
+
+
 def test_recorded_clock_replays_what_it_was_given():
     clock, seen = RecordedClock(), []
     clock.replay([0.5, 0.25])
