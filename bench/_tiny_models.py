@@ -8,35 +8,49 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 V, D, CONTEXT = 293, 32, 256
-# a class takes those that it has
-SMALL: dict[str, Any] = {
-    "vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_size": D, "n_embd": D, "d_model": D, "dim": D, "embed_dim": D, "emb_dim": D,
-    "intermediate_size": 48, "ffn_dim": 48, "d_ff": 48, "ffn_hidden_size": 48, "n_inner": 48,
-    "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "intermediate_size_mlp": 48,
-    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2,
-    "encoder_layers": 2,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
-    "decoder_attention_heads": 4, "encoder_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8,
-    "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "n_ctx": CONTEXT,
-    "max_seq_len": CONTEXT,
+# by size, the names that configurations have for it; a class takes those that it has
+SIZES: tuple[tuple[float, str], ...] = (
+    (V, "vocab_size vocab_size_per_layer_input"),
+    (0, "pad_token_id"),
+    (
+        1,
+        "bos_token_id n_shared_experts n_group topk_group first_k_dense_replace "
+        "mamba_n_groups n_groups decoder_sparse_step",
+    ),
+    (
+        2,
+        "eos_token_id num_hidden_layers n_layer n_layers num_layers decoder_layers "
+        "encoder_layers num_key_value_heads num_experts_per_tok moe_topk top_k "
+        "mamba_expand expand linear_num_key_heads",
+    ),
+    (D, "hidden_size n_embd d_model dim embed_dim emb_dim embedding_size lru_width"),
+    (
+        48,
+        "intermediate_size ffn_dim d_ff ffn_hidden_size n_inner decoder_ffn_dim "
+        "encoder_ffn_dim intermediate_size_mlp block_ff_dim",
+    ),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+        "encoder_attention_heads rotary_dim num_experts num_local_experts "
+        "n_routed_experts mamba_num_heads linear_num_value_heads",
+    ),
+    (
+        8,
+        "head_dim global_head_dim attention_chunk_size qk_rope_head_dim qk_nope_head_dim "
+        "mamba_n_heads mamba_d_head mamba_d_state mamba_head_dim ssm_state_size "
+        "state_size linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input "
+        "query_pre_attn_scalar block_multiple_of",
+    ),
+    (CONTEXT, "max_position_embeddings n_positions n_ctx max_seq_len"),
     # wide enough that logits spread over nats, so that a wrong position shows
-    "initializer_range": 0.3, "init_std": 0.3,
-    "sliding_window": 5, "attention_chunk_size": 8, "embedding_size": D, "rotary_dim": 4,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "n_shared_experts": 1,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "moe_topk": 2, "top_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 12,
-    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
-    "mamba_expand": 2, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8,
-    "state_size": 8, "n_groups": 1, "expand": 2, "mamba_d_ssm": 64,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "decoder_sparse_step": 1, "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": V, "query_pre_attn_scalar": 8, "block_ff_dim": 48,
-    "block_multiple_of": 8, "lru_width": D, "attention_window_size": 5,
-}  # fmt: skip
+    (0.3, "initializer_range init_std"),
+    (5, "sliding_window attention_window_size"),
+    (16, "moe_intermediate_size shared_expert_intermediate_size kv_lora_rank q_lora_rank"),
+    (12, "v_head_dim"),
+    (64, "mamba_d_ssm"),
+)
+SMALL: dict[str, Any] = {name: size for size, names in SIZES for name in names.split()}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # lists, an entry a layer
 # what a type needs besides, or cannot take
@@ -46,17 +60,24 @@ OTHER: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {
-        "num_experts_per_tok": 2, "layer_types": None, "topk_method": "greedy", "head_dim": 8,
+        "num_experts_per_tok": 2,
+        "layer_types": None,
+        "topk_method": "greedy",
+        "head_dim": 8,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_ssm": 32, "mamba_expand": 1},
     "gemma3n_text": {
-        "num_kv_shared_layers": 2, "num_hidden_layers": 4, "activation_sparsity_pattern": [0.0] * 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4,
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [48] * 4,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "granitemoehybrid": {
-        "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -67,19 +88,28 @@ OTHER: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention"], "expand": 1},
     "qwen3_next": {"initializer_range": 0.1},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
-        "indexer_compress_ratio": 4, "ngram_vocab_size_base": 512, "split_ngram_parts": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 512,
+        "split_ngram_parts": 4,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
-        "axial_pos_embds": False, "is_decoder": True, "local_attn_chunk_length": 16,
-        "lsh_attn_chunk_length": 16, "attn_layers": ["local", "local"], "attention_head_size": 8,
+        "axial_pos_embds": False,
+        "is_decoder": True,
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "attn_layers": ["local", "local"],
+        "attention_head_size": 8,
     },
     "xlstm": {"qk_dim_factor": 1.0, "hidden_size": 64, "embedding_dim": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
