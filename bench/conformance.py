@@ -242,28 +242,28 @@ def answered(place: str, op: str, title: str, peer: Peer, device: str) -> dict[s
 
 
 def ask(op: str, peer: Peer, device: str) -> dict[str, Verdict]:
-    """Every verdict on `peer`; a case that ends its process is a crash, and the rest go on."""
+    """Every verdict on `peer`; where its process ends or takes too long, the rest go on."""
     verdicts: dict[str, Verdict] = {}
     environment = os.environ | {"TRITON_INTERPRET": "1" if device == "interpreter" else "0"}
+    program = "import sys; from bench.conformance import child; child(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, op, peer.name, device]
     while left := [case.name for case in CASES if case.name not in verdicts]:
-        program = "import sys; from bench.conformance import child; child(*sys.argv[1:])"
-        command = [sys.executable, "-c", program, op, peer.name, device]
         try:
             done = subprocess.run(
                 [*command, *left], capture_output=True, text=True, env=environment, timeout=SECONDS
             )
-            out, ended = done.stdout, f"exit code {done.returncode}"
+            out, ended = done.stdout, ("crash", f"exit code {done.returncode}")
         except subprocess.TimeoutExpired as stopped:
             heard = stopped.stdout or b""
             out = heard.decode() if isinstance(heard, bytes) else str(heard)
-            ended = f"no answer in {SECONDS} s"
+            ended = "no answer", f"in {SECONDS} s"
         lines = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
         verdicts |= {case: (verdict, why) for case, verdict, why in lines}
-        if ended == f"exit code {LOST}":
+        if ended[1] == f"exit code {LOST}":
             continue
         unanswered = [name for name in left if name not in verdicts]
         if unanswered:
-            verdicts[unanswered[0]] = "crash", ended
+            verdicts[unanswered[0]] = ended
     return verdicts
 
 
