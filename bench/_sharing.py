@@ -1,7 +1,15 @@
-"""N completions of one prompt of a random Llama, and their log-probs in fp64."""
+"""N completions of one prompt of a random Llama: the padded batch, fp64, and who agrees with it.
+
+Shared by every benchmark whose work is a prompt and its completions. Contenders must agree before
+their times mean anything: log-probabilities with the model's own logits in fp64, gradients among
+each other.
+
+P prompt tokens, C tokens of a completion, N completions, V vocabulary, D hidden.
+"""
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +18,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 LAYERS, D, V = 4, 256, 8192
 TRUE_ROWS = 8  # completions whose log-probs are computed in fp64
+# chosen; rounding is some 1e-5 of either
+TOLERANCE_NATS = 1e-3
+TOLERANCE_GRADIENT = 1e-3
+
+Gradients = dict[str, Tensor]
 
 
 def llama() -> Any:
     """Random, in eval mode; logits of standard deviation 3."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=688, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=688,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     model: Any = LlamaForCausalLM(config).eval()
     nn.init.normal_(model.lm_head.weight, std=3 / D**0.5)
     return model
@@ -79,3 +97,51 @@ def truth(problem: Problem) -> tuple[Tensor, Tensor]:
         model = copy.deepcopy(llama()).double()
         found = [by_padded_batch(model, prompt, completions[row][None]) for row in rows]
     return rows, torch.stack(found)
+
+
+def errors(problem: Problem | None, found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest error of each contender's log-probs, nats, against the model's own logits in fp64.
+
+    Those are of some completions. Without a problem: of ours, against the contender that is not.
+    All log-probs are compared between contenders.
+
+    Raises:
+        RuntimeError: If one is off.
+    """
+    peer = next(x for name, x in found.items() if not name.startswith("ours"))
+    apart = {name: _distance(x, peer) for name, x in found.items()}
+    if max(apart.values()) > TOLERANCE_NATS:
+        raise RuntimeError(f"log-probs differ, nats: {apart}")
+    if problem is None:
+        return {name: error for name, error in apart.items() if found[name] is not peer}
+    rows, want = truth(problem)
+    got = {name: x.view(problem.N, problem.C)[rows] for name, x in found.items()}
+    return {name: _distance(x.double(), want) for name, x in got.items()}
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.shape == b.shape else float("inf")
+
+
+def gradients(model: nn.Module) -> Gradients:
+    """Of every parameter, copied."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_gradients(found: Mapping[str, Gradients]) -> float:
+    """The largest difference between two contenders, of the parameter's largest gradient.
+
+    Raises:
+        RuntimeError: If one is off.
+    """
+    first, *others = found.values()
+    worst = max(
+        ((other[name] - g).abs().max() / g.abs().max()).item()
+        for other in others
+        for name, g in first.items()
+    )
+    if not worst <= TOLERANCE_GRADIENT:
+        raise RuntimeError(f"gradients differ by {worst:.1e} of the largest")
+    if any(g.isnan().any() for g in first.values()):
+        raise RuntimeError("gradients are NaN")
+    return worst

@@ -1,6 +1,5 @@
 """`pytest bench --benchmark-only` measures, whatever the settings of the tests say."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,5 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Benchmarks are off in the settings, for the tests; asking for them turns them on."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory, in silence
     if config.getoption("benchmark_only", False):
         config.option.benchmark_enable = True

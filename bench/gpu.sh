@@ -46,7 +46,7 @@ done
 "$python" - >"$out/machine.json" <<'PY' || { echo "needs a CUDA device that torch can see"; exit 2; }
 import json, torch
 assert torch.cuda.is_available()
-from bench._machine import machine
+from bench._measure import machine
 print(json.dumps(machine("cuda")))
 PY
 

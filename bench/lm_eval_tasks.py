@@ -10,32 +10,103 @@ worked examples before 16 questions of 40 tokens, 4 choices of 8 each. Batches h
 those of 8 sequences of `hf`, and as large a budget of ours.
 """
 
-import argparse
 import functools
 import logging
-import os
-import statistics
+import random
+import string
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 
-from bench._lm_eval_problems import BATCH, CHECKED, TASKS, Task, tokenizer
-from bench._machine import machine
-from bench._measure import Timing, measure
-from bench._rows import Row, write
-from bench._sharing import llama
-from bench._tables import table
+from bench._measure import (
+    Row,
+    Subject,
+    Timing,
+    flags,
+    kind_of,
+    machine,
+    measure,
+    parsed,
+    speedup,
+    steps,
+    table,
+    write,
+)
+from bench._sharing import D, V, llama
 from sharpen.errors import InputError
 from sharpen.integrations.lm_eval import register
 
+BATCH = 8
 TOLERANCE = 1e-5  # nats a token, of the sums over a choice
 
 
-# the harness's own classes
+class Task(NamedTuple):
+    """Questions after a preamble of `shots` tokens, each with choices; sizes in tokens."""
+
+    name: str
+    shots: int
+    questions: int
+    context: int
+    choices: int
+    C: int
+
+    def __str__(self) -> str:
+        sizes = f"questions={self.questions} context={self.context} choices={self.choices}"
+        return f"shots={self.shots} {sizes} C={self.C}"
+
+    @property
+    def max_tokens(self) -> int:
+        """What `hf` reads in one batch."""
+        return BATCH * (self.shots + self.context + self.C - 1)
+
+    @property
+    def flops(self) -> float:
+        """Forward, of the layers on every token once and of the head on those that predict."""
+        ends = self.choices * (self.C - 1)
+        tokens = self.shots + self.questions * (self.context + ends)
+        return 2.0 * (_layer_parameters() * tokens + D * V * self.questions * (1 + ends))
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Context and continuation of every request."""
+        draw = random.Random(0)
+
+        def text(n: int) -> str:
+            return "".join(draw.choices(string.ascii_letters, k=n))
+
+        shots = text(self.shots)
+        contexts = [shots + text(self.context) for _ in range(self.questions)]
+        return [(context, text(self.C)) for context in contexts for _ in range(self.choices)]
+
+
+TASKS = [Task("choices", 0, 8, 600, 8, 24), Task("shots", 600, 16, 40, 4, 8)]
+CHECKED = [Task("choices", 0, 2, 20, 3, 4), Task("shots", 20, 3, 5, 2, 2)]
+
+
+def main() -> int:
+    """Parse the flags and measure."""
+    parser = flags("lm-eval's many-choice tasks, ours beside hf", seconds=20.0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parsed(parser)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        register()
+    except InputError as error:
+        print(f"missing, {error}")
+        return 0 if args.check else 2
+    for task in steps(CHECKED if args.check else TASKS):
+        rows, timings = measured(task, args.device, 0.0 if args.check else args.seconds)
+        ratio = speedup(timings["ours"], timings["hf"])
+        print(f"{table(f'lm-eval {task.name}, {task}', rows, {})}\n  ours: {ratio:.2f} x hf")
+        if args.out:
+            write(rows, args.out)
+    return 0
+
+
 def measured(task: Task, device: str, seconds: float) -> tuple[list[Row], dict[str, Timing]]:
     """Rows and timings; a RuntimeError if the answers differ."""
+    # the harness's own classes
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import get_model  # pyright: ignore[reportMissingImports]
 
@@ -60,46 +131,28 @@ def measured(task: Task, device: str, seconds: float) -> tuple[list[Row], dict[s
     )
     if failed or max(errors.values()) > TOLERANCE:
         raise RuntimeError(f"a contender failed or differs: {failed} {errors}")
-    facts = machine(device)
+    subject = Subject(f"lm-eval {task.name}", str(task), "float32", task.flops, machine(device))
     rows = [
-        Row(
-            op=f"lm-eval {task.name}", impl=name, shape=str(task), dtype="float32",
-            median_us=round(timing.median * 1e6, 1), spread=round(timing.spread, 3),
-            rounds=len(timing.seconds), tflop_per_s=round(task.flops / timing.median / 1e12, 4),
-            peak_extra_mib=round(timing.peak_extra_mib, 2), machine=facts,
-            max_error=errors[name], kind="ours" if name.startswith("ours") else "exact",
-        )
+        Row.of(subject, name, kind_of(name), timing, errors[name])
         for name, timing in timings.items()
-    ]  # fmt: skip
+    ]
     return rows, timings
 
 
-def main() -> int:
-    """Parse the flags and measure."""
-    parser = argparse.ArgumentParser(description="lm-eval's many-choice tasks, ours beside hf")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of rounds, for each task")
-    parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
-    parser.add_argument("--check", action="store_true", help="tiny shapes, agreement alone")
-    args = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory, in silence
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        register()
-    except InputError as error:
-        print(f"missing, {error}")
-        return 0 if args.check else 2
-    for task in CHECKED if args.check else TASKS:
-        rows, timings = measured(task, args.device, 0.0 if args.check else args.seconds)
-        times = zip(timings["hf"].seconds, timings["ours"].seconds, strict=True)
-        ratio = statistics.median(hf / ours for hf, ours in times)
-        print(f"{table(f'lm-eval {task.name}, {task}', rows, {})}\n  ours: {ratio:.2f} x hf")
-        if args.out:
-            write(rows, args.out)
-    return 0
+@functools.cache
+def _layer_parameters() -> int:
+    return sum(p.numel() for p in llama().model.layers.parameters())
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token a letter."""
+    from tokenizers import Tokenizer, models
+
+    names = ["<pad>", "<s>", "</s>", *string.ascii_letters]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 if __name__ == "__main__":

@@ -13,21 +13,22 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from bench._clock import RecordedClock
-from bench._rows import write
-from bench._sharing_tasks import NAMES
-from bench.sharing import TASKS, measured
+from bench._measure import RecordedClock, say, write
+from bench.sharing import NAMES, TASKS, measured
 
 CLOCK = RecordedClock()
 
 
 @functools.cache
 def found_of(task, config):
-    """Rows and rounds of one task by contender, told as soon as they are known."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        rows, seconds, text = pool.submit(measured, task, config.getoption("seconds")).result()
+    """Rows and rounds of one task by contender, printed as soon as they are known."""
+    spawn = multiprocessing.get_context("spawn")
+    # so that progress is seen while it runs
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + text, flush=True)
+        say(f"\n{task}")
+        with ProcessPoolExecutor(1, spawn) as pool:
+            rows, seconds, text = pool.submit(measured, task, config.getoption("seconds")).result()
+        print(text, flush=True)
     if config.getoption("out"):
         write(rows, config.getoption("out"))
     return {row.impl: row for row in rows}, seconds

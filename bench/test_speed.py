@@ -12,26 +12,22 @@ import functools
 import pytest
 import torch
 
-from bench._clock import RecordedClock
-from bench._floors import floors_of
-from bench._rows import run as measure_task
-from bench._rows import write
-from bench._shapes import all_tasks
-from bench._tables import table
+from bench._measure import RecordedClock, say, table, write
+from bench.speed import all_tasks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 CLOCK = RecordedClock()
 
 
 @functools.cache
 def measured(task, config):
-    """What came of one task, told as soon as it is known; its tensors are gone by then."""
-    results, missing = measure_task(task, config.getoption("seconds"))
-    rows = [row for row, _ in results.values()]
+    """What came of one task, printed as soon as it is known; its tensors are gone by then."""
+    # so that progress is seen while it runs
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + table(str(task), rows, missing), flush=True)
+        say(f"\n{task}")
+        results, missing = task.run(config.getoption("seconds"))
+        rows = [row for row, _ in results.values()]
+        print(table(str(task), rows, missing), flush=True)
     if config.getoption("out"):
         write(rows, config.getoption("out"))
     return results, missing
@@ -42,7 +38,7 @@ def contenders():
     for task in all_tasks(DEVICE):
         taking, missing = task.peers()
         marks = pytest.mark.benchmark(group=str(task), timer=CLOCK.now)
-        for name in [*taking, *floors_of(task), *missing]:
+        for name in [*taking, *task.floors(), *missing]:
             yield pytest.param(task, name, marks=marks, id=f"{task}-{name}")
 
 

@@ -10,23 +10,57 @@ policies, `forward+backward` with those of the log-probs' sum. No gradient check
 """
 
 import argparse
-import os
-import statistics
-from pathlib import Path
+import importlib.util
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench._machine import machine
-from bench._measure import measure
-from bench._rows import Row, write
-from bench._sharing import Problem
-from bench._sharing_agreement import check_gradients, errors, gradients
-from bench._tables import table
-from bench._trl_grpo_ways import OURS, ways
+from bench._measure import (
+    Row,
+    Subject,
+    flags,
+    kind_of,
+    machine,
+    measure,
+    parsed,
+    speedup,
+    steps,
+    table,
+    write,
+)
+from bench._sharing import (
+    Problem,
+    by_padded_batch,
+    check_gradients,
+    errors,
+    gradients,
+    llama,
+)
+from sharpen.integrations.trl.shared_stats import SharedStats
+from sharpen.models import load_tokenizer
 
 WHATS = ("forward", "forward+backward")
+OURS, THEIRS = "ours", "TRL"
+Way = tuple[Any, Callable[[], Tensor]]
+
+
+def main() -> None:
+    """Parse the flags; check or measure."""
+    parser = flags("the log-prob phase of GRPO, TRL's and ours", seconds=10.0)
+    parser.add_argument("--what", choices=WHATS)
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("P", "C", "N"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parsed(parser)
+    problem = Problem(*(args.shape or ((20, 5, 4) if args.check else (512, 64, 16))))
+    for what in steps(WHATS if args.what is None else (args.what,)):
+        rows = run(what, problem, args)
+        print(table(f"GRPO log-probs {what}, {problem}, {args.dtype}, {args.device}", rows, {}))
+        if args.out:
+            write(rows, args.out)
 
 
 def run(what: str, problem: Problem, args: argparse.Namespace) -> list[Row]:
@@ -59,50 +93,65 @@ def run(what: str, problem: Problem, args: argparse.Namespace) -> list[Row]:
     timings, failed = measure(calls, args.device, 0.0 if args.check else args.seconds)
     if failed:
         raise RuntimeError(f"a contender failed: {failed}")
-    mine, peer = (x.seconds for _, x in sorted(timings.items(), key=lambda x: x[0] != OURS))
-    ratio = statistics.median(b / a for a, b in zip(mine, peer, strict=True))
-    print(f"round by round, ours is {ratio:.2f} times as fast")
-    flops, facts = problem.flops * (3 if "backward" in what else 1), machine(args.device)
+    (peer,) = (timing for name, timing in timings.items() if name != OURS)
+    print(f"round by round, ours is {speedup(timings[OURS], peer):.2f} times as fast")
+    flops = problem.flops * (3 if "backward" in what else 1)
+    op = f"GRPO log-probs {what}"
+    subject = Subject(op, str(problem), args.dtype, flops, machine(args.device))
     return [
-        Row(
-            op=f"GRPO log-probs {what}",
-            impl=name,
-            kind="ours" if name == OURS else "exact",
-            shape=str(problem),
-            dtype=args.dtype,
-            median_us=round(timing.median * 1e6, 1),
-            spread=round(timing.spread, 3),
-            rounds=len(timing.seconds),
-            tflop_per_s=round(flops / timing.median / 1e12, 4),
-            peak_extra_mib=round(timing.peak_extra_mib, 2),
-            machine=facts,
-            max_error=off.get(name),
-        )
+        Row.of(subject, name, kind_of(name), timing, off.get(name))
         for name, timing in timings.items()
     ]
 
 
-def main() -> None:
-    """Parse the flags; check or measure."""
-    parser = argparse.ArgumentParser(description="the log-prob phase of GRPO, TRL's and ours")
-    parser.add_argument("--what", choices=WHATS)
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("P", "C", "N"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of rounds, for each task")
-    parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
-    parser.add_argument("--check", action="store_true", help="tiny, agreement alone")
-    args = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory, in silence
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    problem = Problem(*(args.shape or ((20, 5, 4) if args.check else (512, 64, 16))))
-    for what in WHATS if args.what is None else (args.what,):
-        rows = run(what, problem, args)
-        print(table(f"GRPO log-probs {what}, {problem}, {args.dtype}, {args.device}", rows, {}))
-        if args.out:
-            write(rows, args.out)
+def trainer_of(trainer_class: Any, problem: Problem, device: str, dtype: torch.dtype) -> Any:
+    """A trainer of the Llama, that is never trained."""
+    data = importlib.import_module("datasets").Dataset.from_list([{"prompt": "1"}])
+    args = importlib.import_module("trl").GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        report_to="none",
+        use_cpu=device == "cpu",
+        bf16=False,
+        per_device_train_batch_size=problem.N,
+        num_generations=problem.N,
+        disable_tqdm=True,
+    )
+    return trainer_class(
+        model=llama().to(device, dtype),
+        args=args,
+        train_dataset=data,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        processing_class=load_tokenizer("game24"),
+    )
+
+
+def ways(problem: Problem, device: str, dtype: torch.dtype) -> dict[str, Way]:
+    """The model of each contender, and its log-probs [N x C]."""
+    prompt, completions = (x.to(device) for x in problem.ids())
+    ids = torch.cat([prompt.expand(problem.N, -1), completions], dim=1)
+    mask = torch.ones_like(ids)
+    if importlib.util.find_spec("trl") is None:
+        print("without TRL, beside its logits alone")
+        labels = ids.clone()
+        labels[:, : problem.P] = -100
+        own, plain = llama().to(device, dtype), llama().to(device, dtype)
+        stats = SharedStats(own, outputs=("entropy",))
+        return {
+            OURS: (own, lambda: stats(ids, mask, labels)["log_probs"][:, -problem.C :].flatten()),
+            "padded batch": (plain, lambda: by_padded_batch(plain, prompt, completions)),
+        }
+    found: dict[str, Way] = {}
+    ours = importlib.import_module("sharpen.integrations.trl").SharedPrefixGRPOTrainer
+    for name, kind in ((OURS, ours), (THEIRS, importlib.import_module("trl").GRPOTrainer)):
+        trainer = trainer_of(kind, problem, device, dtype)
+
+        def call(trainer: Any = trainer) -> Tensor:
+            batch = trainer.model, ids, mask, problem.C
+            method = trainer._get_per_token_logps_and_entropies
+            return method(*batch, compute_entropy=True)[0].flatten()
+
+        found[name] = trainer.model, call
+    return found
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What `sharpen` raises on purpose: one tree, each leaf also a builtin; and the checks that raise it.
+"""What `sharpen` raises on purpose: one tree, each leaf also a builtin; the checks that raise it.
 
-require       a module of an optional package, or an error that says how to install it
-check_value   one argument
-check_fields  the fields of a configuration, by rules
+`require` imports an optional package or says how to install it, `check_value` checks one argument,
+`check_fields` the fields of a configuration.
 """
 
 import importlib

@@ -3,21 +3,27 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from bench import _verdicts
-from bench._cases import CASES
-from bench._clock import RecordedClock
-from bench._judge import judged
-from bench._problems import build
-from bench._rows import Row, read
-from bench._shapes import all_tasks
-from bench._tables import digest, table
+from bench._measure import (
+    PROGRESS_SECONDS,
+    RecordedClock,
+    Row,
+    digest,
+    measure,
+    read,
+    steps,
+    table,
+    write_between,
+)
+from bench.conformance import BEGIN, CASES, END, OPS, RECORDS, judged, tables
 from bench.peers.finding import Peer, available
+from bench.speed import all_tasks
 from test_layers import ROOT
 
 NOT_PROGRAMS = {"conftest", "test_speed", "test_sharing"}
@@ -36,6 +42,27 @@ def run(*command):
 def test_benchmark_checks_itself(name):
     done = run(sys.executable, "-m", f"bench.{name}", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
+    is_missing = done.stdout.startswith("missing, ")  # the host that it is for
+    assert is_missing or re.search(r"^\[1/\d+, 0 s\] \S", done.stderr, re.MULTILINE), done.stderr
+
+
+def test_each_step_says_how_far_it_is_before_it_runs(capsys):
+    seen = []
+    for item in steps("ab", name=str.upper, depth=1):
+        seen.append((item, capsys.readouterr().err))
+    assert seen == [("a", "  [1/2, 0 s] A\n"), ("b", "  [2/2, 0 s] B\n")]
+
+
+def test_long_rounds_say_what_runs_now(capsys, monkeypatch):
+    seconds = iter(range(1000))
+    monkeypatch.setattr("bench._measure.time.perf_counter", lambda: next(seconds))
+    one = torch.ones(1)
+    found, missing = measure({"a": lambda: one, "b": lambda: one / 0}, "cpu", 2 * PROGRESS_SECONDS)
+    assert (set(found), missing) == ({"a", "b"}, {})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["  [1/2, 0 s] first call: a", "  [2/2, 0 s] first call: b"]
+    assert lines[2] == "  round 1, at least 5 in 10 s: a"
+    assert any(line.startswith("  round 3, ") for line in lines[3:])
 
 
 def test_pytest_benchmark_takes_every_contender():
@@ -55,6 +82,15 @@ def test_gpu_checklist_without_a_gpu_says_what_it_needs(tmp_path):
     done = run("bash", "bench/gpu.sh", str(tmp_path))
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stdout
+
+
+def test_ranks_may_wait_ahead_of_each_timed_call():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or torch.ones(1) for name in "ab"}
+    found, _ = measure(calls, "cpu", 0.0, min_rounds=2, before=lambda: order.append("wait"))
+    # each twice before any is timed: its first call, and the one whose memory is counted
+    assert order == ["a", "a", "b", "b", *["wait", "a", "wait", "b"] * 2]
+    assert len(found["a"].seconds) == 2
 
 
 def test_recorded_clock_replays_what_it_was_given():
@@ -142,21 +178,28 @@ def test_judge(case, logprob, verdict, why):
     assert (got, why in told) == (verdict, True), told
 
 
-@pytest.mark.parametrize("op", ["token_logprob", "linear_logprob"])
-def test_a_view_past_2_to_the_31_elements_holds_few_bytes(op):
-    problem = build(BY_NAME["past 2^31 elements"], op, "cpu")
-    assert problem is not None
-    last = problem.tensors[-1]
-    assert (last.shape[0] - 1) * last.stride(0) > 2**31
-    assert last.isfinite().all()
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+def test_a_record_is_shown_in_words_and_never_run(record):
+    assert record.name not in BY_NAME
+    found = {case.name: ("right", "") for case in CASES}
+    verdicts = {op: {} for op in OPS}
+    for op in OPS:
+        for name, seen in record.verdicts[op].items():
+            verdicts[op][name] = found | {record.name: record.of(op, name)}
+            assert record.of(op, name) == (seen, "recorded, not run")
+        assert record.of(op, "some other") == ("-", "recorded, not run")
+    text = tables(verdicts, OPS)
+    rows = [line for line in text.splitlines() if line.startswith(f"| {record.name} (recorded")]
+    assert len(rows) == len(OPS)
+    assert "**crash**" in rows[-1]
+    assert text.splitlines()[-1] == f"Not run: {record.name}, {record.text}"
 
 
 def test_tables_go_between_their_marks(tmp_path):
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{_verdicts.BEGIN}\nold\n{_verdicts.END}\nafter\n")
-    _verdicts.write_into(page, "new")
-    text = f"before\n{_verdicts.BEGIN}\nnew\n{_verdicts.END}\nafter\n"
-    assert page.read_text() == text
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_between(page, BEGIN, END, "new")
+    assert page.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the marks"):
-        _verdicts.write_into(page, "new")
+        write_between(page, BEGIN, END, "new")

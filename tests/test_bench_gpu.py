@@ -8,13 +8,10 @@ import tarfile
 import pytest
 import torch
 
-from bench._attention_problems import TILE, Problem, errors, n_tiles, truth
-from bench._attention_rows import AttentionRow, verdicts
 from bench._measure import Timing
-from bench._sharing_gpu_rows import rows_of, text_of
-from bench._sharing_gpu_tasks import Found, Task
-from bench._sharing_models import SHAPES, Prompted, model_of, twin
-from bench._tile_tables import rewritten
+from bench.sharing_gpu import SHAPES, Found, Prompted, Task, model_of, rows_of, text_of, twin
+from bench.tree_attention import TILE, AttentionRow, Problem, errors, n_tiles, truth, verdicts
+from bench.tune import rewritten
 from helpers.tree_oracle import TREES
 from sharpen_kernels.tree import tree_mask
 from sharpen_kernels.tree_attention import tree_attention_reference

@@ -17,7 +17,7 @@ PACKAGES = {"sharpen": ROOT / "sharpen", "sharpen_kernels": ROOT / "kernels" / "
 # highest first; a layer may import itself and any later line, never an earlier one
 LAYERS = [
     ("sharpen.cli", "sharpen.__main__"),
-    ("sharpen.commands.study", "sharpen.commands.theory"),
+    ("sharpen.experiments.game24.run", "sharpen.experiments.theory.run"),
     ("sharpen.experiments",),
     ("sharpen.commands",),
     ("sharpen.integrations", "sharpen.server"),

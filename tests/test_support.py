@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from bench import _examine
-from bench._support_table import table
+from bench import support
+from bench.support import table
 from sharpen import Scorer
 from sharpen.sampling.hf import TransformersSampler
 
 
 def test_right_scores_are_found_right():
-    found = _examine.examine("llama")
+    found = support.examine("llama")
     assert (found.verdict, found.sharing, found.sampling) == ("right", "tree", "shared")
     assert found.error is not None
-    assert 0 < found.error < _examine.FLOOR_NATS
+    assert 0 < found.error < support.FLOOR_NATS
 
 
 def test_one_wrong_score_is_found_wrong(monkeypatch):
@@ -25,7 +25,7 @@ def test_one_wrong_score_is_found_wrong(monkeypatch):
         return scores
 
     monkeypatch.setattr(Scorer, "score", off_at_one_token)
-    found = _examine.examine("llama")
+    found = support.examine("llama")
     assert (found.verdict, found.why) == ("wrong", "scores")
     assert "1e-03 **scores wrong**" in table([found])
 
@@ -40,27 +40,27 @@ def test_a_wrong_token_is_found_wrong(monkeypatch):
             yield batch
 
     monkeypatch.setattr(TransformersSampler, "sample", without_the_last_token)
-    found = _examine.examine("llama")
+    found = support.examine("llama")
     assert (found.verdict, found.why) == ("wrong", "greedy tokens")
 
 
 def test_what_raises_is_refused_and_what_cannot_be_built_is_said(monkeypatch):
-    assert _examine.examine("xlnet").verdict == "refused"
-    assert _examine.examine("blt").verdict == "not built"
+    assert support.examine("xlnet").verdict == "refused"
+    assert support.examine("blt").verdict == "not built"
 
     def fails(*_, **__):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(Scorer, "score", fails)
-    found = _examine.examine("llama")
+    found = support.examine("llama")
     assert (found.verdict, found.why) == ("refused", "raises RuntimeError: out of luck")
     assert "`llama` (raises RuntimeError: out of luck)" in table([found])
 
 
 @pytest.mark.parametrize("name", ["bamba", "deepseek_v3", "gpt_oss"])
 def test_tiny_models_have_every_kind_of_layer_and_spread_logits(name):
-    model = _examine.tiny_model(name)
+    model = support.tiny_model(name)
     with torch.no_grad():
-        logits = model(torch.tensor([_examine.PROMPTS[0]])).logits
+        logits = model(torch.tensor([support.PROMPTS[0]])).logits
     assert len(model.get_decoder().layers) == 2
     assert logits.std(-1).mean() > 0.1
