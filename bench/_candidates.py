@@ -65,7 +65,7 @@ class Recorder:
 
 def fault(tile: Tile, problem: Problem) -> str | None:
     """Why a candidate may not be timed; None if it may."""
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     x, w, t = problem
     part = x[:ERROR_ROWS], w, t[:ERROR_ROWS]

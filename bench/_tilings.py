@@ -10,8 +10,9 @@ import torch
 from bench._attention_problems import Problem, errors, truth
 from bench._candidates import Recorder
 from bench.peers.finding import reason
-from sharpen_kernels import _tree_attention_tiles as tiles
-from sharpen_kernels._tree_attention_tiles import Key, Tiling
+from sharpen_kernels import _tiles as tiles
+from sharpen_kernels._tiles import Tiling
+from sharpen_kernels._tiles import TilingKey as Key
 from sharpen_kernels.tree_attention import tree_attention
 
 KERNELS = ("fwd", "dq", "dkv")
@@ -47,7 +48,7 @@ def candidates(kernel: str, is_single: bool, size: int) -> list[Tiling]:
 @contextlib.contextmanager
 def with_tiling(key: Key, tiling: Tiling) -> Iterator[None]:
     """The table has this entry."""
-    with mock.patch.dict(tiles.TABLE, {key: tiling}):
+    with mock.patch.dict(tiles.TILING_TABLE, {key: tiling}):
         yield
 
 
@@ -66,7 +67,7 @@ def fault(key: Key, tiling: Tiling, device: str = "cuda", levels: Levels = JUDGE
     tree, inputs = problem(levels, is_single, size, device)
     recorder, patched = None, contextlib.nullcontext()
     if device == "cuda":
-        module = routes()[kernel]
+        module = route()
         recorder = Recorder(getattr(module, f"_{kernel}_kernel"))
         patched = mock.patch.object(module, f"_{kernel}_kernel", recorder)
     q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
@@ -82,12 +83,11 @@ def fault(key: Key, tiling: Tiling, device: str = "cuda", levels: Levels = JUDGE
     return f"spills {recorder.spills}" if recorder is not None and recorder.spills else None
 
 
-def routes():
-    """The module that launches each kernel."""
-    from sharpen_kernels import _tree_attention_bwd as bwd
-    from sharpen_kernels import _tree_attention_triton as fwd
+def route():
+    """The module that launches the kernels."""
+    from sharpen_kernels import _tree_attention_triton as fused
 
-    return {"fwd": fwd, "dq": bwd, "dkv": bwd}
+    return fused
 
 
 def check() -> None:

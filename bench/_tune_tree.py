@@ -12,11 +12,10 @@ import torch
 from bench._attention_problems import Inputs
 from bench._machine import machine
 from bench._measure import measure
-from bench._tilings import KERNELS, TIMED, candidates, fault, problem, routes, with_tiling
-from sharpen_kernels._tiles import architecture
-from sharpen_kernels._tree_attention_plan import Rule
-from sharpen_kernels._tree_attention_tiles import Key, Tiling
-from sharpen_kernels.tree import Tree
+from bench._tilings import KERNELS, TIMED, candidates, fault, problem, route, with_tiling
+from sharpen_kernels._tiles import Tiling, architecture
+from sharpen_kernels._tiles import TilingKey as Key
+from sharpen_kernels.tree import Rule, Tree
 
 
 def tuned(*, quick: bool, out: Path | None) -> Iterator[tuple[Key, Tiling]]:
@@ -63,15 +62,15 @@ def fastest(key: Key, sound: list[Tiling], quick: bool, out: Path | None) -> Til
 
 def _call(key: Key, tiling: Tiling, tree: Tree, inputs: Inputs) -> Callable[[], object]:
     """Forward, or all of backward, in which the kernel of `key` has this tiling."""
-    fwd = routes()["fwd"]
+    fused = route()
     q, k, v, dout = inputs
     rule = Rule(tree.end, tree.position, q.shape[2] ** -0.5, None, None)
-    saved = q, k, v, *fwd.forward(q, k, v, None, tree.table, rule)
+    saved = q, k, v, *fused.forward(q, k, v, None, tree.table, rule)
 
     def call() -> object:
         with with_tiling(key, tiling):
             if key[0] == "fwd":
-                return fwd.forward(q, k, v, None, tree.table, rule)
-            return fwd.backward(dout, saved, None, tree.table, rule)
+                return fused.forward(q, k, v, None, tree.table, rule)
+            return fused.backward(dout, saved, None, tree.table, rule)
 
     return call

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 from sharpen_kernels import segment_reduce
-from sharpen_kernels.segment_stats import SequenceStatistic
+from sharpen_kernels.segment_reduce import SequenceStatistic
 
 WINDOW = 0.1  # of the completion; chosen
 

@@ -13,7 +13,7 @@ from oracle import (
     values,
 )
 from sharpen_kernels import _linear_logprob_cpu as native
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from sharpen_kernels.stats import NAMES
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oracle import assert_matches_fp64, head_problem, values
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import NAMES
 
 # the interpreter takes a second where a kernel takes microseconds

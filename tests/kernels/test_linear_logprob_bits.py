@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oracle import head_problem, values, values_and_gradients
-from sharpen_kernels._launch import exact_matmul
+from sharpen_kernels._checks import exact_matmul
 from sharpen_kernels.linear_logprob import linear_logprob
 from sharpen_kernels.stats import NAMES
 

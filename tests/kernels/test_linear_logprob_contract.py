@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from oracle import DIFFERENTIABLE, head_problem, values
 from sharpen_kernels import TokenStats, _cpu_library, linear_logprob
-from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native
-from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels._pairs import Pairs
-from sharpen_kernels._rows import finish
+from sharpen_kernels import _linear_logprob_torch as blocked
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels._head import Head, Transform
+from sharpen_kernels._state import Pairs, finish
 from sharpen_kernels.stats import NAMES, Wanted
 
 OP = torch.ops.sharpen.linear_logprob
@@ -65,14 +65,14 @@ def test_native_workspace_is_bounded(dtype):
         pytest.skip("no C++ kernel on this machine")
     # partials of all rows at once would be 115 MiB
     problem = head_problem(10_000, 40_000, 8, dtype=dtype)
-    head = chunked.Head(problem["weight"], None, 1.0, None, 40_000)
+    head = Head(problem["weight"], None, Transform(1.0, None, 40_000))
     pairs = Pairs.of(problem["target"], None, 10_000)
     with LiveBytes() as forward:
         native.forward(problem["hidden"], head, pairs, Wanted(NAMES))
     assert forward.peak < 24 * 2**20
     # in fp32 the logits are 20 MiB and the weight 128 MiB
     problem = head_problem(640, 8000, 4096, dtype=dtype)
-    head = chunked.Head(problem["weight"], None, 1.0, None, 8000)
+    head = Head(problem["weight"], None, Transform(1.0, None, 8000))
     pairs = Pairs.of(problem["target"], None, 640)
     with LiveBytes() as backward:
         outputs = native.backward(
@@ -89,14 +89,14 @@ def test_cpu_workspace_is_bounded(dtype):
     # in fp32 the logits are 84 MiB and the weight 80 MiB
     problem = head_problem(550, 40_000, 512, dtype=dtype)
     hidden = problem["hidden"]
-    head = chunked.Head(problem["weight"], None, 1.0, None, 40_000)
+    head = Head(problem["weight"], None, Transform(1.0, None, 40_000))
     pairs = Pairs.of(problem["target"], None, 550)
     with LiveBytes() as forward:
-        part, _ = chunked.forward(hidden, head, pairs, Wanted(NAMES))
+        part, _ = blocked.forward(hidden, head, pairs, Wanted(NAMES))
     state = finish(part).state()
     grads = {str(name): torch.ones(550) for name in DIFFERENTIABLE}
     with LiveBytes() as backward:
-        outputs = chunked.backward(grads, state, hidden, head, pairs, (True, True, False))
+        outputs = blocked.backward(grads, state, hidden, head, pairs, (True, True, False))
     held = sum(x.nbytes for x in outputs if x is not None)
     assert forward.peak < 32 * 2**20
     assert backward.peak - held < 64 * 2**20
@@ -150,10 +150,10 @@ def test_traces_without_a_graph_break(device):
 
 
 def test_each_device_takes_its_own_route(device, monkeypatch):
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     taken = []
-    for module, route in ((fused, "triton"), (native, "native"), (chunked, "torch")):
+    for module, route in ((fused, "triton"), (native, "native"), (blocked, "torch")):
         forward = module.forward
         monkeypatch.setattr(
             module, "forward", lambda *a, _f=forward, _r=route: taken.append(_r) or _f(*a)

@@ -1,13 +1,15 @@
 """What `segment_reduce` promises besides its numbers: gradients, op contract, columns, messages."""
 
+import importlib
+
 import pytest
 import torch
 
 from sharpen_kernels import TokenStats, segment_reduce
-from sharpen_kernels import _segment_reduce_torch as plain
-from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels.segment_stats import GROUP_NAMES, SEQUENCE_NAMES
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels.segment_reduce import GROUP_NAMES, SEQUENCE_NAMES
 
+op = importlib.import_module("sharpen_kernels.segment_reduce")  # not the function of that name
 OFFSETS = [1, 4, 4, 9]  # value 0 and value 9 are in no sequence
 
 
@@ -123,11 +125,11 @@ def test_each_device_takes_its_own_route(device, monkeypatch):
     from sharpen_kernels import _segment_reduce_triton as fused
 
     taken = []
-    for module, route in ((fused, "triton"), (plain, "torch")):
+    for module, route, prefix in ((fused, "triton", ""), (op, "torch", "_torch_")):
         for step in ("sequences", "groups"):
-            fn, note = getattr(module, step), (route, step)
+            fn, note = getattr(module, prefix + step), (route, step)
             monkeypatch.setattr(
-                module, step, lambda *a, _fn=fn, _note=note: taken.append(_note) or _fn(*a)
+                module, prefix + step, lambda *a, _fn=fn, _note=note: taken.append(_note) or _fn(*a)
             )
     offsets, groups = (torch.tensor(x, device=device) for x in (OFFSETS, [0, 3]))
     for dtype in (torch.float32, torch.float64):

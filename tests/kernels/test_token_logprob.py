@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from logit_oracle import assert_matches_fp64, logit_problem, values
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import NAMES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -124,11 +124,10 @@ def test_masked_columns_are_ahead_of_no_target(device):
 def test_pairs_read_nothing_outside_rows_and_columns(device):
     if not (INTERPRETED or device == "cuda"):
         pytest.skip("a kernel's own guard: needs a GPU or TRITON_INTERPRET=1")
-    from sharpen_kernels._logits import Read
-    from sharpen_kernels._token_logprob_pairs import ahead, put_chosen
-    from sharpen_kernels._triton_logits import Reading
+    from sharpen_kernels._head import Transform
+    from sharpen_kernels._token_logprob_triton import Reading, ahead, put_chosen
 
-    x = Reading(torch.randn(4, 50, device=device)[1:3], Read(1.0, None, 50, None))
+    x = Reading(torch.randn(4, 50, device=device)[1:3], Transform(1.0, None, 50, None))
     row = torch.tensor([-1, 0, 2], device=device)
     low = torch.full((3,), -1e9, device=device)
     assert ahead(x, row, torch.zeros_like(row), 0, low).tolist() == [0, 50, 0]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from logit_oracle import logit_problem, values_and_gradient
 from oracle import assert_as_accurate
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import NAMES
 from sharpen_kernels.token_logprob import token_logprob, token_logprob_reference
 

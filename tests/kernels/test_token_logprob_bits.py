@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from logit_oracle import logit_problem, values, values_and_gradient
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import NAMES
 from sharpen_kernels.token_logprob import token_logprob
 

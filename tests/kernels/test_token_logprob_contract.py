@@ -6,7 +6,7 @@ import torch
 from logit_oracle import DIFFERENTIABLE, logit_problem, values
 from sharpen_kernels import _token_logprob_torch as blocked
 from sharpen_kernels import token_logprob
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import Wanted
 
 OP = torch.ops.sharpen.token_logprob
