@@ -74,9 +74,15 @@ def my_units(n_blocks, V, SEGMENT: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def place(
-    t, n_blocks, whole_tiles, rest_tiles, V,
-    SEGMENT: tl.constexpr, GROUP_R: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    t,
+    n_blocks,
+    whole_tiles,
+    rest_tiles,
+    V,
+    SEGMENT: tl.constexpr,
+    GROUP_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """Block of rows, segment, tile in the segment, and whether it is the last, of tile `t`."""
     TILES: tl.constexpr = SEGMENT // BLOCK_V
     n_whole = V // SEGMENT
@@ -93,6 +99,14 @@ def place(
     return block, segment, tile, tile == per_unit - 1
 
 
+# what a tile is made of is handed on in tuples:
+#   sizes    R, V, D
+#   strides  of hidden over rows and over D, of the weight over columns and over D
+#   TILE     TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D
+#   head     bias_ptr [V] fp32, -inf where masked; V, temperature, softcap
+#   HAS      whether there are a bias, a softcap and a temperature: the others are not read
+
+
 @triton.jit
 def add_product(
     z,  # [BLOCK_R, BLOCK_V] fp32
@@ -101,21 +115,15 @@ def add_product(
     row,
     column,
     k,
-    R,
-    V,
-    D,
-    stride_hr,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    TMA: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in fp32: dtypes differ, or the interpreter, blind to bf16
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    sizes,
+    strides,
+    TILE: tl.constexpr,
 ):
     """`z` and block k of D of the product of a tile; what is past R, V and D is 0."""
-    if TMA:
+    BLOCK_R: tl.constexpr = TILE[2]
+    BLOCK_V: tl.constexpr = TILE[3]
+    BLOCK_D: tl.constexpr = TILE[4]
+    if TILE[0]:
         x = hidden.load([row, k * BLOCK_D])  # [BLOCK_R, BLOCK_D]
         w = weight.load([column, k * BLOCK_D])  # [BLOCK_V, BLOCK_D]
     else:
@@ -123,29 +131,23 @@ def add_product(
         offs_r = (tl.cast(row, tl.int64) + tl.arange(0, BLOCK_R))[:, None]
         offs_v = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_V))[:, None]
         offs_d = (tl.cast(k * BLOCK_D, tl.int64) + tl.arange(0, BLOCK_D))[None, :]
-        x_ptr = hidden + offs_r * stride_hr + offs_d * stride_hd
-        w_ptr = weight + offs_v * stride_wv + offs_d * stride_wd
-        x = tl.load(x_ptr, mask=(offs_r < R) & (offs_d < D), other=0.0)
-        w = tl.load(w_ptr, mask=(offs_v < V) & (offs_d < D), other=0.0)
-    if WIDEN:
+        x_ptr = hidden + offs_r * strides[0] + offs_d * strides[1]
+        w_ptr = weight + offs_v * strides[2] + offs_d * strides[3]
+        x = tl.load(x_ptr, mask=(offs_r < sizes[0]) & (offs_d < sizes[2]), other=0.0)
+        w = tl.load(w_ptr, mask=(offs_v < sizes[1]) & (offs_d < sizes[2]), other=0.0)
+    # multiplied in fp32: dtypes differ, or the interpreter, blind to bf16
+    if TILE[1]:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
     return tl.dot(x, w.T, z, input_precision="ieee")
 
 
 @triton.jit
-def product(
-    hidden, weight, row, column, R, V, D, stride_hr, stride_hd, stride_wv, stride_wd,
-    TMA: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def product(hidden, weight, row, column, sizes, strides, TILE: tl.constexpr):
     """The product of a whole tile, block by block of D as the forward pass adds it."""
-    z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for k in range(tl.maximum(tl.cdiv(D, BLOCK_D), 1)):
-        z = add_product(
-            z, hidden, weight, row, column, k, R, V, D,
-            stride_hr, stride_hd, stride_wv, stride_wd, TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+    z = tl.zeros([TILE[2], TILE[3]], tl.float32)
+    for k in range(tl.maximum(tl.cdiv(sizes[2], TILE[4]), 1)):
+        z = add_product(z, hidden, weight, row, column, k, sizes, strides, TILE)
     return z
 
 
@@ -153,23 +155,19 @@ def product(
 def logits(
     z,  # [BLOCK_R, columns] out of `add_product`
     offs_v,  # [columns]
-    bias_ptr,  # [V] fp32, -inf where masked
-    V,
-    temperature,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
+    head,
+    HAS: tl.constexpr,
 ):
     """The logits of a product; what is masked turns -inf last, whatever came before."""
+    bias_ptr, V, temperature, softcap = head
     kept = offs_v < V
-    if HAS_BIAS:
+    if HAS[0]:
         bias = tl.load(bias_ptr + offs_v, mask=kept, other=float("-inf"))
         kept = bias != float("-inf")
         z += bias[None, :]
-    if HAS_SOFTCAP:
+    if HAS[1]:
         z = softcap * tanh(divide(z, softcap))
-    if HAS_TEMPERATURE:
+    if HAS[2]:
         z = divide(z, temperature)
     return tl.where(kept[None, :], z, float("-inf"))
 
@@ -233,7 +231,13 @@ def segment_kernel(
     BLOCK_D: tl.constexpr,
     PIECES: tl.constexpr,
 ):
+    sizes = R, V, D
+    strides = stride_hr, stride_hd, stride_wv, stride_wd
+    head = bias_ptr, V, temperature, softcap
+    TILE: tl.constexpr = (TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D)  # pyright: ignore[reportAssignmentType]  of jit code
+    HAS: tl.constexpr = (HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     WIDTH: tl.constexpr = BLOCK_V // PIECES
+    pairs = target_ptr, first_ptr, chosen_ptr
     n_blocks = tl.cdiv(R, BLOCK_R)
     n_segments = tl.cdiv(V, SEGMENT)
     whole_tiles, total, rest_tiles = my_units(n_blocks, V, SEGMENT, BLOCK_V)
@@ -255,10 +259,7 @@ def segment_kernel(
             )
             row = block * BLOCK_R
             column = segment * SEGMENT + tile * BLOCK_V
-        z = add_product(
-            z, hidden, weight, row, column, load_k, R, V, D,
-            stride_hr, stride_hd, stride_wv, stride_wd, TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+        z = add_product(z, hidden, weight, row, column, load_k, sizes, strides, TILE)
         k += 1
         if k == last_k:
             block, segment, tile, is_last = place(
@@ -273,14 +274,8 @@ def segment_kernel(
             for i in tl.static_range(PIECES):
                 start = start_v + i * WIDTH
                 offs_v = start + tl.arange(0, WIDTH)
-                zi = logits(
-                    piece(z, i, PIECES), offs_v, bias_ptr, V, temperature, softcap,
-                    HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-                )  # fmt: skip
-                _chosen(
-                    zi, offs_v, start, target_ptr, first_ptr, chosen_ptr, offs_r, R, V,
-                    WIDTH, ONE_PAIR,
-                )  # fmt: skip
+                zi = logits(piece(z, i, PIECES), offs_v, head, HAS)
+                _chosen(zi, offs_v, start, pairs, offs_r, R, V, WIDTH, ONE_PAIR)
                 sums, lost = state.with_tile(sums, zi, offs_v, lost, order, WANT)
             if is_last:
                 step = tl.cast(R, tl.int64) * n_segments
@@ -290,11 +285,9 @@ def segment_kernel(
 
 
 @triton.jit
-def _chosen(
-    z, offs_v, start, target_ptr, first_ptr, chosen_ptr, offs_r, R, V,
-    WIDTH: tl.constexpr, ONE_PAIR: tl.constexpr,
-):  # fmt: skip
-    """Write the logits of the targets that lie in this tile."""
+def _chosen(z, offs_v, start, pairs, offs_r, R, V, WIDTH: tl.constexpr, ONE_PAIR: tl.constexpr):
+    """Write the logits of the targets that lie in this tile; `pairs` as in `segment_kernel`."""
+    target_ptr, first_ptr, chosen_ptr = pairs
     mask_r = offs_r < R
     if ONE_PAIR:
         target = tl.load(target_ptr + offs_r, mask=mask_r, other=-1)
@@ -350,13 +343,15 @@ def rank_kernel(
     PIECES: tl.constexpr,
 ):
     """Count the unmasked columns of each tile that are ahead of the target."""
+    sizes = R, V, D
+    strides = stride_hr, stride_hd, stride_wv, stride_wd
+    head = bias_ptr, V, temperature, softcap
+    TILE: tl.constexpr = (TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D)  # pyright: ignore[reportAssignmentType]  of jit code
+    HAS: tl.constexpr = (HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     block, tile = grouped(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(V, BLOCK_V), GROUP_R)  # pyright: ignore[reportGeneralTypeIssues]  of jit code
     row, column = block * BLOCK_R, tile * BLOCK_V
-    z = product(
-        hidden, weight, row, column, R, V, D, stride_hr, stride_hd, stride_wv, stride_wd,
-        TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+    z = product(hidden, weight, row, column, sizes, strides, TILE)
     offs_r = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     own = tl.load(chosen_ptr + offs_r, mask=mask_r, other=float("inf"))[:, None]
@@ -366,10 +361,7 @@ def rank_kernel(
     ahead = tl.zeros([BLOCK_R], tl.int32)
     for i in tl.static_range(PIECES):
         offs_v = column + i * WIDTH + tl.arange(0, WIDTH)
-        zi = logits(
-            piece(z, i, PIECES), offs_v, bias_ptr, V, temperature, softcap,
-            HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        zi = logits(piece(z, i, PIECES), offs_v, head, HAS)
         first = (zi > own) | ((zi == own) & (offs_v[None, :] < target))
         ahead += tl.sum((first & (zi > float("-inf"))).to(tl.int32), axis=1)
     tl.store(ahead_ptr + tl.cast(tile, tl.int64) * R + offs_r, ahead, mask=mask_r)
@@ -404,22 +396,21 @@ def logits_kernel(
     PIECES: tl.constexpr,
 ):
     """Write the logits of the columns start ... stop - 1."""
+    sizes = R, V, D
+    strides = stride_hr, stride_hd, stride_wv, stride_wd
+    head = bias_ptr, V, temperature, softcap
+    TILE: tl.constexpr = (TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D)  # pyright: ignore[reportAssignmentType]  of jit code
+    HAS: tl.constexpr = (HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     n_tiles = tl.cdiv(stop - start, BLOCK_V)
     block, tile = grouped(tl.program_id(0), tl.cdiv(R, BLOCK_R), n_tiles, GROUP_R)
     row, column = block * BLOCK_R, start + tile * BLOCK_V
-    z = product(
-        hidden, weight, row, column, R, V, D, stride_hr, stride_hd, stride_wv, stride_wd,
-        TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+    z = product(hidden, weight, row, column, sizes, strides, TILE)
     offs_r = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_R)
     out_ptr = z_ptr + offs_r[:, None] * (stop - start)
     for i in tl.static_range(PIECES):
         offs_v = column + i * WIDTH + tl.arange(0, WIDTH)
-        zi = logits(
-            piece(z, i, PIECES), offs_v, bias_ptr, V, temperature, softcap,
-            HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        zi = logits(piece(z, i, PIECES), offs_v, head, HAS)
         mask = (offs_r < R)[:, None] & (offs_v < stop)[None, :]
         tl.store(out_ptr + (offs_v - start)[None, :], zi, mask=mask)
 
@@ -464,14 +455,16 @@ def grad_kernel(
     PIECES: tl.constexpr,
 ):
     """Write the gradient of hidden W^T + b in the columns start ... stop - 1."""
+    sizes = R, V, D
+    strides = stride_hr, stride_hd, stride_wv, stride_wd
+    head = bias_ptr, V, temperature, softcap
+    TILE: tl.constexpr = (TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D)  # pyright: ignore[reportAssignmentType]  of jit code
+    HAS: tl.constexpr = (HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     n_tiles = tl.cdiv(stop - start, BLOCK_V)
     block, tile = grouped(tl.program_id(0), tl.cdiv(R, BLOCK_R), n_tiles, GROUP_R)
     row, column = block * BLOCK_R, start + tile * BLOCK_V
-    z = product(
-        hidden, weight, row, column, R, V, D, stride_hr, stride_hd, stride_wv, stride_wd,
-        TMA, WIDEN, BLOCK_R, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+    z = product(hidden, weight, row, column, sizes, strides, TILE)
     offs_r = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     coef_ptr += offs_r
@@ -483,10 +476,7 @@ def grad_kernel(
     for i in tl.static_range(PIECES):
         first_v = column + i * WIDTH
         offs_v = first_v + tl.arange(0, WIDTH)
-        zi = logits(
-            piece(z, i, PIECES), offs_v, bias_ptr, V, temperature, softcap,
-            HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        zi = logits(piece(z, i, PIECES), offs_v, head, HAS)
         # not exp(z - top - log_mass): the larger the exponent, the coarser its rounding
         p = exp(zi - top) * inverse_mass
         dz = p * prob
@@ -550,7 +540,7 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
     call = _FusedCall(hidden, head)
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
     out = hidden.new_empty((len(FIELDS), R), dtype=torch.float32)
-    want = wanted_bits(wanted.fields)
+    want, order = wanted_bits(wanted.fields), wanted.renyi_order
     for rows in _passes(R, call.rows_in(PARTIALS_BYTES, 4 * len(FIELDS) * call.n_segments)):
         x = hidden[rows]
         n = x.shape[0]
@@ -558,18 +548,13 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
         operands, options, flags = call.arguments(x, sums=True)
         one = pairs.order is None
         of_pass = rows if one else slice(None)
-        units = call.blocks(n) * call.n_segments
-        _launch(
-            hidden, segment_kernel, _programs(call, units, hidden.device),
-            *operands, pairs.target[of_pass], pairs.first[rows.start :], chosen[of_pass],
-            part, *options, wanted.renyi_order,
-            WANT=want, ONE_PAIR=one, SEGMENT=call.tile.SEGMENT, **flags,
-        )  # fmt: skip
-        merges = _parts(n, MERGE["BLOCK_R"])
-        _launch(
-            hidden, merge_kernel, merges,
-            part, out[:, rows], n, call.n_segments, R, wanted.renyi_order, WANT=want, **MERGE
-        )  # fmt: skip
+        programs = _programs(call, call.blocks(n) * call.n_segments, hidden.device)
+        of_pairs = pairs.target[of_pass], pairs.first[rows.start :], chosen[of_pass]
+        operands += [*of_pairs, part, *options, order]
+        flags |= {"WANT": want, "ONE_PAIR": one, "SEGMENT": call.tile.SEGMENT}
+        _launch(hidden, segment_kernel, programs, *operands, **flags)
+        merging = part, out[:, rows], n, call.n_segments, R, order
+        _launch(hidden, merge_kernel, _parts(n, MERGE["BLOCK_R"]), *merging, WANT=want, **MERGE)
     found = {name: x for name, x in zip(FIELDS, out, strict=True) if name in wanted.fields}
     if "column" in found:
         found["column"] = found["column"].view(torch.int32).long()
@@ -591,11 +576,8 @@ def _best(call: "_FusedCall", hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         for start in range(0, call.V, wave):
             stop = min(start + wave, call.V)
             z = x.new_empty((x.shape[0], stop - start), dtype=torch.float32)
-            tiles = _parts(stop - start, call.tile.BLOCK_V)
-            _launch(
-                x, logits_kernel, call.blocks(x.shape[0]) * tiles,
-                *operands, z, start, stop, *options, **flags,
-            )  # fmt: skip
+            programs = call.blocks(x.shape[0]) * _parts(stop - start, call.tile.BLOCK_V)
+            _launch(x, logits_kernel, programs, *operands, z, start, stop, *options, **flags)
             best, at = largest(z, k)
             unused = best[:, 0]
             right = Partial(unused, unused, best=best, best_column=at + start)
@@ -623,10 +605,8 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
         n = x.shape[0]
         counts = torch.empty((tiles, n), dtype=torch.int32, device=x.device)
         operands, options, flags = call.arguments(x)
-        _launch(
-            hidden, rank_kernel, call.blocks(n) * tiles,
-            *operands, pairs.target[span], chosen[span], counts, *options, **flags,
-        )  # fmt: skip
+        operands += [pairs.target[span], chosen[span], counts, *options]
+        _launch(hidden, rank_kernel, call.blocks(n) * tiles, *operands, **flags)
         ahead[span] = counts.sum(dim=0)
     return ahead
 
@@ -660,6 +640,13 @@ def backward(
     coef = _coefficients(of_row)
     own = grads.get("logprob")
     one = pairs.order is None
+    terms: dict[str, bool] = {
+        "OF_TARGET": own is not None,
+        "OF_ENTROPY": of_row.of_entropy is not None,
+        "OF_UNIFORM": of_row.uniform is not None,
+        "WANT_BIAS": dbias is not None,
+        "ONE_PAIR": one,
+    }
     # its row of dW and, where that is widened, of W; or a group of rows of dz
     column_bytes = max(4 * D * (1 if narrow == torch.bfloat16 else 2), narrow.itemsize * call.group)
     unit = call.tile.BLOCK_V
@@ -680,15 +667,10 @@ def backward(
             operands, options, flags = call.arguments(x)
             of_pass = rows if one else slice(None)
             grad = coef if own is None else own[of_pass]
-            tiles = _parts(stop - start, call.tile.BLOCK_V)
-            _launch(
-                hidden, grad_kernel, call.blocks(n) * tiles,
-                *operands, pairs.target[of_pass], pairs.first[rows.start :], grad,
-                coef[:, rows], dz, sums, R, start, stop, *options,
-                OF_TARGET=own is not None, OF_ENTROPY=of_row.of_entropy is not None,
-                OF_UNIFORM=of_row.uniform is not None, WANT_BIAS=dbias is not None,
-                ONE_PAIR=one, **flags,
-            )  # fmt: skip
+            programs = call.blocks(n) * _parts(stop - start, call.tile.BLOCK_V)
+            operands += [pairs.target[of_pass], pairs.first[rows.start :], grad]
+            operands += [coef[:, rows], dz, sums, R, start, stop, *options]
+            _launch(hidden, grad_kernel, programs, *operands, **terms, **flags)
             if dhidden is not None:
                 _add_product(dhidden[rows], dz, weight)
             if dweight_v is not None:

@@ -34,15 +34,13 @@ INF = tl.constexpr(float("inf"))
 # chosen by the instructions and registers of the cubin, not measured: 64 bytes a thread in flight.
 # SEGMENT: long enough that summing the lanes is little beside it, short enough that a few
 # rows of a large vocabulary occupy the GPU
-FORWARD: dict[str, Any] = {
-    "SEGMENT": 32768, "UNROLL": 4, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
-}  # fmt: skip
+FORWARD: dict[str, Any] = {"SEGMENT": 32768, "UNROLL": 4, "LANES": 128}
+FORWARD |= {"num_warps": 4, "enable_fp_fusion": False}
 MERGE: dict[str, Any] = {"BLOCK_R": 128, "num_warps": 4, "enable_fp_fusion": False}
 # chosen by the instructions and registers of the cubin, not measured
 CHOSEN: dict[str, Any] = {"BLOCK_S": 128, "num_warps": 4, "enable_fp_fusion": False}
-RANK: dict[str, Any] = {
-    "SEGMENT": 32768, "UNROLL": 4, "LANES": 128, "num_warps": 4, "enable_fp_fusion": False,
-}  # fmt: skip
+RANK: dict[str, Any] = {"SEGMENT": 32768, "UNROLL": 4, "LANES": 128}
+RANK |= {"num_warps": 4, "enable_fp_fusion": False}
 # chosen: a run is 64 bytes of bf16
 RUN = 32
 MAXIMA: dict[str, Any] = {"BLOCK_V": 4096, "num_warps": 4, "enable_fp_fusion": False}
@@ -68,25 +66,22 @@ def tanh(y):
     return tl.where(tl.abs(y) < 0.6, near, tl.where(y < 0, -far, far))
 
 
+# how logits are read is handed on in two tuples:
+#   how  bias_ptr [>= V], vocab_mask_ptr [>= V] uint8, stride_v, stride_b, and the three numbers
+#        softcap, 1 / softcap and 1 / temperature
+#   HAS  whether there are a bias, a mask, a softcap and a temperature: the others are not read
+
+
 @triton.jit
-def logit(
-    x,
-    bias,
-    softcap,
-    inverse_softcap,
-    inverse_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-):
+def logit(x, bias, how, HAS: tl.constexpr):
     """`x` as it enters the distribution, but for the mask."""
     z = x.to(tl.float32)
-    if HAS_BIAS:
+    if HAS[0]:
         z += bias.to(tl.float32)
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z * inverse_softcap)
-    if HAS_TEMPERATURE:
-        z *= inverse_temperature
+    if HAS[2]:
+        z = how[4][0] * tanh(z * how[4][1])
+    if HAS[3]:
+        z *= how[4][2]
     return z
 
 
@@ -101,32 +96,20 @@ def _load(ptr, offs, stride, inside, IS_WHOLE: tl.constexpr):
 @triton.jit
 def load_logits(
     logits_ptr,  # of the row
-    bias_ptr,  # [>= V], read if HAS_BIAS
-    vocab_mask_ptr,  # [>= V] uint8, read if HAS_MASK
+    how,
     offs_v,
     inside,  # columns to read; the others are -inf
-    stride_v,
-    stride_b,
-    softcap,
-    inverse_softcap,
-    inverse_temperature,
     IS_WHOLE: tl.constexpr,  # `inside` is true everywhere
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
+    HAS: tl.constexpr,
 ):
     """Logits of a row at `offs_v`, of any shape; -inf outside and where the mask is."""
-    x = _load(logits_ptr, offs_v, stride_v, inside, IS_WHOLE)
+    x = _load(logits_ptr, offs_v, how[2], inside, IS_WHOLE)
     bias = 0.0
-    if HAS_BIAS:
-        bias = _load(bias_ptr, offs_v, stride_b, inside, IS_WHOLE)
-    z = logit(
-        x, bias, softcap, inverse_softcap, inverse_temperature,
-        HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
-    if HAS_MASK:
-        z = tl.where(_load(vocab_mask_ptr, offs_v, 1, inside, IS_WHOLE) != 0, z, -INF)
+    if HAS[0]:
+        bias = _load(how[0], offs_v, how[3], inside, IS_WHOLE)
+    z = logit(x, bias, how, HAS)
+    if HAS[1]:
+        z = tl.where(_load(how[1], offs_v, 1, inside, IS_WHOLE) != 0, z, -INF)
     if not IS_WHOLE:
         z = tl.where(inside, z, -INF)
     return z
@@ -135,20 +118,11 @@ def load_logits(
 @triton.jit
 def load_lanes(
     logits_ptr,
-    bias_ptr,
-    vocab_mask_ptr,
+    how,
     offs_v,  # [LANES] of the first of VECTOR neighbouring columns
     V,
-    stride_v,
-    stride_b,
-    softcap,
-    inverse_softcap,
-    inverse_temperature,
     IS_WHOLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
+    HAS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr,
     STEP: tl.constexpr = tl.constexpr(1),  # noqa: B008  a constant
@@ -161,22 +135,11 @@ def load_lanes(
     if IS_ALIGNED:
         offs_v = offs_v[:, None] + tl.arange(0, VECTOR)[None, :]
     if IS_ALIGNED or STEP == VECTOR:
-        return load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, offs_v < V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            IS_WHOLE, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        return load_logits(logits_ptr, how, offs_v, offs_v < V, IS_WHOLE, HAS)
     else:
-        even = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            IS_WHOLE, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, False, VECTOR, 2 * STEP,
-        )  # fmt: skip
-        odd = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v + STEP, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            IS_WHOLE, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, False, VECTOR, 2 * STEP,
-        )  # fmt: skip
+        even = load_lanes(logits_ptr, how, offs_v, V, IS_WHOLE, HAS, False, VECTOR, 2 * STEP)
+        offs_v += STEP
+        odd = load_lanes(logits_ptr, how, offs_v, V, IS_WHOLE, HAS, False, VECTOR, 2 * STEP)
         both = tl.join(even, odd)
         if STEP == 1:
             both = tl.reshape(both, [offs_v.shape[0], VECTOR])
@@ -186,19 +149,10 @@ def load_lanes(
 @triton.jit
 def load_tile(
     logits_ptr,
-    bias_ptr,
-    vocab_mask_ptr,
+    how,
     offs_v,  # [LANES]
     V,
-    stride_v,
-    stride_b,
-    softcap,
-    inverse_softcap,
-    inverse_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
+    HAS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -208,23 +162,12 @@ def load_tile(
     Loads of their own, joined: in a load of them all Triton may give a lane's to several warps.
     """
     if UNROLL == 1:
-        return load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-        )  # fmt: skip
+        return load_lanes(logits_ptr, how, offs_v, V, True, HAS, IS_ALIGNED, VECTOR)
     else:
         HALF: tl.constexpr = UNROLL // 2
-        left = load_tile(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR, HALF,
-        )  # fmt: skip
-        right = load_tile(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v + HALF * VECTOR * offs_v.shape[0], V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR, HALF,
-        )  # fmt: skip
+        left = load_tile(logits_ptr, how, offs_v, V, HAS, IS_ALIGNED, VECTOR, HALF)
+        offs_v += HALF * VECTOR * offs_v.shape[0]
+        right = load_tile(logits_ptr, how, offs_v, V, HAS, IS_ALIGNED, VECTOR, HALF)
         return tl.join(left, right)
 
 
@@ -297,6 +240,9 @@ def _row_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    numbers = softcap, inverse_softcap, inverse_temperature
+    how = bias_ptr, vocab_mask_ptr, stride_v, stride_b, numbers
+    HAS: tl.constexpr = (HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     STEP: tl.constexpr = LANES * VECTOR
     BLOCK_V: tl.constexpr = UNROLL * STEP
     row = (tl.program_id(0) // n_segments).to(tl.int64)  # row * stride_r passes 2**31
@@ -312,20 +258,12 @@ def _row_kernel(
     sums = state.empty(LANES)
     # no mask over whole tiles: with one, V alone could forbid wide loads
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
-        z = load_tile(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR, UNROLL,
-        )  # fmt: skip
+        z = load_tile(logits_ptr, how, start + near, V, HAS, IS_ALIGNED, VECTOR, UNROLL)
         z = tl.reshape(z, [LANES, UNROLL * VECTOR])
         sums = _with_tile(sums, z, z == z, start, order, True, WANT, LANES, UNROLL * VECTOR)
     # only the last segment goes beyond them
     for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
-        z = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-        )  # fmt: skip
+        z = load_lanes(logits_ptr, how, start + near, V, False, HAS, IS_ALIGNED, VECTOR)
         inside = start + offs_near < V
         sums = _with_tile(sums, z, inside, start, order, False, WANT, LANES, VECTOR)
 
@@ -360,11 +298,7 @@ def _row_kernel(
             sum_z = tl.zeros([LANES], tl.float32)
             n_valid = tl.zeros([LANES], tl.float32)
             for start in range(first, tl.minimum(first + SEGMENT, V), STEP):
-                z = load_lanes(
-                    logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
-                    stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-                    False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-                )  # fmt: skip
+                z = load_lanes(logits_ptr, how, start + near, V, False, HAS, IS_ALIGNED, VECTOR)
                 valid = z != -INF
                 sum_z += fold(tl.where(valid, z - shift, 0.0), LANES, VECTOR)
                 n_valid += tl.sum(valid.to(tl.float32), axis=1)
@@ -381,11 +315,7 @@ def _row_kernel(
         for start in range(0, BLOCK_V, STEP):
             offs_v = tile[:, None] + start + offs_near
             inside = (offs_v < V) & (lane_top == top)[:, None]
-            z = load_logits(
-                logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, inside,
-                stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-                False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-            )  # fmt: skip
+            z = load_logits(logits_ptr, how, offs_v, inside, False, HAS)
             column = tl.minimum(column, tl.where(inside & (z == top), offs_v, state.NONE))
         lowest = tl.min(tl.min(column, axis=1), axis=0)
         tl.store(part_ptr + 9 * step, lowest.to(tl.float32, bitcast=True))
@@ -467,15 +397,14 @@ def _chosen_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    numbers = softcap, inverse_softcap, inverse_temperature
+    how = bias_ptr, vocab_mask_ptr, stride_v, stride_b, numbers
+    HAS: tl.constexpr = (HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     row = tl.load(row_ptr + offs_s, mask=offs_s < S, other=-1)
     column = tl.load(target_ptr + offs_s, mask=offs_s < S, other=-1) - first_v
     inside = (row >= 0) & (row < R) & (column >= 0) & (column < V)
-    z = load_logits(
-        logits_ptr + row * stride_r, bias_ptr, vocab_mask_ptr, column, inside,
-        stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-        False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
+    z = load_logits(logits_ptr + row * stride_r, how, column, inside, False, HAS)
     tl.store(chosen_ptr + offs_s, z, mask=inside)
 
 
@@ -508,6 +437,9 @@ def _rank_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    numbers = softcap, inverse_softcap, inverse_temperature
+    how = bias_ptr, vocab_mask_ptr, stride_v, stride_b, numbers
+    HAS: tl.constexpr = (HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     STEP: tl.constexpr = LANES * VECTOR
     BLOCK_V: tl.constexpr = UNROLL * STEP
     s = (tl.program_id(0) // n_segments).to(tl.int64)
@@ -529,17 +461,11 @@ def _rank_kernel(
     for start in range(first, tl.minimum(first + SEGMENT, whole), BLOCK_V):
         for u in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]  Triton unrolls
             z = load_lanes(
-                logits_ptr, bias_ptr, vocab_mask_ptr, start + u * STEP + near, V,
-                stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-                True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-            )  # fmt: skip
+                logits_ptr, how, start + u * STEP + near, V, True, HAS, IS_ALIGNED, VECTOR
+            )
             ahead += _count_ahead(z, start + u * STEP + offs_near, chosen, left)
     for start in range(tl.maximum(first, whole), tl.minimum(first + SEGMENT, V), STEP):
-        z = load_lanes(
-            logits_ptr, bias_ptr, vocab_mask_ptr, start + near, V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE, IS_ALIGNED, VECTOR,
-        )  # fmt: skip
+        z = load_lanes(logits_ptr, how, start + near, V, False, HAS, IS_ALIGNED, VECTOR)
         ahead += _count_ahead(z, start + offs_near, chosen, left)
     tl.store(ahead_ptr + tl.program_id(0), tl.sum(ahead, axis=0))
 
@@ -575,6 +501,9 @@ def _maxima_kernel(
     RUN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    numbers = softcap, inverse_softcap, inverse_temperature
+    how = bias_ptr, vocab_mask_ptr, stride_v, stride_b, numbers
+    HAS: tl.constexpr = (HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     N: tl.constexpr = BLOCK_V // RUN
     row = (tl.program_id(0) // tl.cdiv(V, BLOCK_V)).to(tl.int64)
     tile = tl.program_id(0) % tl.cdiv(V, BLOCK_V)
@@ -585,17 +514,9 @@ def _maxima_kernel(
     offs_v = offs_n[:, None] * RUN + tl.arange(0, RUN)[None, :]
     logits_ptr += (first_row + row) * stride_r
     if (tile + 1) * BLOCK_V <= V:
-        z = load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, offs_v < V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            True, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        z = load_logits(logits_ptr, how, offs_v, offs_v < V, True, HAS)
     else:
-        z = load_logits(
-            logits_ptr, bias_ptr, vocab_mask_ptr, offs_v, offs_v < V,
-            stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-            False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        z = load_logits(logits_ptr, how, offs_v, offs_v < V, False, HAS)
     tl.store(maxima_ptr + row * n_runs + offs_n, tl.max(z, axis=1), mask=offs_n < n_runs)
 
 
@@ -622,16 +543,21 @@ def _candidates_kernel(
     RUN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    numbers = softcap, inverse_softcap, inverse_temperature
+    how = bias_ptr, vocab_mask_ptr, stride_v, stride_b, numbers
+    HAS: tl.constexpr = (HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     row = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     run = tl.load(run_ptr + row * n_best + offs_k, mask=offs_k < n_best, other=0)
     offs_v = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     z = load_logits(
-        logits_ptr + (first_row + row) * stride_r, bias_ptr, vocab_mask_ptr,
-        offs_v, (offs_v < V) & (offs_k < n_best)[:, None],
-        stride_v, stride_b, softcap, inverse_softcap, inverse_temperature,
-        False, HAS_BIAS, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
+        logits_ptr + (first_row + row) * stride_r,
+        how,
+        offs_v,
+        (offs_v < V) & (offs_k < n_best)[:, None],
+        False,
+        HAS,
+    )
     at = (row * n_best + offs_k)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     tl.store(z_ptr + at, z, mask=(offs_k < n_best)[:, None])
 
@@ -665,6 +591,9 @@ def _grad_kernel(
     VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    numbers = softcap, inverse_softcap, inverse_temperature
+    how = bias_ptr, vocab_mask_ptr, stride_v, stride_b, numbers
+    HAS: tl.constexpr = (False, HAS_MASK, HAS_SOFTCAP, HAS_TEMPERATURE)  # pyright: ignore[reportAssignmentType]  of jit code
     row = (tl.program_id(0) // tl.cdiv(width, BLOCK_V)).to(tl.int64)
     start = tl.program_id(0) % tl.cdiv(width, BLOCK_V) * BLOCK_V
     near = tl.arange(0, BLOCK_V)
@@ -705,9 +634,7 @@ def _grad_kernel(
     )
     if HAS_MASK:
         kept = kept & (tl.load(vocab_mask_ptr + offs_v, mask=kept, other=0) != 0)
-    z = logit(
-        x, 0.0, softcap, inverse_softcap, inverse_temperature, False, HAS_SOFTCAP, HAS_TEMPERATURE
-    )
+    z = logit(x, 0.0, how, HAS)
     counts = kept & (z != -INF)
     log_p = (z - top) - log_mass
     p = exp(log_p)
@@ -767,12 +694,12 @@ def backward(
     x = Reading(logits, transform)
     dlogits = logits.new_empty((R, width))
     by_softcap = transform.temperature / (transform.softcap or 1.0)
+    of_pairs = grads.contiguous(), state, pairs.target.contiguous(), pairs.first, dlogits
+    sizes = R, grads.shape[1], x.V, width, by_softcap
+    flags = x.flags | x.vectors | BACKWARD
     with torch.cuda.device_of(logits):  # Triton launches on the current device, not the tensor's
-        _grad_kernel[(R * triton.cdiv(width, BACKWARD["BLOCK_V"]),)](
-            *x.tensors, grads.contiguous(), state, pairs.target.contiguous(), pairs.first, dlogits,
-            R, grads.shape[1], x.V, width, by_softcap, *x.numbers, **x.flags, **x.vectors,
-            **BACKWARD,
-        )  # fmt: skip
+        programs = R * triton.cdiv(width, BACKWARD["BLOCK_V"])
+        _grad_kernel[(programs,)](*x.tensors, *of_pairs, *sizes, *x.numbers, **flags)
     return dlogits
 
 
@@ -826,10 +753,9 @@ def put_partials(x: Reading, part: Tensor, wanted: Wanted) -> None:
     """Write the partial of every row and segment into `part` [fields, n_segments, R]."""
     step, of_segment, of_row = part.stride()
     n = n_segments(x.V)
-    _row_kernel[(x.R * n,)](
-        *x.tensors, part, x.V, n, of_row, of_segment, step, *x.numbers, wanted.renyi_order,
-        **x.flags, **x.vectors, **_bits(wanted), **FORWARD,
-    )  # fmt: skip
+    sizes = x.V, n, of_row, of_segment, step
+    flags = x.flags | x.vectors | _bits(wanted) | FORWARD
+    _row_kernel[(x.R * n,)](*x.tensors, part, *sizes, *x.numbers, wanted.renyi_order, **flags)
 
 
 def merged(part: Tensor, wanted: Wanted) -> Partial:
@@ -855,19 +781,9 @@ def put_chosen(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Te
     """Write into `chosen` [S] the logits of the targets that are in these rows and columns."""
     S = row.shape[0]
     if S > 0:
-        _chosen_kernel[(triton.cdiv(S, CHOSEN["BLOCK_S"]),)](
-            *x.tensors,
-            row,
-            target.contiguous(),
-            chosen,
-            S,
-            x.R,
-            first_v,
-            x.V,
-            *x.numbers,
-            **x.flags,
-            **CHOSEN,
-        )
+        of_pairs = row, target.contiguous(), chosen, S, x.R, first_v, x.V
+        programs = triton.cdiv(S, CHOSEN["BLOCK_S"])
+        _chosen_kernel[(programs,)](*x.tensors, *of_pairs, *x.numbers, **x.flags, **CHOSEN)
 
 
 def ahead(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Tensor) -> Tensor:
@@ -875,10 +791,9 @@ def ahead(x: Reading, row: Tensor, target: Tensor, first_v: int, chosen: Tensor)
     S, n = row.shape[0], -(-x.V // RANK["SEGMENT"])
     counts = torch.empty((S, n), dtype=torch.int32, device=chosen.device)
     if S > 0:
-        _rank_kernel[(S * n,)](
-            *x.tensors, row, target.contiguous(), chosen, counts, n, x.R, first_v, x.V,
-            *x.numbers, **x.flags, **x.vectors, **RANK,
-        )  # fmt: skip
+        of_pairs = row, target.contiguous(), chosen, counts, n, x.R, first_v, x.V
+        flags = x.flags | x.vectors | RANK
+        _rank_kernel[(S * n,)](*x.tensors, *of_pairs, *x.numbers, **flags)
     return counts.sum(dim=1)
 
 
@@ -898,17 +813,14 @@ def best(x: Reading, k: int) -> tuple[Tensor, Tensor]:
     for first in range(0, x.R, step):
         n = min(step, x.R - first)
         maxima = logits.new_empty((n, n_runs), dtype=torch.float32)
-        _maxima_kernel[(n * triton.cdiv(x.V, MAXIMA["BLOCK_V"]),)](
-            *x.tensors, maxima, first, x.V, n_runs,
-            *x.numbers, **x.flags, **x.vectors, **run_width, **MAXIMA,
-        )  # fmt: skip
+        programs = n * triton.cdiv(x.V, MAXIMA["BLOCK_V"])
+        flags = x.flags | x.vectors | run_width | MAXIMA
+        _maxima_kernel[(programs,)](*x.tensors, maxima, first, x.V, n_runs, *x.numbers, **flags)
         # in the order of their columns, so that of a tie the first is the lowest
         run = largest(maxima, n_best)[1].sort(dim=1).values
         z = logits.new_empty((n, n_best * RUN), dtype=torch.float32)
-        _candidates_kernel[(n,)](
-            *x.tensors, run, z, first, x.V, n_best, *x.numbers, **x.flags,
-            **run_width, BLOCK_K=triton.next_power_of_2(n_best), **CANDIDATES,
-        )  # fmt: skip
+        flags = x.flags | run_width | {"BLOCK_K": triton.next_power_of_2(n_best)} | CANDIDATES
+        _candidates_kernel[(n,)](*x.tensors, run, z, first, x.V, n_best, *x.numbers, **flags)
         rows = slice(first, first + n)
         values[rows], at = largest(z, k)
         column = (run[:, :, None] * RUN + offset).view(n, -1)
