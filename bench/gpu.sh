@@ -120,6 +120,6 @@ grep -hE "^tree_attention|^  (ours|FlexAttention|causal) |^  (goal|missing)" "$o
 grep -hE "^server|tokens/s" "$out/server.log" 2>/dev/null
 grep -hE "^sharing|^  (ours|padded|DynamicCache|generate)|^  (goal|missing)" "$out/sharing.log" 2>/dev/null
 # few files: what brings them back may take no more
-cp kernels/sharpen_kernels/{_tiles,_tree_attention_tiles}.py "$out"
+cp kernels/sharpen_kernels/_tiles.py "$out"
 (cd "$out" && ls -- *.log *.py benchmark.json 2>/dev/null | tar czf logs.tar.gz -T - --remove-files)
 ! grep -qE "FAILED|STOPPED|NOT RUN|MISSING" "$summary"

@@ -1,12 +1,12 @@
-"""Times the tiles of the fused kernels on this GPU, and writes the best into their tables.
+"""Times the tiles of the fused kernels on this GPU, and writes the best into `_tiles.py`.
 
     python -m bench.tune --out bench/results/tune.jsonl   # every key, some 10 minutes
     python -m bench.tune --quick --out FILE               # bf16 alone, a second a key
-    python -m bench.tune --op tree_attention --quick      # one op: `_tree_attention_tiles.py`
+    python -m bench.tune --op tree_attention --quick      # one op
     python -m bench.tune --check                          # no GPU, no timing
 
 A candidate is timed once it is as accurate as its dtype allows and spills no register; one of
-linear_logprob (`_tiles.py`) must give a row alone the bits it has in a batch too, and what counts
+linear_logprob must give a row alone the bits it has in a batch too, and what counts
 is the time of four statistics plus that of one.
 
 In reading order: the command and the tables; linear_logprob; tree attention.
@@ -32,13 +32,10 @@ from bench import tree_attention as trees
 from bench._measure import Timing, machine, measure, steps
 from bench.peers.finding import reason
 from sharpen_kernels import _tiles
-from sharpen_kernels import _tree_attention_tiles as tilings
-from sharpen_kernels._tiles import Tile
-from sharpen_kernels._tree_attention_plan import Rule
-from sharpen_kernels._tree_attention_tiles import Tiling
+from sharpen_kernels._tiles import Tile, Tiling, TilingKey
 from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from sharpen_kernels.stats import NAMES, Statistic
-from sharpen_kernels.tree import Tree
+from sharpen_kernels.tree import Rule, Tree
 from sharpen_kernels.tree_attention import tree_attention
 
 Problem = tuple[Tensor, Tensor, Tensor]  # hidden, weight, target
@@ -104,8 +101,7 @@ HALF = {
 }
 SINGLE = [(32, 32, 4, 2), (32, 16, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1), (16, 16, 8, 1)]
 
-# tables of tiles in source files stand between these two marks
-BEFORE, AFTER = "# <table>\n", "# </table>\n"
+PATH = Path(_tiles.__file__)  # holds the tables
 
 
 def check() -> None:
@@ -117,34 +113,31 @@ def check() -> None:
 def check_tables() -> None:
     """What is written is what is read."""
     table = {("linear_logprob", "sm90", "bfloat16", "wide", "large"): HALF_TILES[0]}
-    (entry,) = read_back(_tiles, table).values()
+    (entry,) = read_back("linear_logprob", "TABLE", table).values()
     assert dataclasses.asdict(entry) == dataclasses.asdict(HALF_TILES[0])
     key = "fwd", "sm90", False, 64
-    found = read_back(tilings, {key: tree_candidates("fwd", False, 64)[-1]})
-    assert {k: tuple(x) for k, x in found.items()} == {
-        key: tuple(tree_candidates("fwd", False, 64)[-1])
-    }
+    tiling = tree_candidates("fwd", False, 64)[-1]
+    found = read_back("tree_attention", "TILING_TABLE", {key: tiling})
+    assert {k: tuple(x) for k, x in found.items()} == {key: tuple(tiling)}
 
 
-def read_back(module: Any, table: dict[Any, Any]) -> dict[Any, Any]:
-    """The table as it is read from the file that would be written."""
-    path = Path(module.__file__)
-    assert rewritten(path.read_text(), module.TABLE) == path.read_text()
-    found: dict[str, Any] = {"__name__": module.__name__, "__package__": module.__package__}
-    source = rewritten(path.read_text(), table)
-    # kernels cannot be compiled out of a string: the table's own lines, after the types
-    exec(compile(source.split("@triton.jit")[0], path, "exec"), found)
-    return found["TABLE"]
+def read_back(op: str, name: str, table: dict[Any, Any]) -> dict[Any, Any]:
+    """The table of an op as it is read, under its `name`, from the file that would be written."""
+    assert rewritten(PATH.read_text(), op, OPS[op][0]) == PATH.read_text()
+    found: dict[str, Any] = {"__name__": _tiles.__name__, "__package__": _tiles.__package__}
+    exec(compile(rewritten(PATH.read_text(), op, table), PATH, "exec"), found)
+    return found[name]
 
 
-def rewritten(source: str, table: Mapping) -> str:
-    """The source with this table in it, under the name and the type that it has there."""
-    before, _, rest = source.partition(BEFORE)
-    old, _, after = rest.partition(AFTER)
+def rewritten(source: str, op: str, table: Mapping) -> str:
+    """The source with this table of an op in it, under the name and the type that it has there."""
+    begin, end = f"# <table of {op}>\n", f"# </table of {op}>\n"
+    before, _, rest = source.partition(begin)
+    old, _, after = rest.partition(end)
     declared, _, _ = old.partition(" = ")
     entries = "".join(f"    {key!r}: {tile!r},\n" for key, tile in sorted(table.items()))
     body = f"{declared} = {{\n{entries}}}\n".replace("{\n}", "{}")
-    return before + BEFORE + body + AFTER + after
+    return before + begin + body + end + after
 
 
 def tuned_linear(*, quick: bool, out: Path | None) -> Iterator[tuple[_tiles.Key, Tile]]:
@@ -233,7 +226,7 @@ class Recorder:
 
 def tile_fault(tile: Tile, problem: Problem) -> str | None:
     """Why a candidate may not be timed; None if it may."""
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     x, w, t = problem
     part = x[:ERROR_ROWS], w, t[:ERROR_ROWS]
@@ -260,12 +253,12 @@ def check_linear() -> None:
     assert tile_fault(_tiles.INTERPRETER, inputs(70, 40, 600, torch.bfloat16, "cpu")) is None
 
 
-def tuned_tree(*, quick: bool, out: Path | None) -> Iterator[tuple[tilings.Key, Tiling]]:
+def tuned_tree(*, quick: bool, out: Path | None) -> Iterator[tuple[TilingKey, Tiling]]:
     """Each key of this GPU, and its tiling, as soon as it is found."""
     arch = _tiles.architecture(torch.device("cuda"))
     kinds = [(False, 128), (False, 64)]
     kinds += [] if quick else [(False, 256), (True, 64), (True, 128), (True, 256)]
-    keys: list[tilings.Key] = [(kernel, arch, *kind) for kind in kinds for kernel in KERNELS]
+    keys: list[TilingKey] = [(kernel, arch, *kind) for kind in kinds for kernel in KERNELS]
     tried = {key: tree_candidates(key[0], *key[2:]) for key in keys}
     # compiling takes most of the time, and one core a process: its cache is on the disk
     spawn = multiprocessing.get_context("spawn")
@@ -282,7 +275,7 @@ def tuned_tree(*, quick: bool, out: Path | None) -> Iterator[tuple[tilings.Key, 
         yield key, fastest_tiling(key, sound, quick, out)
 
 
-def fastest_tiling(key: tilings.Key, sound: list[Tiling], quick: bool, out: Path | None) -> Tiling:
+def fastest_tiling(key: TilingKey, sound: list[Tiling], quick: bool, out: Path | None) -> Tiling:
     """The one that takes the least time; prints the ranking."""
     tree, inputs = tree_problem(TIMED, *key[2:], "cuda")
     # without a sound one, what stands
@@ -303,19 +296,19 @@ def fastest_tiling(key: tilings.Key, sound: list[Tiling], quick: bool, out: Path
 
 
 def _tiling_call(
-    key: tilings.Key, tiling: Tiling, tree: Tree, inputs: trees.Inputs
+    key: TilingKey, tiling: Tiling, tree: Tree, inputs: trees.Inputs
 ) -> Callable[[], object]:
     """Forward, or all of backward, in which the kernel of `key` has this tiling."""
-    fwd = routes()["fwd"]
+    fused = route()
     q, k, v, dout = inputs
     rule = Rule(tree.end, tree.position, q.shape[2] ** -0.5, None, None)
-    saved = q, k, v, *fwd.forward(q, k, v, None, tree.table, rule)
+    saved = q, k, v, *fused.forward(q, k, v, None, tree.table, rule)
 
     def call() -> object:
         with with_tiling(key, tiling):
             if key[0] == "fwd":
-                return fwd.forward(q, k, v, None, tree.table, rule)
-            return fwd.backward(dout, saved, None, tree.table, rule)
+                return fused.forward(q, k, v, None, tree.table, rule)
+            return fused.backward(dout, saved, None, tree.table, rule)
 
     return call
 
@@ -323,14 +316,14 @@ def _tiling_call(
 def tree_candidates(kernel: str, is_single: bool, size: int) -> list[Tiling]:
     """What is tried; what stands is first."""
     tried = SINGLE if is_single else HALF[kernel]
-    every = [tilings.TILINGS[kernel, is_single, size], *(Tiling(*each) for each in tried)]
+    every = [_tiles.TILINGS[kernel, is_single, size], *(Tiling(*each) for each in tried)]
     return list(dict.fromkeys(every))
 
 
 @contextlib.contextmanager
-def with_tiling(key: tilings.Key, tiling: Tiling) -> Iterator[None]:
+def with_tiling(key: TilingKey, tiling: Tiling) -> Iterator[None]:
     """The table has this entry."""
-    with mock.patch.dict(tilings.TABLE, {key: tiling}):
+    with mock.patch.dict(_tiles.TILING_TABLE, {key: tiling}):
         yield
 
 
@@ -344,14 +337,14 @@ def tree_problem(levels: Levels, is_single: bool, size: int, device: str):
 
 
 def tiling_fault(
-    key: tilings.Key, tiling: Tiling, device: str = "cuda", levels: Levels = JUDGED
+    key: TilingKey, tiling: Tiling, device: str = "cuda", levels: Levels = JUDGED
 ) -> str | None:
     """Why a candidate may not be timed; None if it may."""
     kernel, _, is_single, size = key
     tree, inputs = tree_problem(levels, is_single, size, device)
     recorder, patched = None, contextlib.nullcontext()
     if device == "cuda":
-        module = routes()[kernel]
+        module = route()
         recorder = Recorder(getattr(module, f"_{kernel}_kernel"))
         patched = mock.patch.object(module, f"_{kernel}_kernel", recorder)
     q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
@@ -367,21 +360,20 @@ def tiling_fault(
     return f"spills {recorder.spills}" if recorder is not None and recorder.spills else None
 
 
-def routes():
-    """The module that launches each kernel."""
-    from sharpen_kernels import _tree_attention_bwd as bwd
-    from sharpen_kernels import _tree_attention_triton as fwd
+def route():
+    """The module that launches the kernels."""
+    from sharpen_kernels import _tree_attention_triton as fused
 
-    return {"fwd": fwd, "dq": bwd, "dkv": bwd}
+    return fused
 
 
 def check_tree() -> None:
     """Every candidate divides 128 as bits want it, and the judge passes what is right."""
-    for kernel, is_single, size in tilings.TILINGS:
+    for kernel, is_single, size in _tiles.TILINGS:
         for each in tree_candidates(kernel, is_single, size):
             assert 128 % each.BLOCK_Q == 0, each
             assert 128 % each.BLOCK_K == 0, each
-    key: tilings.Key = ("fwd", "none", True, 64)
+    key: TilingKey = ("fwd", "none", True, 64)
     small = ((1, 40), (3, 20))
     assert tiling_fault(key, tree_candidates(*key[:1], *key[2:])[0], "cpu", small) is None
     with mock.patch.dict(MAX_ERROR, {True: 0.0}):
@@ -390,10 +382,10 @@ def check_tree() -> None:
         )
 
 
-# the module that holds the table of an op, and who finds its entries
-OPS: dict[str, tuple[Any, Any]] = {
-    "tree_attention": (tilings, tuned_tree),
-    "linear_logprob": (_tiles, tuned_linear),
+# the table of an op, and who finds its entries
+OPS: dict[str, tuple[dict[Any, Any], Any]] = {
+    "tree_attention": (_tiles.TILING_TABLE, tuned_tree),
+    "linear_logprob": (_tiles.TABLE, tuned_linear),
 }
 
 
@@ -409,12 +401,12 @@ def main() -> None:
         check()
         return
     for op in steps(args.op or OPS):
-        module, tuned = OPS[op]
-        path, table = Path(module.__file__), dict(module.TABLE)
+        standing, tuned = OPS[op]
+        table = dict(standing)
         for key, tile in tuned(quick=args.quick, out=args.out):
             table[key] = tile
             # a run cut short keeps what it found
-            path.write_text(rewritten(path.read_text(), table))
+            PATH.write_text(rewritten(PATH.read_text(), op, table))
 
 
 if __name__ == "__main__":

@@ -114,10 +114,10 @@ def test_savings_are_of_what_the_tokens_promise():
 
 
 def test_a_table_of_tiles_keeps_its_name_and_type():
-    source = "a = 1\n# <table>\nTABLE: dict[int, str] = {}\n# </table>\nb = 2\n"
-    filled = rewritten(source, {2: "y", 1: "x"})
-    assert "TABLE: dict[int, str] = {\n    1: 'x',\n    2: 'y',\n}\n# </table>\nb = 2" in filled
-    assert rewritten(filled, {}) == source
+    source = "a = 1\n# <table of x>\nTABLE: dict[int, str] = {}\n# </table of x>\nb = 2\n"
+    filled = rewritten(source, "x", {2: "y", 1: "x"})
+    assert "TABLE: dict[int, str] = {\n    1: 'x',\n    2: 'y',\n}\n# </table of x>\nb" in filled
+    assert rewritten(filled, "x", {}) == source
 
 
 FAKE = """#!/usr/bin/env bash

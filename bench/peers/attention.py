@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bench.peers.finding import Call, Peer
-from sharpen_kernels._tree_attention_flex import _compiled
+from bench.peers.tree_attention import compiled_flex, flash_tree_attention
 from sharpen_kernels.tree import Tree
 from sharpen_kernels.tree_attention import tree_attention
 
@@ -23,8 +23,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 TILE = 128  # FlexAttention wants whole ones when it is compiled
 
 
-def _ours(implementation: Any) -> Callable[[Tree], Attend]:
-    return lambda tree: lambda q, k, v: tree_attention(q, k, v, tree, implementation=implementation)
+def _on(attend: Callable[..., Tensor]) -> Callable[[Tree], Attend]:
+    return lambda tree: lambda q, k, v: attend(q, k, v, tree)
 
 
 def _flex(tree: Tree) -> Attend:
@@ -38,7 +38,7 @@ def _flex(tree: Tree) -> Attend:
         return (col <= row) & (row < end[col])
 
     mask = flex.create_block_mask(sees, None, None, len(end), len(end), device=str(end.device))
-    call: Any = _compiled() if is_cuda else flex.flex_attention
+    call: Any = compiled_flex() if is_cuda else flex.flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = (pad(x, (0, 0, 0, extra))[None] if extra else x[None] for x in (q, k, v))
@@ -68,11 +68,11 @@ def _flash(module: str) -> dict[str, Call]:
 
 def _cascade() -> dict[str, Call]:
     importlib.import_module("flash_attn.flash_attn_interface")
-    return {"tree": _ours("flash")}
+    return {"tree": _on(flash_tree_attention)}
 
 
 PEERS = (
-    Peer("ours", lambda: {"tree": _ours("auto")}),
+    Peer("ours", lambda: {"tree": _on(tree_attention)}),
     Peer("FlexAttention", lambda: {"tree": _flex}),
     Peer("ours, by flash-attn", _cascade, ("cuda",)),
     Peer("causal, flash-attn 3", lambda: _flash("flash_attn_interface"), ("cuda",)),

@@ -3,6 +3,9 @@
 A build that came with the package is loaded if it is of these sources and this torch; else the
 user's cache serves, filled first where it must be. Where nothing can be compiled or the CPU lacks
 AVX2, `load` says so once in the log and returns `None`: PyTorch computes the same, more slowly.
+
+In this order: the structures that both ops hand over, the loaded library, the build. `setup.py`
+runs this file by its path, so it imports nothing of the package.
 """
 
 import contextlib
@@ -21,21 +24,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "cpu"
 # no contraction: a statistic's bits must not depend on what the compiler fuses it with
-COMPILE = [
-    "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-DNDEBUG", "-mfma",
-]  # fmt: skip
+COMPILE = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-DNDEBUG", "-mfma"]
 # by torch's word for what the CPU can do
 INSTRUCTIONS = {
     "AVX512": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-        "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512",
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     ],
     "AVX2": ["-mavx2", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
-}  # fmt: skip
+}
 # torch's own OpenMP runtime serves: linking another would start a second pool of threads
 LINK = ["-shared", "-ltorch_cpu", "-lc10"]
 # `Type` and `Products` of `cpu/linear_logprob.cpp`
@@ -43,7 +45,63 @@ TYPES = (torch.bfloat16, torch.float32, torch.float16)
 FMA, ONEDNN, AMX = range(3)
 TIMEOUT = 600  # seconds a compiler may take
 
+# `RowGrads` of `cpu/logit_gradient.h`
+OF_ROW = ("top", "log_mass", "prob", "entropy", "of_entropy", "uniform", "active")
+BEST = ("best", "best_column")  # fields of k values a row
+COLUMNS = ("column", "best_column")  # int32 in C++
+
 logger = logging.getLogger(__name__)
+
+
+class Partials(ctypes.Structure):
+    """`Partials` of `cpu/row_statistics.h`: addresses of the fields of a `_state.Partial`.
+
+    C++ says spread, square, squares, powers and total for sum_ez, m2, sum_e2, sum_pow and sum_z.
+    """
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("top", "mass", "sum_ez", "m2", "sum_e2", "sum_pow")),
+        *((name, ctypes.c_void_p) for name in ("sum_z", "n_valid", "column", "second")),
+        *((name, ctypes.c_void_p) for name in BEST),
+    ]
+
+    @classmethod
+    def of(cls, fields: dict[str, Tensor]) -> "Partials":
+        """The addresses of these fields; null for the others."""
+        return cls(**{name: x.data_ptr() for name, x in fields.items()})
+
+
+class Inputs(ctypes.Structure):
+    """`Inputs` of `cpu/tile.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "mask")),
+        *((name, ctypes.c_void_p) for name in ("target", "first")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "depth")),
+        *((name, ctypes.c_int64) for name in ("hidden_stride", "weight_stride")),
+        *((name, ctypes.c_float) for name in ("temperature", "softcap")),
+    ]
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of the first element; null for None."""
+    return None if x is None else x.data_ptr()
+
+
+def partial_names(fields: frozenset[str]) -> list[str]:
+    """The fields of a partial that C++ writes where `fields` are wanted, in its order."""
+    return [name for name, *_ in Partials._fields_ if name in {"top", "mass", *fields}]
+
+
+def empty_field(name: str, n: int) -> Tensor:
+    """Memory for `n` values of a field of a partial."""
+    return torch.empty(n, dtype=torch.int32 if name in COLUMNS else torch.float32)
+
+
+def in_torch(written: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The fields of the partial of every row, from what C++ has written."""
+    found = {name: x.long() if name in COLUMNS else x for name, x in written.items()}
+    return {name: x.view(-1, k) if name in BEST else x for name, x in found.items()}
 
 
 class Library:
@@ -84,6 +142,13 @@ class Library:
         )
 
 
+def loaded() -> Library:
+    """The library, for who knows that there is one."""
+    library = load()
+    assert library is not None, "`takes` says whether there is one"
+    return library
+
+
 @functools.cache
 def load() -> Library | None:
     """The library, if this CPU has its instructions; compiled if no build is kept yet."""
@@ -96,8 +161,10 @@ def load() -> Library | None:
         output = getattr(error, "stderr", None) or ""
         logger.warning(
             "The C++ kernel cannot be built: tensors on the CPU are scored by PyTorch, more "
-            "slowly. %s %s", error, output[-2000:],
-        )  # fmt: skip
+            "slowly. %s %s",
+            error,
+            output[-2000:],
+        )
         return None
 
 

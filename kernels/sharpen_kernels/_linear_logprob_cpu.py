@@ -1,6 +1,6 @@
 """`linear_logprob` on a CPU: calls of the C++ in `cpu/`, forward and backward.
 
-The contract, the statistics and their merge law are those of `_linear_logprob_chunk.py`; logits
+The contract, the statistics and their merge law are those of `_linear_logprob_torch.py`; logits
 live only as tiles in the cores' caches, and a bf16 weight is never copied as a whole. Where the CPU
 has matrix units (AMX) they multiply fp32 as well, as exactly; where it has AVX-512, oneDNN's
 micro-kernels multiply bf16 and fp32; elsewhere, AVX2 given, fused multiply-adds of fp32.
@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from . import _cpu_library
-from ._cpu_structures import BEST, OF_ROW, Inputs, Partials, empty_field, in_torch, pointer
-from ._linear_logprob_chunk import Head, RowGrads
-from ._pairs import Pairs
-from ._rows import Partial
+from ._cpu_library import (
+    BEST,
+    OF_ROW,
+    Inputs,
+    Partials,
+    empty_field,
+    in_torch,
+    partial_names,
+    pointer,
+)
+from ._head import Head, RowGrads
+from ._state import Pairs, Partial
 from .stats import Wanted
 
 PANEL = BLOCK = 64  # columns and rows of one product, as in `cpu/tile.h`
@@ -38,7 +46,7 @@ TILE_BYTES = BLOCK * 256 * 4  # of fp32, the most of any kind of product
 BACKWARD_SCRATCH_BYTES = 8 * 2**20
 
 
-class _Cut(ctypes.Structure):
+class _LinearCut(ctypes.Structure):
     """`Cut` of `cpu/linear_logprob.cpp`."""
 
     _fields_ = [
@@ -50,11 +58,11 @@ class _Cut(ctypes.Structure):
     ]
 
 
-class _Forward(ctypes.Structure):
+class _LinearForward(ctypes.Structure):
     """`Forward` of `cpu/linear_logprob.cpp`."""
 
     _fields_ = [
-        ("cut", _Cut),
+        ("cut", _LinearCut),
         ("k", ctypes.c_int64),
         ("renyi_order", ctypes.c_float),
         ("merged", Partials),
@@ -63,13 +71,13 @@ class _Forward(ctypes.Structure):
     ]
 
 
-class _Ranks(ctypes.Structure):
+class _LinearRanks(ctypes.Structure):
     """`Ranks` of `cpu/linear_logprob.cpp`."""
 
-    _fields_ = [("cut", _Cut), ("chosen", ctypes.c_void_p), ("ahead", ctypes.c_void_p)]
+    _fields_ = [("cut", _LinearCut), ("chosen", ctypes.c_void_p), ("ahead", ctypes.c_void_p)]
 
 
-class _Backward(ctypes.Structure):
+class _LinearBackward(ctypes.Structure):
     """`Backward` of `cpu/linear_logprob_bwd.h`, its `RowGrads` written out."""
 
     _fields_ = [
@@ -100,7 +108,8 @@ def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[Inputs, list[Tens
     """What every pass reads, and the copies that must outlive the call."""
     V = head.vocab_size
     bias = None if head.bias is None else head.bias[:V].float().resolve_neg().contiguous()
-    mask = None if head.vocab_mask is None else head.vocab_mask[:V].contiguous()
+    mask = head.transform.vocab_mask
+    mask = None if mask is None else mask[:V].contiguous()
     target, first = pairs.target.contiguous(), pairs.first.contiguous()
     inputs = Inputs(
         hidden=hidden.data_ptr(),
@@ -114,8 +123,8 @@ def _inputs(hidden: Tensor, head: Head, pairs: Pairs) -> tuple[Inputs, list[Tens
         depth=hidden.shape[1],
         hidden_stride=hidden.stride(0),
         weight_stride=head.weight.stride(0),
-        temperature=head.temperature,
-        softcap=head.softcap or 0.0,
+        temperature=head.transform.temperature,
+        softcap=head.transform.softcap or 0.0,
     )
     return inputs, [x for x in (target, first, bias, mask) if x is not None]
 
@@ -125,15 +134,9 @@ def _whole(n: int, unit: int = BLOCK) -> int:
     return -(-n // unit) * unit
 
 
-def _library() -> _cpu_library.Library:
-    library = _cpu_library.load()
-    assert library is not None, "`takes` says whether there is one"
-    return library
-
-
 def _cut(
     library: _cpu_library.Library, hidden: Tensor, head: Head, pairs: Pairs
-) -> tuple[_Cut, list[Tensor]]:
+) -> tuple[_LinearCut, list[Tensor]]:
     """Segments, threads and their memory; and the tensors that must outlive the call."""
     D = hidden.shape[1]
     # set by D and the dtype, never by the number of rows or threads
@@ -142,7 +145,7 @@ def _cut(
     fitting = budget // (D * library.word_bytes(hidden.dtype)) // PANEL * PANEL
     columns = max(MIN_COLUMNS[hidden.element_size()], min(MAX_COLUMNS, fitting))
     inputs, kept = _inputs(hidden, head, pairs)
-    cut = _Cut(inputs=inputs, segment_columns=columns)
+    cut = _LinearCut(inputs=inputs, segment_columns=columns)
     of_thread = library.n_bytes("scratch", cut, hidden.dtype)
     cut.threads = min(torch.get_num_threads(), max(1, SCRATCH_BYTES // of_thread))
     scratch = torch.empty(cut.threads * of_thread // 4, dtype=torch.float32)
@@ -151,7 +154,7 @@ def _cut(
 
 
 def _cut_rows(
-    library: _cpu_library.Library, hidden: Tensor, cut: _Cut, partial_bytes: int
+    library: _cpu_library.Library, hidden: Tensor, cut: _LinearCut, partial_bytes: int
 ) -> Tensor:
     """Passes and chunks of rows, each with so many bytes of partials; memory of packed rows."""
     R = hidden.shape[0]
@@ -173,11 +176,11 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
     Wants R > 0 and what `takes` says. Workspace: rows of a pass and their partials, and for each
     thread a packed segment, a tile of logits and the best columns of the pass.
     """
-    library = _library()
+    library = _cpu_library.loaded()
     R = hidden.shape[0]
     cut, _kept = _cut(library, hidden, head, pairs)
     n_segments = -(-head.vocab_size // cut.segment_columns)
-    names = [name for name in Partial._fields if name in {"top", "mass", *wanted.fields}]
+    names = partial_names(wanted.fields)
     # the best columns are kept by each thread, everything else by each segment
     sizes = [cut.threads * wanted.k if name in BEST else n_segments for name in names]
     _packed = _cut_rows(library, hidden, cut, 4 * sum(sizes))
@@ -186,16 +189,16 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
     partials = {
         name: empty_field(name, n * cut.pass_rows) for name, n in zip(names, sizes, strict=True)
     }
-    problem = _Forward(
+    problem = _LinearForward(
         cut=cut,
         k=wanted.k,
         renyi_order=wanted.renyi_order,
-        merged=Partials(**{name: x.data_ptr() for name, x in merged.items()}),
+        merged=Partials.of(merged),
         chosen=chosen.data_ptr(),
-        partials=Partials(**{name: x.data_ptr() for name, x in partials.items()}),
+        partials=Partials.of(partials),
     )
     library.run("linear_logprob_forward", problem, hidden.dtype)
-    return in_torch(merged, wanted.k), chosen
+    return Partial(**in_torch(merged, wanted.k)), chosen
 
 
 def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
@@ -203,12 +206,12 @@ def ranks(hidden: Tensor, head: Head, pairs: Pairs, chosen: Tensor) -> Tensor:
 
     `chosen` [S] are the targets' logits, from the `forward` above: these are the same bits.
     """
-    library = _library()
+    library = _cpu_library.loaded()
     cut, _kept = _cut(library, hidden, head, pairs)
     _packed = _cut_rows(library, hidden, cut, 0)
     ahead = torch.zeros_like(pairs.target, memory_format=torch.contiguous_format)
     chosen = chosen.contiguous()
-    problem = _Ranks(cut=cut, chosen=chosen.data_ptr(), ahead=ahead.data_ptr())
+    problem = _LinearRanks(cut=cut, chosen=chosen.data_ptr(), ahead=ahead.data_ptr())
     library.run("linear_logprob_ranks", problem, hidden.dtype)
     return ahead
 
@@ -224,9 +227,9 @@ def backward(
     """Gradients of hidden, weight and bias, those that `needs` names; logits are recomputed.
 
     `state` must come from `forward` above: the logits here are the same bits as there. Arguments
-    and workspace as in `_linear_logprob_chunk.backward`.
+    and workspace as in `_linear_logprob_torch.backward`.
     """
-    library = _library()
+    library = _cpu_library.loaded()
     R, D = hidden.shape
     need_hidden, need_weight, need_bias = needs
     padded = _whole(R)
@@ -242,7 +245,7 @@ def backward(
     bytes_of_row = D * library.word_bytes(hidden.dtype)
     wave, rows = (n // bytes_of_row // BLOCK * BLOCK for n in (WAVE_BYTES, PASS_BYTES))
     inputs, _kept = _inputs(hidden, head, pairs)
-    problem = _Backward(
+    problem = _LinearBackward(
         inputs=inputs,
         of_chosen=pointer(of_chosen),
         wave_columns=max(BLOCK, min(MAX_WAVE, wave, _whole(head.vocab_size))),

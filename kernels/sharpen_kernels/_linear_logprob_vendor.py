@@ -20,16 +20,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _fused_state as law
-from . import _linear_logprob_chunk as chunked
-from ._linear_logprob_chunk import Head, _block
-from ._logits import Read
-from ._pairs import Pairs
-from ._rows import Partial, cut, finish
-from ._token_logprob_best import best
-from ._token_logprob_pairs import ahead, put_chosen
-from ._token_logprob_triton import merged, n_segments, put_partials
-from ._triton_logits import Reading
+from . import _linear_logprob_torch as blocked
+from . import _triton_state as state
+from ._head import Head
+from ._linear_logprob_torch import block_of
+from ._state import Pairs, Partial, cut, finish
+from ._token_logprob_triton import (
+    Reading,
+    ahead,
+    best,
+    merged,
+    n_segments,
+    put_chosen,
+    put_partials,
+)
 from .stats import Wanted
 
 BLOCK_R = 1024
@@ -84,12 +88,13 @@ def _blocks(hidden: Tensor, head: Head, pairs: Pairs) -> Iterator[Block]:
         if not _is_native(hidden, weight):
             weight = weight.float()
         bias = None if head.bias is None else head.bias[columns]
-        mask = None if head.vocab_mask is None else head.vocab_mask[columns]
+        mask = head.transform.vocab_mask
+        mask = None if mask is None else mask[columns]
         z = workspace[: BLOCK_R * v].view(BLOCK_R, v)
-        x = Reading(z, Read(head.temperature, head.softcap, v, mask), bias)
+        x = Reading(z, head.transform._replace(vocab_size=v, vocab_mask=mask), bias)
         for i, span in enumerate(spans):
             rows = slice(i * BLOCK_R, min((i + 1) * BLOCK_R, R))
-            _multiply(_block(hidden, rows, BLOCK_R, hidden.dtype), weight, z)
+            _multiply(block_of(hidden, rows, BLOCK_R, hidden.dtype), weight, z)
             yield Block(x, rows, span, start, segment)
         segment += n_segments(v)
 
@@ -105,7 +110,7 @@ def forward(hidden: Tensor, head: Head, pairs: Pairs, wanted: Wanted) -> tuple[P
     rest = head.vocab_size % width
     n = head.vocab_size // width * n_segments(width) + n_segments(rest)
     padded = -(-R // BLOCK_R) * BLOCK_R
-    part = hidden.new_empty((len(law.FIELDS), n, padded), dtype=torch.float32)
+    part = hidden.new_empty((len(state.FIELDS), n, padded), dtype=torch.float32)
     chosen = hidden.new_full(pairs.target.shape, float("nan"), dtype=torch.float32)
     leaders: dict[int, list[tuple[Tensor, Tensor]]] = {}
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, not the tensor's
@@ -155,9 +160,9 @@ def backward(
     pairs: Pairs,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by PyTorch's blocks, `_linear_logprob_chunk.backward`, and its own forward first.
+    """Gradients by PyTorch's blocks, `_linear_logprob_torch.backward`, and its own forward first.
 
     One product's rounding must serve p and lse: for p near 1, 1 - p is but rounding.
     """
-    part, _ = chunked.forward(hidden, head, pairs, Wanted(tuple(grads)))
-    return chunked.backward(grads, finish(part).state().to(state.dtype), hidden, head, pairs, needs)
+    part, _ = blocked.forward(hidden, head, pairs, Wanted(tuple(grads)))
+    return blocked.backward(grads, finish(part).state().to(state.dtype), hidden, head, pairs, needs)

@@ -266,15 +266,11 @@ def sequences(values: Tensor, offsets: Tensor, widths: Tensor, stats: list[str])
     running = values.new_empty(scratch, dtype=torch.float64)
     infinite = torch.empty(scratch, dtype=torch.int64, device=values.device)
     with torch.cuda.device_of(values):  # Triton launches on the current device, not the tensor's
-        _sequence_kernel[(K * N,)](
-            values, offsets, out, running, infinite, K, N, S,
-            **has_windows, **SEQUENCE,
-        )  # fmt: skip
+        tensors = values, offsets, out, running, infinite
+        _sequence_kernel[(K * N,)](*tensors, K, N, S, **has_windows, **SEQUENCE)
         if windows:
-            _window_kernel[(K * N,)](
-                running, infinite, offsets, widths, out, window_out, K, N, S,
-                **has_bottom, **WINDOW,
-            )  # fmt: skip
+            tensors = running, infinite, offsets, widths, out, window_out
+            _window_kernel[(K * N,)](*tensors, K, N, S, **has_bottom, **WINDOW)
     found = dict(zip((*BASES, *WINDOWS), (*out, *window_out), strict=True))
     return [found[name] for name in stats]
 
@@ -289,8 +285,6 @@ def groups(
     per_member = scores.new_zeros((2, K, N))
     numbers = torch.tensor([temperature, epsilon], dtype=torch.float64, device=scores.device)
     with torch.cuda.device_of(scores):
-        _group_kernel[(K * P,)](
-            scores, eligible.view(torch.uint8), offsets, numbers, argmax, per_group, per_member,
-            K, N, P, **GROUP,
-        )  # fmt: skip
+        given = scores, eligible.view(torch.uint8), offsets, numbers
+        _group_kernel[(K * P,)](*given, argmax, per_group, per_member, K, N, P, **GROUP)
     return argmax, per_group, per_member

@@ -1,14 +1,17 @@
-"""Which route and which tile compute an op: a checked-in table, written by `bench/tune.py`.
+"""Which route and which tile compute an op: two checked-in tables, written by `bench/tune.py`.
 
-Keyed by op, architecture, dtype, and classes of D and V, never by the number of rows: a row takes
-one route and one order of sums in any batch. Choosing at run time by a stopwatch would not.
+Of `linear_logprob` by architecture, dtype, and classes of D and V, never by the number of rows: a
+row takes one route and one order of sums in any batch. Choosing at run time by a stopwatch would
+not. Of the kernels of `tree_attention` by architecture, whether fp32, and head size.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ._launch import INTERPRETED
+from ._checks import INTERPRETED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Tile:
 Key = tuple[str, str, str, str, str]  # op, architecture, dtype, class of D, class of V
 
 # written by bench/tune.py: measured on the architecture that the key names
-# <table>
+# <table of linear_logprob>
 TABLE: dict[Key, Tile] = {}
-# </table>
+# </table of linear_logprob>
 
 # chosen, not measured: the largest tiles that spill no register with every statistic on
 HALF = {
@@ -114,3 +117,65 @@ def tile(op: str, arch: str, dtype: torch.dtype, D: int, V: int) -> Tile:
     if arch in ("sm100", "sm101", "sm103", "sm110"):
         return HALF["sm100"]
     return HALF["sm90"] if arch == "sm90" else HALF["sm80"]
+
+
+class Tiling(NamedTuple):
+    """Tile sizes of one kernel of `tree_attention` and how it is launched; both divide 128."""
+
+    BLOCK_Q: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+TilingKey = tuple[str, str, bool, int]  # kernel, architecture, whether fp32, the larger head size
+
+# written by bench/tune.py: measured on the architecture that the key names
+# <table of tree_attention>
+TILING_TABLE: dict[TilingKey, Tiling] = {}
+# </table of tree_attention>
+
+# where nothing was measured: by kernel, whether products are fp32 on plain cores, and the larger
+# head size.  Chosen so that forward spills nothing on sm80, sm90 and sm100, and backward little
+TILINGS: dict[tuple[str, bool, int], Tiling] = {
+    ("fwd", False, 64): Tiling(128, 64, 8, 3),
+    ("fwd", False, 128): Tiling(128, 64, 8, 2),
+    ("fwd", False, 256): Tiling(64, 64, 8, 2),
+    ("fwd", True, 64): Tiling(32, 32, 4, 2),
+    ("fwd", True, 128): Tiling(32, 16, 8, 2),
+    ("fwd", True, 256): Tiling(16, 32, 8, 1),
+    ("dq", False, 64): Tiling(64, 64, 4, 2),
+    ("dq", False, 128): Tiling(64, 64, 8, 2),
+    ("dq", False, 256): Tiling(32, 32, 8, 1),
+    ("dq", True, 64): Tiling(32, 32, 4, 1),
+    ("dq", True, 128): Tiling(32, 32, 8, 1),
+    ("dq", True, 256): Tiling(16, 16, 8, 1),
+    ("dkv", False, 64): Tiling(64, 64, 8, 2),
+    ("dkv", False, 128): Tiling(32, 64, 8, 2),
+    ("dkv", False, 256): Tiling(32, 32, 8, 1),
+    ("dkv", True, 64): Tiling(32, 32, 4, 1),
+    ("dkv", True, 128): Tiling(32, 32, 8, 1),
+    ("dkv", True, 256): Tiling(16, 16, 8, 1),
+}
+
+
+def padded(size: int) -> int:
+    """The head size as a kernel's tile has it: a power of two that a product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def tiling_of(kernel: str, q: Tensor, v: Tensor) -> Tiling:
+    """The tiling of `kernel` for these head sizes."""
+    size = max(64, padded(q.shape[2]), padded(v.shape[2]))
+    if size > 256:
+        raise ValueError(
+            f"`q` and `v` must have head sizes of at most 256, got {q.shape[2]} and "
+            f'{v.shape[2]}; use `implementation="cascade"`.'
+        )
+    is_single = q.dtype == torch.float32
+    measured = (
+        TILING_TABLE.get((kernel, architecture(q.device), is_single, size))
+        if TILING_TABLE
+        else None
+    )
+    return measured or TILINGS[kernel, is_single, size]

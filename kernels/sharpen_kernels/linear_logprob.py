@@ -12,149 +12,18 @@ the same bits in any batch and with any subset of statistics.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from . import _linear_logprob_chunk as chunked
-from . import _linear_logprob_cpu as native
-from ._launch import (
-    FLOATS,
-    check_device,
-    check_dtype,
-    check_options,
-    check_pairs,
-    check_shape,
-    check_vocabulary,
-    exact_matmul,
-    runs_triton,
-)
-from ._pairs import Pairs, Values, pair_values
-from ._rows import finish
-from .stats import DIFFERENTIABLE, Statistic, TokenStats, Wanted
+from ._checks import check_head, check_options, check_vocabulary
+from ._head import sum_dtype
+from ._linear_logprob_op import linear_logprob_op
+from ._state import Values
+from .stats import Statistic, TokenStats
 from .token_logprob import token_logprob_reference
-
-
-def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What sums are kept and values returned in: fp32, or fp64 where an input is."""
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-
-
-def _route(hidden: Tensor, head: chunked.Head) -> Any:
-    """The module that computes these tensors: one for forward, ranks and backward, never by R."""
-    if runs_triton(hidden, _wide(hidden, head.weight)):
-        from . import _linear_logprob_fused as fused
-        from . import _linear_logprob_vendor as vendor
-
-        return fused if fused.takes(hidden, head) else vendor
-    return native if native.takes(hidden, head) else chunked
-
-
-@torch.library.custom_op("sharpen::linear_logprob", mutates_args=())
-def _linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    vocab_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    ignore_index: int,
-    stats: str,
-    renyi_order: float,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Values`, and what backward needs of each row [4, R]."""
-    R = hidden.shape[0]
-    dtype = _wide(hidden, weight)
-    wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
-    if R == 0 or target.shape[0] == 0:
-        values = Values.of_no_row(wanted, target, ignore_index, dtype)
-        return *values.all(), hidden.new_zeros((4, R), dtype=dtype)
-    head = chunked.Head(weight, bias, temperature, softcap, vocab_size, vocab_mask)
-    pairs = Pairs.of(target, rows, R)
-    route = _route(hidden, head)
-    with exact_matmul(hidden.device):
-        part, chosen = route.forward(hidden, head, pairs, wanted)
-        rank = 1 + route.ranks(hidden, head, pairs, chosen) if "rank" in wanted.names else None
-    found = finish(part, renyi_order)
-    values = pair_values(wanted, found, chosen, rank, pairs, vocab_size, ignore_index)
-    return *values.all(), found.state()
-
-
-@_linear_logprob.register_fake
-def _(hidden, weight, target, rows, bias, vocab_mask, *options):
-    dtype = _wide(hidden, weight)
-    *_, stats, renyi_order, k = options
-    wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
-    values = Values.empty(wanted, target.shape[0], hidden, dtype)
-    return *values.all(), hidden.new_empty((4, hidden.shape[0]), dtype=dtype)
-
-
-@torch.library.custom_op("sharpen::linear_logprob_bwd", mutates_args=())
-def _linear_logprob_bwd(
-    dvalues: Tensor,
-    state: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    vocab_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    ignore_index: int,
-    stats: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for each that `needs` leaves out.
-
-    `stats` names the rows of `dvalues` [K, S].
-    """
-    R = hidden.shape[0]
-    head = chunked.Head(weight, bias, temperature, softcap, vocab_size, vocab_mask)
-    pairs = Pairs.of(target, rows, R)
-    counts, _ = pairs.counted(R, vocab_size, ignore_index)
-    dvalues = torch.where(counts, pairs.sort(dvalues.to(state.dtype)), 0.0)
-    named = zip(stats.split(","), dvalues, strict=True)
-    grads = {name: g for name, g in named if name in DIFFERENTIABLE}
-    route = _route(hidden, head) if R > 0 and grads and target.shape[0] > 0 else chunked
-    with exact_matmul(hidden.device):
-        found = route.backward(grads, state, hidden, head, pairs, needs)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
-    return dhidden.to(hidden.dtype), dweight, dbias
-
-
-@_linear_logprob_bwd.register_fake
-def _(dvalues, state, hidden, weight, target, rows, bias, *options):
-    wanted = zip((hidden, weight, bias), options[-1], strict=True)
-    dhidden, dweight, dbias = (
-        torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for x, need in wanted
-    )
-    return dhidden.contiguous(), dweight, dbias
-
-
-def _save(ctx, inputs, output):
-    *tensors, temperature, softcap, vocab_size, ignore_index, stats, renyi_order, k = inputs
-    numbers = ",".join(Wanted(tuple(stats.split(",")), renyi_order, k).numbers)
-    ctx.options = temperature, softcap, vocab_size, ignore_index, numbers
-    ctx.mark_non_differentiable(*output[1:4])
-    ctx.save_for_backward(output[4], *tensors)
-
-
-def _backward(ctx, dvalues, *_):
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    found = _linear_logprob_bwd(dvalues, *ctx.saved_tensors, *ctx.options, needs)
-    dhidden, dweight, dbias = (g if need else None for g, need in zip(found, needs, strict=True))
-    return dhidden, dweight, None, None, dbias, *[None] * 8
-
-
-_linear_logprob.register_autograd(_backward, setup_context=_save)
+from .vocab_parallel import is_dtensor, local_arguments, vocab_parallel_linear_logprob
 
 
 def linear_logprob(
@@ -200,8 +69,8 @@ def linear_logprob(
         vocab_mask: True where a column belongs to the vocabulary; the logits of the others are
             -inf, after softcap and temperature.
         ignore_index: The target of a position that is not scored.
-        stats: Which statistics to compute; each comes out the same in any company. `rank` takes
-            a second pass over the vocabulary.
+        stats: Which statistics to compute; the value of one does not depend on which others are
+            asked for. `rank` takes a second pass over the vocabulary.
         renyi_order: The order a of `renyi`; finite and above 0.
         k: Columns of `topk`, `topk_id` and `topk_mean`, 1 to 32.
 
@@ -220,43 +89,35 @@ def linear_logprob(
         >>> found.logprob, found.lse
         (tensor([-0.6931]), tensor([2.6931]))
     """
-    if any(hasattr(x, "placements") for x in (hidden, weight, target, rows, bias, vocab_mask)):
-        from ._dtensor import linear_logprob_of_dtensors
-
-        return linear_logprob_of_dtensors(
-            hidden, weight, target, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
-            vocab_size=vocab_size, vocab_mask=vocab_mask, ignore_index=ignore_index, stats=stats,
-            renyi_order=renyi_order, k=k,
-        )  # fmt: skip
+    tensors = hidden, weight, target, rows, bias, vocab_mask
+    if any(is_dtensor(x) for x in tensors):
+        local = local_arguments(*tensors)
+        hidden, weight, target, rows, bias, vocab_mask = local.tensors
+        if local.group is not None:
+            return vocab_parallel_linear_logprob(
+                hidden,
+                weight,
+                target,
+                group=local.group,
+                rows=rows,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                vocab_size=local.n_rows if vocab_size is None else vocab_size,
+                vocab_mask=vocab_mask,
+                ignore_index=ignore_index,
+                stats=stats,
+                renyi_order=renyi_order,
+                k=k,
+                check_replicated=not local.is_replicated,
+            )
     wanted = check_options(stats, temperature, softcap, renyi_order, k)
-    V = _check_tensors(hidden, weight, target, rows, bias)
+    V = check_head(hidden, weight, target, rows, bias)
     n_columns = check_vocabulary(vocab_size, vocab_mask, V, hidden, "rows of `weight`")
-    *values, _ = _linear_logprob(
-        hidden, weight, target, rows, bias, vocab_mask,
-        float(temperature), softcap, n_columns, ignore_index, ",".join(wanted.names), *wanted[1:],
-    )  # fmt: skip
+    tensors = hidden, weight, target, rows, bias, vocab_mask
+    options = float(temperature), softcap, n_columns, ignore_index, ",".join(wanted.names)
+    *values, _ = linear_logprob_op(*tensors, *options, *wanted[1:])
     return TokenStats.of(Values(*values).by_name(wanted))
-
-
-def _check_tensors(
-    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, bias: Tensor | None
-) -> int:
-    """Raise unless the tensors fit together; the number of rows of the weight."""
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if x.ndim != 2:
-            fix = "flatten the leading dimensions" if x.ndim > 2 else "unsqueeze it"
-            raise ValueError(f"`{name}` must be 2-D, got shape {tuple(x.shape)}; {fix}.")
-        check_dtype(name, x, *FLOATS)
-    R, D = hidden.shape
-    V = weight.shape[0]
-    check_shape("weight", weight, V=V, D=D)
-    check_device("weight", weight, hidden.device)
-    check_pairs(target, rows, R, hidden.device, "hidden")
-    if bias is not None:
-        check_dtype("bias", bias, *FLOATS)
-        check_shape("bias", bias, V=V)
-        check_device("bias", bias, hidden.device)
-    return V
 
 
 def linear_logprob_reference(
@@ -276,8 +137,8 @@ def linear_logprob_reference(
     k: int = 20,
 ) -> TokenStats:
     """`linear_logprob` in plain PyTorch, with all logits at once: fp64 in gives an fp64 oracle."""
-    dtype = _wide(hidden, weight)
-    z = hidden.to(dtype) @ weight.to(dtype).T
+    dtype = sum_dtype(hidden, weight)
+    z = torch.matmul(hidden.to(dtype), weight.to(dtype).T)
     z = z if bias is None else z + bias.to(dtype)
     return token_logprob_reference(
         z,

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ._launch import check_device, check_dtype, check_shape
+from ._checks import check_device, check_dtype, check_shape
 
 # numbers in one chain: errors near those of one query alone; shorter ones cost more GEMMs
 PIECE = 16

@@ -3,42 +3,108 @@
 Sequence n owns the values offsets[n] ... offsets[n + 1] - 1, group p the sequences
 group_offsets[p] ... group_offsets[p + 1] - 1; both are ragged, and either may be empty.
 
+In this order: what can be asked, the ops, the public function and its checks, the PyTorch route. On
+a GPU `_segment_reduce_triton` computes.
+
 S scored tokens, N sequences, P groups, K token statistics.  Sums are kept in fp64, in an order
 that only the sequence's own length decides: sequence and group have the same bits in any batch.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from . import _segment_reduce_torch as plain
-from ._launch import check_device, check_dtype, check_shape, runs_triton
-from .segment_stats import (
-    GROUP_NAMES,
-    SEQUENCE_NAMES,
-    GroupStatistic,
-    GroupStats,
-    Segments,
-    SequenceStatistic,
-    SequenceStats,
-)
+from ._checks import check_device, check_dtype, check_shape, runs_triton
 from .stats import IDS_OR_LISTS, TokenStats
 
+SequenceStatistic = Literal[
+    "sum", "mean", "min", "count", "all", "lowest_window", "bottom_windows", "tail_window"
+]
+GroupStatistic = Literal["argmax", "max", "mean", "std", "log_mean_exp", "advantage", "weights"]
+SEQUENCE_NAMES: tuple[SequenceStatistic, ...] = get_args(SequenceStatistic)
+GROUP_NAMES: tuple[GroupStatistic, ...] = get_args(GroupStatistic)
 EPSILON = 1e-4  # beside the std of an advantage, as in TRL
 DIFFERENTIABLE = ("sum", "mean")
 PER_GROUP = ("max", "mean", "std", "log_mean_exp")
+BLOCK_ELEMENTS = 2**20  # fp64 values laid side by side; chosen
+WINDOWS = ("lowest_window", "bottom_windows", "tail_window")
 
 
-def _route(x: Tensor):
-    """The module that computes where `x` lives."""
-    if runs_triton(x, x.dtype):
-        from . import _segment_reduce_triton as triton_route
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequenceStats:
+    """One value per sequence for each statistic that was asked for, `None` for the others.
 
-        return triton_route
-    return plain
+    Of the L values x of one sequence, and of its L - w + 1 windows of w neighbouring values:
+
+        sum             sum x; 0 where L = 0
+        mean            sum x / L; 0 where L = 0
+        min             the least x; inf where L = 0
+        count           L, int64
+        all             1.0 where no x is 0, else 0.0; 1.0 where L = 0
+        lowest_window   the least mean of a window
+        bottom_windows  the mean of the lowest tenth of the windows' means, rounded down, at least 1
+        tail_window     the mean of the last window
+
+    w is what `window` says, at least 1 and at most L; the windows of an empty sequence give 0.
+    A NaN makes NaN of every value of its sequence but `count`. fp32; fp64 where the values are.
+
+    Source:
+        Windows: Fu et al. 2025 (DeepConf), arXiv:2508.15260.
+    """
+
+    sum: Float32[Tensor, " N"] | None = None
+    mean: Float32[Tensor, " N"] | None = None
+    min: Float32[Tensor, " N"] | None = None
+    count: Int64[Tensor, " N"] | None = None
+    all: Float32[Tensor, " N"] | None = None
+    lowest_window: Float32[Tensor, " N"] | None = None
+    bottom_windows: Float32[Tensor, " N"] | None = None
+    tail_window: Float32[Tensor, " N"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupStats:
+    """One value per group, or per sequence, for each statistic that was asked for, else `None`.
+
+    Of the G scores x of a group's eligible sequences: those that are `valid` and not empty.
+
+        argmax        where in its group the highest x is, the first of a tie; [P] int64; -1 where
+                      there is none. NaN is never chosen
+        max           its x, [P]; NaN where there is none
+        mean          sum x / G, [P]
+        std           sqrt(sum (x - mean)^2 / (G - 1)), [P]; 0 where G = 1
+        log_mean_exp  T log(sum exp(x / T) / G), [P]
+        advantage     (x - mean) / (std + 1e-4), [N]
+        weights       exp(x / T) / sum exp(x / T) over the group, [N]
+
+    T is `temperature`. mean, std and log_mean_exp of no score are NaN; so are they, and the group's
+    advantages and weights, where a score is NaN. Sequences that are not eligible, or in no group,
+    have advantage and weight 0. fp32; fp64 where the scores are.
+
+    Source:
+        Advantage: Shao et al. 2024 (GRPO), arXiv:2402.03300, with the 1e-4 of TRL.
+    """
+
+    argmax: Int64[Tensor, " P"] | None = None
+    max: Float32[Tensor, " P"] | None = None
+    mean: Float32[Tensor, " P"] | None = None
+    std: Float32[Tensor, " P"] | None = None
+    log_mean_exp: Float32[Tensor, " P"] | None = None
+    advantage: Float32[Tensor, " N"] | None = None
+    weights: Float32[Tensor, " N"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segments:
+    """The reductions of each token statistic, by its name: to sequences, and to groups of them."""
+
+    sequences: Mapping[str, SequenceStats]
+    groups: Mapping[str, GroupStats]
 
 
 @torch.library.custom_op("sharpen::segment_reduce", mutates_args=())
@@ -59,7 +125,12 @@ def _sequences(
         widths = (lengths.double() * window).floor().long().clamp(min=1)
     else:
         widths = torch.full_like(lengths, int(window))
-    return torch.stack(_route(values).sequences(values.contiguous(), offsets, widths, names))
+    asked = values.contiguous(), offsets, widths, names
+    if runs_triton(values, values.dtype):
+        from . import _segment_reduce_triton as fused
+
+        return torch.stack(fused.sequences(*asked))
+    return torch.stack(_torch_sequences(*asked))
 
 
 @_sequences.register_fake
@@ -105,8 +176,12 @@ def _groups(
         per_group = scores.new_full((len(PER_GROUP), K, P), float("nan"))
         return argmax, per_group, scores.new_zeros((2, K, N))
     offsets = offsets.clamp(0, N).cummax(0).values
-    route = _route(scores)
-    return route.groups(scores.contiguous(), eligible, offsets, temperature, EPSILON)
+    asked = scores.contiguous(), eligible, offsets, temperature, EPSILON
+    if runs_triton(scores, scores.dtype):
+        from . import _segment_reduce_triton as fused
+
+        return fused.groups(*asked)
+    return _torch_groups(*asked)
 
 
 @_groups.register_fake
@@ -264,3 +339,129 @@ def _check_numbers(window: int | float, temperature: float) -> None:
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"`temperature` must be finite and above 0, got {temperature}.")
+
+
+def _torch_sequences(
+    values: Tensor, offsets: Tensor, widths: Tensor, stats: list[str]
+) -> list[Tensor]:
+    """The asked statistics of every sequence, each [K, N]; `values` [K, S], N and K above 0.
+
+    Sums run over the values in order, one sequence by itself. For windows, sequences of about one
+    length are laid side by side and padded, a bounded number of values at a time.
+    """
+    lengths = offsets.diff()
+    found: dict[str, Tensor] = {}
+    if {"sum", "mean"} & set(stats):
+        found["sum"] = _reduce(values.double(), "sum", offsets)
+        found["mean"] = found["sum"] / lengths.clamp(min=1)
+    if "min" in stats:
+        found["min"] = _reduce(values, "min", offsets)
+    if "all" in stats:
+        holds = (values != 0).to(values.dtype).masked_fill(values.isnan(), float("nan"))
+        found["all"] = _reduce(holds, "min", offsets).clamp(max=1.0)
+    if set(WINDOWS) & set(stats):
+        found |= _window_stats(values, offsets[:-1], lengths, widths, "bottom_windows" in stats)
+    return [found[name].to(values.dtype) for name in stats]
+
+
+def _window_stats(
+    values: Tensor, starts: Tensor, lengths: Tensor, widths: Tensor, want_bottom: bool
+) -> dict[str, Tensor]:
+    K, N = values.shape[0], lengths.shape[0]
+    found = {name: values.new_zeros((K, N), dtype=torch.float64) for name in WINDOWS}
+    longest_first, order = lengths.sort(descending=True, stable=True)
+    edges = longest_first.tolist()
+    i = 0
+    while i < N and edges[i] > 0:
+        step = max(1, BLOCK_ELEMENTS // (K * edges[i]))
+        block = order[i : i + step]
+        windows, has_nan = _lay_out(values, starts[block], lengths[block], widths[block], edges[i])
+        mean, last = windows.mean, (windows.n_windows - 1).clamp(min=0).expand(K, -1)[:, :, None]
+        lost = has_nan | (mean.isnan() & windows.exists).any(dim=2)
+        some = lengths[block] > 0
+        of_block = {"lowest_window": mean.amin(dim=2).masked_fill(lost, float("nan"))}
+        of_block["tail_window"] = mean.gather(2, last)[:, :, 0].masked_fill(has_nan, float("nan"))
+        if want_bottom:
+            count = (windows.n_windows // 10).clamp(min=1)
+            lowest = mean.sort(dim=2).values.cumsum(dim=2)
+            total = lowest.gather(2, (count - 1).expand(K, -1)[:, :, None])[:, :, 0]
+            of_block["bottom_windows"] = (total / count).masked_fill(lost, float("nan"))
+        for name, x in of_block.items():
+            found[name][:, block] = torch.where(some, x, 0.0)
+        i += step
+    return found
+
+
+class _Windows(NamedTuple):
+    mean: Tensor  # [K, B, L] fp64, inf where there is no window
+    exists: Tensor  # [B, L]
+    n_windows: Tensor  # [B]
+
+
+def _lay_out(
+    values: Tensor, starts: Tensor, lengths: Tensor, widths: Tensor, L: int
+) -> tuple[_Windows, Tensor]:
+    """Means of the windows of B sequences of at most L values, and where one holds a NaN [K, B]."""
+    place = torch.arange(L, device=values.device)
+    inside = place < lengths[:, None]
+    index = (starts[:, None] + place).clamp(max=values.shape[1] - 1)
+    x = torch.where(inside, values[:, index], 0.0).double()  # [K, B, L]
+    # inf - inf is nan: running sums are of finite values, the infinite ones are counted beside them
+    running = torch.where(x.isfinite(), x, 0.0).cumsum(dim=2)
+    up, down = (x.isposinf().cumsum(dim=2), x.isneginf().cumsum(dim=2))
+    width = torch.minimum(widths, lengths.clamp(min=1))
+    count = (lengths - width + 1) * (lengths > 0)
+    exists = place < count[:, None]
+    last = (place + width[:, None] - 1).clamp(max=L - 1).expand_as(x)
+
+    def of_window(total: Tensor) -> Tensor:
+        before = torch.nn.functional.pad(total[:, :, :-1], (1, 0))
+        return total.gather(2, last) - before
+
+    mean = of_window(running) / width[:, None]
+    mean = torch.where(of_window(up) > 0, float("inf"), mean)
+    below = torch.where(mean == float("inf"), float("nan"), float("-inf"))
+    mean = torch.where(of_window(down) > 0, below, mean)
+    mean = torch.where(exists, mean, float("inf"))
+    return _Windows(mean, exists, count), x.isnan().any(dim=2)
+
+
+def _torch_groups(
+    scores: Tensor, eligible: Tensor, offsets: Tensor, temperature: float, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Argmax [K, P]; max, mean, std, log_mean_exp [4, K, P]; advantage, weights [2, K, N]."""
+    N, P = scores.shape[1], offsets.shape[0] - 1
+    member = torch.arange(N, device=scores.device)
+    group = torch.searchsorted(offsets, member, right=True) - 1
+    grouped = (group >= 0) & (group < P)
+    group = group.clamp(0, P - 1)
+    counts = eligible & grouped
+    chosen_from = counts & ~scores.isnan()
+    x = scores.double()
+    n = _reduce(counts.double()[None], "sum", offsets)
+    mean = _reduce(torch.where(counts, x, 0.0), "sum", offsets) / n
+    top = _reduce(torch.where(chosen_from, x, float("-inf")), "max", offsets)
+    found = _reduce(chosen_from.double(), "sum", offsets) > 0
+    place = (member - offsets[group]).double()
+    is_top = chosen_from & (x == top[:, group])
+    first = _reduce(torch.where(is_top, place, float("inf")), "min", offsets)
+    argmax = torch.where(found, first, -1.0).long()
+
+    apart = torch.where(counts, x - mean[:, group], 0.0)
+    std = (_reduce(apart.square(), "sum", offsets) / (n - 1).clamp(min=1)).sqrt()
+    std = std.masked_fill(n == 0, float("nan"))
+    shift = torch.where(found & (top != float("-inf")), top, 0.0)
+    e = torch.where(counts, ((x - shift[:, group]) / temperature).exp(), 0.0)
+    mass = _reduce(e, "sum", offsets)
+    log_mean_exp = shift + temperature * (mass / n).log()
+    top = top.masked_fill(~found, float("nan"))
+    advantage = torch.where(counts, apart / (std[:, group] + epsilon), 0.0)
+    weights = torch.where(counts, e / mass[:, group], 0.0)
+    per_group = torch.stack([top, mean, std, log_mean_exp])
+    per_member = torch.stack([advantage, weights])
+    return argmax, per_group.to(scores.dtype), per_member.to(scores.dtype)
+
+
+def _reduce(x: Tensor, how: str, offsets: Tensor) -> Tensor:
+    """Each segment of each row of `x` [K, S] reduced: [K, N]."""
+    return torch.stack([torch.segment_reduce(row, how, offsets=offsets) for row in x])

@@ -7,10 +7,21 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 Statistic = Literal[
-    "logprob", "lse", "entropy", "self_certainty", "is_greedy",
-    "varentropy", "sum_p2", "renyi", "top1", "margin", "rank",
-    "topk", "topk_id", "topk_mean",
-]  # fmt: skip
+    "logprob",
+    "lse",
+    "entropy",
+    "self_certainty",
+    "is_greedy",
+    "varentropy",
+    "sum_p2",
+    "renyi",
+    "top1",
+    "margin",
+    "rank",
+    "topk",
+    "topk_id",
+    "topk_mean",
+]
 NAMES: tuple[Statistic, ...] = get_args(Statistic)
 DIFFERENTIABLE: tuple[Statistic, ...] = ("logprob", "lse", "entropy", "self_certainty")
 # not one float a token
@@ -19,11 +30,11 @@ MAX_K = 32
 
 # which fields of a `Partial` a statistic is made of, beside `top` and `mass`
 FIELDS: dict[str, tuple[str, ...]] = {
-    "entropy": ("spread",),
-    "varentropy": ("spread", "square"),
-    "sum_p2": ("squares",),
-    "renyi": ("powers",),
-    "self_certainty": ("total", "n_valid"),
+    "entropy": ("sum_ez",),
+    "varentropy": ("sum_ez", "m2"),
+    "sum_p2": ("sum_e2",),
+    "renyi": ("sum_pow",),
+    "self_certainty": ("sum_z", "n_valid"),
     "is_greedy": ("column",),
     "top1": ("column",),
     "margin": ("column", "second"),

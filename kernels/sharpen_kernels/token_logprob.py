@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _token_logprob_cpu as native
 from . import _token_logprob_torch as blocked
-from ._launch import (
+from ._checks import (
     FLOATS,
     check_dtype,
     check_options,
@@ -27,9 +27,8 @@ from ._launch import (
     check_vocabulary,
     runs_triton,
 )
-from ._logits import Read
-from ._pairs import Pairs, Values, pair_values
-from ._rows import finish
+from ._head import Transform, sum_dtype
+from ._state import Pairs, Values, finish, pair_values
 from .stats import DIFFERENTIABLE, Statistic, TokenStats, Wanted
 
 
@@ -58,16 +57,16 @@ def _token_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Values`, and what backward needs of each row [4, R]."""
     R, S = logits.shape[0], target.shape[0]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = sum_dtype(logits)
     wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
     if R == 0 or S == 0:
         values = Values.of_no_row(wanted, target, ignore_index, dtype)
         return *values.all(), logits.new_zeros((4, R), dtype=dtype)
-    read = Read(temperature, softcap, vocab_size, vocab_mask)
+    transform = Transform(temperature, softcap, vocab_size, vocab_mask)
     pairs = Pairs.of(target, rows, R)
     route = _route(logits)
-    part, chosen = route.forward(logits, read, pairs, wanted)
-    rank = 1 + route.ranks(logits, read, pairs, chosen) if "rank" in wanted.names else None
+    part, chosen = route.forward(logits, transform, pairs, wanted)
+    rank = 1 + route.ranks(logits, transform, pairs, chosen) if "rank" in wanted.names else None
     found = finish(part, renyi_order)
     values = pair_values(wanted, found, chosen, rank, pairs, vocab_size, ignore_index)
     return *values.all(), found.state()
@@ -75,7 +74,7 @@ def _token_logprob(
 
 @_token_logprob.register_fake
 def _(logits, target, rows, vocab_mask, *options):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = sum_dtype(logits)
     *_, stats, renyi_order, k = options
     wanted = Wanted(tuple(stats.split(",")), renyi_order, k)
     values = Values.empty(wanted, target.shape[0], logits, dtype)
@@ -100,14 +99,14 @@ def _token_logprob_bwd(
     R = logits.shape[0]
     if R == 0 or target.shape[0] == 0:
         return logits.new_zeros(logits.shape)
-    read = Read(temperature, softcap, vocab_size, vocab_mask)
+    transform = Transform(temperature, softcap, vocab_size, vocab_mask)
     pairs = Pairs.of(target, rows, R)
     counts, _ = pairs.counted(R, vocab_size, ignore_index)
     given = dict(zip(stats.split(","), dvalues.to(state.dtype), strict=True)) if stats else {}
     zero = torch.zeros_like(target, dtype=state.dtype)
     grads = torch.stack([given.get(name, zero) for name in DIFFERENTIABLE])
     grads = torch.where(counts, pairs.sort(grads), 0.0)
-    return _route(logits).backward(grads, state, logits, read, pairs)
+    return _route(logits).backward(grads, state, logits, transform, pairs)
 
 
 @_token_logprob_bwd.register_fake
@@ -166,8 +165,8 @@ def token_logprob(
         vocab_mask: True where a column belongs to the vocabulary; the others are -inf, after
             softcap and temperature. One mask for all rows; one a row goes into `logits` as -inf.
         ignore_index: The target of a position that is not scored.
-        stats: Which statistics to compute; each comes out the same in any company. `rank` takes
-            a second read.
+        stats: Which statistics to compute; the value of one does not depend on which others are
+            asked for. `rank` takes a second read.
         renyi_order: The order a of `renyi`; finite and above 0.
         k: Columns of `topk`, `topk_id` and `topk_mean`, 1 to 32.
 
@@ -194,10 +193,8 @@ def token_logprob(
     R, V = logits.shape
     check_pairs(target, rows, R, logits.device, "logits")
     n_columns = check_vocabulary(vocab_size, vocab_mask, V, logits, "columns of `logits`")
-    *values, _ = _token_logprob(
-        logits, target, rows, vocab_mask,
-        float(temperature), softcap, n_columns, ignore_index, ",".join(wanted.names), *wanted[1:],
-    )  # fmt: skip
+    options = float(temperature), softcap, n_columns, ignore_index, ",".join(wanted.names)
+    *values, _ = _token_logprob(logits, target, rows, vocab_mask, *options, *wanted[1:])
     return TokenStats.of(Values(*values).by_name(wanted))
 
 

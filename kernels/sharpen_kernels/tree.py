@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from ._launch import check_dtype
+from ._checks import check_dtype
 
 
 class Run(NamedTuple):
@@ -165,3 +165,13 @@ def tree_mask(tree: Tree, window: int | None = None) -> Bool[Tensor, "T T"]:
     if window is not None:
         seen &= tree.position[:, None] - tree.position < window
     return seen
+
+
+class Rule(NamedTuple):
+    """What a query of `tree_attention` sees of its ancestors, and how logits are made."""
+
+    end: Tensor
+    position: Tensor
+    scale: float
+    softcap: float | None
+    window: int | None

@@ -14,19 +14,17 @@ queries and keys, Kv of values.  Softmax and sums are fp32 (fp64 for fp64), memo
 """
 
 import math
-import os
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._launch import FLOATS, check_device, check_dtype, check_shape, runs_triton
-from ._tree_attention_plan import Rule
-from .tree import Tree, tree_mask
+from . import _tree_attention_cpu as cascade
+from ._checks import FLOATS, check_device, check_dtype, check_shape, runs_triton
+from .tree import Rule, Tree, tree_mask
 
-Implementation = Literal["auto", "cascade", "triton", "flex", "flash"]
-ENVIRONMENT = "SHARPEN_TREE_ATTENTION"
+Implementation = Literal["auto", "cascade", "triton"]
 
 
 def _module(name: str, q: Tensor):
@@ -41,12 +39,6 @@ def _module(name: str, q: Tensor):
         from . import _tree_attention_triton as triton_route
 
         return triton_route
-    if name == "flash":
-        from . import _tree_attention_flash as flash_route
-
-        return flash_route
-    from . import _tree_attention_cpu as cascade
-
     return cascade
 
 
@@ -167,10 +159,8 @@ def tree_attention(
         softcap: The cap c of c tanh(z / c), above 0; None for no cap.
         sinks: One more logit a head, which takes mass and has no value; None for none.
         scale: Of the products; None for K ** -0.5.
-        implementation: "cascade" (plain PyTorch, made for CPUs), "triton", "flex" (FlexAttention;
-            gradients on GPUs only) or "flash" (flash-attn, where installed; no window inside a
-            sequence). "auto" is "cascade" on a CPU, and on a GPU what the environment variable
-            SHARPEN_TREE_ATTENTION names, or "triton".
+        implementation: "cascade" (plain PyTorch, made for CPUs) or "triton"; "auto" is "triton" on
+            a GPU and "cascade" elsewhere, or where Triton is missing or an input is fp64.
 
     Returns:
         In the dtype of `q`; differentiable once in `q`, `k`, `v` and `sinks`. A token's heads lie
@@ -194,29 +184,13 @@ def tree_attention(
     """
     _check_tensors(q, k, v, tree, sinks)
     scale = _check_numbers(q, window, softcap, scale)
-    name = _name(q, implementation)
-    if name == "flex":
-        from ._tree_attention_flex import flex_tree_attention
-
-        rule = Rule(tree.end, tree.position, scale, softcap, window)
-        return flex_tree_attention(q, k, v, sinks, rule)
-    out, _ = _tree_attention(
-        q, k, v, sinks, tree.end, tree.position, tree.table, scale, softcap, window, name
-    )
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"`implementation` must be one of {get_args(Implementation)}, got {implementation!r}."
+        )
+    options = scale, softcap, window, implementation
+    out, _ = _tree_attention(q, k, v, sinks, tree.end, tree.position, tree.table, *options)
     return out
-
-
-def _name(q: Tensor, implementation: Implementation) -> str:
-    """The implementation that is asked for, by argument or environment."""
-    known = get_args(Implementation)
-    if implementation not in known:
-        raise ValueError(f"`implementation` must be one of {known}, got {implementation!r}.")
-    if implementation != "auto" or not q.is_cuda:
-        return implementation
-    name = os.environ.get(ENVIRONMENT, "auto")
-    if name not in known:
-        raise ValueError(f"The environment's {ENVIRONMENT} must be one of {known}, got {name!r}.")
-    return name
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tree: Tree, sinks: Tensor | None) -> None:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 from sharpen_kernels import segment_reduce
-from sharpen_kernels.segment_stats import SequenceStatistic
+from sharpen_kernels.segment_reduce import SequenceStatistic
 
 from .votes import majority as majority
 from .votes import perplexity_consistency

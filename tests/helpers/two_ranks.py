@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import helpers.interpreter_dots as interpreter_dots
 from helpers.oracle import assert_as_accurate, values, values_and_gradients
-from sharpen_kernels import _linear_logprob_chunk as chunked
+from sharpen_kernels import _linear_logprob_torch as blocked
 from sharpen_kernels import linear_logprob, vocab_parallel_linear_logprob
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.linear_logprob import linear_logprob_reference
 
 WORLD = 2
@@ -39,7 +39,7 @@ def serve(rank, folder, pipe):
         world_size=WORLD,
         timeout=datetime.timedelta(seconds=TIMEOUT_S),
     )
-    chunked.SEGMENT_ELEMENTS = 1  # segments of 64 columns: several a shard
+    blocked.SEGMENT_ELEMENTS = 1  # segments of 64 columns: several a shard
     while (asked := pickle.loads(pipe.recv_bytes())) is not None:
         job, args = asked
         try:

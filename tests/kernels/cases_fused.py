@@ -3,11 +3,9 @@
 import torch
 
 from cubins import Case
-from sharpen_kernels import _fused_backward as backward
-from sharpen_kernels import _fused_forward as forward
-from sharpen_kernels import _fused_passes as passes
+from sharpen_kernels import _linear_logprob_triton as fused
 from sharpen_kernels import _tiles
-from sharpen_kernels._fused_state import wanted_bits
+from sharpen_kernels._triton_state import wanted_bits
 from sharpen_kernels.stats import NAMES, Wanted
 
 TYPES = dict.fromkeys(("target_ptr", "first_ptr"), "*i64") | {"ahead_ptr": "*i32"}
@@ -20,7 +18,7 @@ FOUR = ("logprob", "entropy", "self_certainty", "is_greedy")
 GRADS = {"OF_TARGET": True, "OF_ENTROPY": True, "OF_UNIFORM": True, "ONE_PAIR": False}
 
 
-def fused(kernel, sm, dtype, constants, **held) -> Case:
+def case(kernel, sm, dtype, constants, **held) -> Case:
     """`kernel` with the tile of an architecture, loaded as that tile says."""
     tile = _tiles.tile("linear_logprob", sm, dtype, 4096, 128_256)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
@@ -34,7 +32,7 @@ def fused(kernel, sm, dtype, constants, **held) -> Case:
     if tile.tma and sm == "sm90" and dtype == torch.bfloat16:
         held["has"] = (("sm90", "HGMMA"), ("sm90", "UTMALDG"))
         held["lacks"] = (("sm90", "HMMA"),)
-    launch = tile.launch(sums=kernel is forward.segment_kernel)
+    launch = tile.launch(sums=kernel is fused.segment_kernel)
     return Case(kernel, launch, types, fixed | constants, EVEN, on=(sm,), **held)
 
 
@@ -42,16 +40,16 @@ CASES = {}
 for sm in ("sm80", "sm90", "sm100"):
     half = (sm, torch.bfloat16)
     CASES |= {
-        f"segment {sm} bf16, logprob": fused(forward.segment_kernel, *half, LOGPROB),
-        f"segment {sm} bf16, four": fused(
-            forward.segment_kernel, *half, LOGPROB | {"WANT": wanted_bits(Wanted(FOUR).fields)}
+        f"segment {sm} bf16, logprob": case(fused.segment_kernel, *half, LOGPROB),
+        f"segment {sm} bf16, four": case(
+            fused.segment_kernel, *half, LOGPROB | {"WANT": wanted_bits(Wanted(FOUR).fields)}
         ),
-        f"segment {sm} bf16, all": fused(forward.segment_kernel, *half, EVERY),
-        f"linear rank {sm} bf16": fused(passes.rank_kernel, *half, {}),
-        f"linear logits {sm} bf16": fused(passes.logits_kernel, *half, {}),
-        f"linear grad {sm} bf16": fused(backward.grad_kernel, *half, GRADS),
+        f"segment {sm} bf16, all": case(fused.segment_kernel, *half, EVERY),
+        f"linear rank {sm} bf16": case(fused.rank_kernel, *half, {}),
+        f"linear logits {sm} bf16": case(fused.logits_kernel, *half, {}),
+        f"linear grad {sm} bf16": case(fused.grad_kernel, *half, GRADS),
     }
 CASES |= {
-    "segment sm90 fp32, all": fused(forward.segment_kernel, "sm90", torch.float32, EVERY),
-    "linear grad sm90 fp32": fused(backward.grad_kernel, "sm90", torch.float32, GRADS),
+    "segment sm90 fp32, all": case(fused.segment_kernel, "sm90", torch.float32, EVERY),
+    "linear grad sm90 fp32": case(fused.grad_kernel, "sm90", torch.float32, GRADS),
 }

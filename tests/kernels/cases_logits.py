@@ -1,11 +1,8 @@
 """Kernels over logits, to be compiled."""
 
 from cubins import Case
-from sharpen_kernels import _fused_state as law
-from sharpen_kernels import _token_logprob_best as best
-from sharpen_kernels import _token_logprob_grad as gradient
-from sharpen_kernels import _token_logprob_pairs as pairs
 from sharpen_kernels import _token_logprob_triton as logits
+from sharpen_kernels import _triton_state as state
 from sharpen_kernels.stats import NAMES, Wanted
 
 INTS = ("target_ptr", "first_ptr", "row_ptr", "run_ptr")
@@ -22,7 +19,7 @@ WIDE_LOADS = tuple((sm, r"LDG\.E\.128") for sm in ("sm80", "sm90", "sm100"))
 
 
 def wants(*names: str) -> dict[str, int]:
-    return {"WANT": law.wanted_bits(Wanted(names).fields)}
+    return {"WANT": state.wanted_bits(Wanted(names).fields)}
 
 
 def row(constants, *names, types=HALF, vector=8, aligned=(), **held) -> Case:
@@ -40,22 +37,22 @@ CASES = {
     "row bf16, all": row(ALIGNED, *NAMES),
     "row fp32, logprob": row(BARE, "logprob", types=TYPES, vector=4, has=WIDE_LOADS),
     "row fp32, all": row(ALIGNED, *NAMES, types=TYPES, vector=4),
-    "merge": Case(law.merge_kernel, logits.MERGE, TYPES, wants(*NAMES)),
-    "chosen bf16": Case(pairs._chosen_kernel, pairs.CHOSEN, HALF, ALIGNED),
-    "rank bf16": Case(pairs._rank_kernel, pairs.RANK, HALF, BARE | {"VECTOR": 8}, has=WIDE_LOADS),
+    "merge": Case(state.merge_kernel, logits.MERGE, TYPES, wants(*NAMES)),
+    "chosen bf16": Case(logits._chosen_kernel, logits.CHOSEN, HALF, ALIGNED),
+    "rank bf16": Case(logits._rank_kernel, logits.RANK, HALF, BARE | {"VECTOR": 8}, has=WIDE_LOADS),
     "rank fp32, all": Case(
-        pairs._rank_kernel, pairs.RANK, TYPES, ALIGNED | {"VECTOR": 4}, has=WIDE_LOADS
+        logits._rank_kernel, logits.RANK, TYPES, ALIGNED | {"VECTOR": 4}, has=WIDE_LOADS
     ),
     "maxima bf16": Case(
-        best._maxima_kernel, best.MAXIMA, HALF, BARE | {"VECTOR": 8, "RUN": 32}, has=WIDE_LOADS
+        logits._maxima_kernel, logits.MAXIMA, HALF, BARE | {"VECTOR": 8, "RUN": 32}, has=WIDE_LOADS
     ),
     "candidates bf16": Case(
-        best._candidates_kernel, best.CANDIDATES, HALF, ALIGNED | {"RUN": 32, "BLOCK_K": 32}
+        logits._candidates_kernel, logits.CANDIDATES, HALF, ALIGNED | {"RUN": 32, "BLOCK_K": 32}
     ),
     "grad bf16": Case(
-        gradient._grad_kernel, gradient.BACKWARD, HALF, BARE | {"VECTOR": 8}, EVEN, has=WIDE_LOADS
+        logits._grad_kernel, logits.BACKWARD, HALF, BARE | {"VECTOR": 8}, EVEN, has=WIDE_LOADS
     ),
     "grad fp32, all": Case(
-        gradient._grad_kernel, gradient.BACKWARD, TYPES, ALIGNED | {"VECTOR": 4}, EVEN
+        logits._grad_kernel, logits.BACKWARD, TYPES, ALIGNED | {"VECTOR": 4}, EVEN
     ),
 }

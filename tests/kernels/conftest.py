@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import helpers.interpreter_dots as interpreter_dots
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 
 if INTERPRETED:
     interpreter_dots.install()
@@ -43,11 +43,11 @@ def _ieee_specials_are_no_warning():
 @pytest.fixture
 def small_segments(monkeypatch):
     """Segments of 64 columns (PyTorch, C++) and 128 (Triton): many to merge, at little cost."""
-    from sharpen_kernels import _linear_logprob_chunk as chunked
     from sharpen_kernels import _linear_logprob_cpu as native
+    from sharpen_kernels import _linear_logprob_torch as blocked
     from sharpen_kernels import _tiles
 
-    monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr(blocked, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(native, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(native, "PARTIALS_BYTES", 1)  # passes of one block of rows
     monkeypatch.setattr(native, "MAX_WAVE", 64)
@@ -60,10 +60,7 @@ def small_segments(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Segments of 64 columns (PyTorch, C++), of 256 in tiles of 64 or 128 (Triton), of logits."""
-    from sharpen_kernels import _token_logprob_best as best
     from sharpen_kernels import _token_logprob_cpu as native
-    from sharpen_kernels import _token_logprob_grad as gradient
-    from sharpen_kernels import _token_logprob_pairs as pairs
     from sharpen_kernels import _token_logprob_torch as blocked
     from sharpen_kernels import _token_logprob_triton as fused
 
@@ -72,10 +69,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "SEGMENT", 64)
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(blocked, "CUDA_BLOCK_ELEMENTS", 256)
-    monkeypatch.setattr(best, "BLOCK_ELEMENTS", 200)  # two rows for k = 3
-    for launch in (fused.FORWARD, pairs.RANK):
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 200)  # two rows for k = 3
+    for launch in (fused.FORWARD, fused.RANK):
         monkeypatch.setitem(launch, "LANES", 8)
         monkeypatch.setitem(launch, "UNROLL", 2)
         monkeypatch.setitem(launch, "SEGMENT", 256)
-    for launch in (gradient.BACKWARD, best.MAXIMA):
+    for launch in (fused.BACKWARD, fused.MAXIMA):
         monkeypatch.setitem(launch, "BLOCK_V", 128)

@@ -12,7 +12,7 @@ import torch
 
 from helpers.oracle import assert_matches_fp64, head_problem, values
 from sharpen_kernels import _cpu_library
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 
 KERNELS = Path(_cpu_library.__file__).parent.parent
 ROOT = KERNELS.parent

@@ -1,9 +1,12 @@
-"""Values and gradients of `linear_logprob` against fp64, judged beside PyTorch's own fp32."""
+"""`linear_logprob` against fp64, judged beside PyTorch's own fp32: chosen and drawn calls, bits."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from helpers.oracle import (
     DIFFERENTIABLE,
@@ -11,9 +14,10 @@ from helpers.oracle import (
     assert_matches_fp64,
     head_problem,
     values,
+    values_and_gradients,
 )
 from sharpen_kernels import _linear_logprob_cpu as native
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED, exact_matmul
 from sharpen_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from sharpen_kernels.stats import NAMES
 
@@ -209,3 +213,152 @@ def test_tied_weight_adds_both_gradients(device):
     low = gradient(linear_logprob_reference, torch.float32)
     truth = gradient(linear_logprob_reference, torch.float64)
     assert_as_accurate("dtied", got, low, truth)
+
+
+# the interpreter takes a second where a kernel takes microseconds
+EXAMPLES = 12 if INTERPRETED else 60
+fixed = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@st.composite
+def calls(draw, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+    """Arguments of `head_problem`, then options of the op."""
+    V = draw(st.integers(1, 300))
+    sizes = {"R": draw(st.integers(1, 140)), "V": V, "D": draw(st.integers(1, 70))}
+    sizes["S"] = draw(st.none() | st.integers(1, 30))
+    sizes |= {"dtype": draw(st.sampled_from(dtypes)), "bias": draw(st.booleans())}
+    options = {
+        "temperature": draw(st.sampled_from([1.0, 0.3, 4.0])),
+        "softcap": draw(st.sampled_from([None, 3.0, 30.0])),
+        "vocab_size": draw(st.none() | st.integers(1, V)),
+        "renyi_order": draw(st.sampled_from([2.0, 0.5, 4.0])),
+        "k": draw(st.integers(1, 32)),
+    }
+    return sizes, options, draw(st.sampled_from([0.0, 0.1, 0.9])), draw(st.integers(0, 2**31))
+
+
+@given(call=calls())
+@fixed
+@pytest.mark.usefixtures("small_segments")
+def test_any_call_is_as_accurate_as_torch(device, call):
+    sizes, options, share_masked, seed = call
+    torch.manual_seed(seed)
+    problem = head_problem(**sizes, device=device)
+    S, n_columns = len(problem["target"]), options["vocab_size"] or sizes["V"]
+    problem["target"] %= n_columns
+    odd = torch.rand(S, device=device)
+    problem["target"][odd < 0.1] = -100
+    problem["target"][odd > 0.95] = n_columns
+    if share_masked:
+        mask = torch.rand(sizes["V"], device=device) > share_masked
+        mask[torch.randint(n_columns, ())] = True
+        options = options | {"vocab_mask": mask}
+    # a wrong formula or column is off by thousands of these
+    assert_matches_fp64(problem, ulps=8, **options)
+
+
+@given(call=calls(dtypes=(torch.float32, torch.bfloat16)), data=st.data())
+@fixed
+@pytest.mark.usefixtures("small_segments")
+def test_any_part_of_a_batch_has_the_bits_of_the_whole(device, call, data):
+    sizes, options, _, seed = call
+    torch.manual_seed(seed)
+    problem = head_problem(**sizes | {"S": None}, device=device)
+    stats = tuple(data.draw(st.sets(st.sampled_from(NAMES), min_size=1)))
+    start = data.draw(st.integers(0, sizes["R"] - 1))
+    stop = data.draw(st.integers(start + 1, sizes["R"]))
+    part = problem | {name: problem[name][start:stop] for name in ("hidden", "target")}
+    whole = values(problem, **options)
+    for name, x in values(part, stats, **options).items():
+        assert torch.equal(x.nan_to_num(), whole[name][start:stop].nan_to_num()), name
+
+
+ANY_DTYPE = [torch.float32, torch.bfloat16]
+R = 1030  # more than a block of rows on every route, and ragged
+
+
+@pytest.fixture(params=ANY_DTYPE, ids=str)
+def problem(request, device):
+    # 40 is no multiple of a tile
+    return head_problem(R, 300, 40, dtype=request.param, device=device, bias=True)
+
+
+def rows_of(problem, start, stop):
+    return problem | {name: problem[name][start:stop] for name in ("hidden", "target")}
+
+
+def assert_same_bits(got, want):
+    for name, x in got.items():
+        assert torch.equal(x, want[name]), f"{name}: {(x != want[name]).sum()} values differ"
+
+
+@pytest.mark.parametrize("n", [1, 7, 128, 1000])
+@pytest.mark.usefixtures("small_segments")
+def test_any_batch_at_any_offset(problem, n):
+    whole = values(problem)
+    for start in (0, min(63, R - n), R - n):
+        part = values(rows_of(problem, start, start + n))
+        assert_same_bits(part, {name: x[start : start + n] for name, x in whole.items()})
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_any_company_of_rows(problem):
+    alone = values(rows_of(problem, 5, 6))
+    for other in (0.0, 1e4):
+        problem["hidden"][:5] = other
+        problem["hidden"][6:] = -other
+        assert_same_bits({name: x[5:6] for name, x in values(problem).items()}, alone)
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_any_order_of_pairs(problem, device):
+    order = torch.randperm(R, device=device)
+    shuffled = problem | {"rows": order, "target": problem["target"][order]}
+    assert_same_bits(values(shuffled), {name: x[order] for name, x in values(problem).items()})
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_any_subset_of_statistics(device):
+    problem = head_problem(5, 140, 40, device=device)
+    every = values(problem)
+    for n in (1, 2, len(NAMES) - 1):
+        for stats in itertools.combinations(NAMES, n):
+            assert_same_bits(values(problem, stats), every)
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_twice(problem):
+    assert_same_bits(
+        values_and_gradients(linear_logprob, problem), values_and_gradients(linear_logprob, problem)
+    )
+
+
+def test_padding_of_the_vocabulary(device):
+    problem = head_problem(9, 300, 40, device=device)
+    wide = problem | {"weight": torch.cat([problem["weight"], torch.randn(84, 40, device=device)])}
+    assert_same_bits(values(wide, vocab_size=300), values(problem))
+
+
+def test_products_stay_exact_under_autocast(device):
+    x = torch.randn(3, 3, device=device)
+    with torch.autocast(device, torch.bfloat16), exact_matmul(torch.device(device)):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_whatever_the_precision_settings_say(device):
+    problem = head_problem(70, 300, 40, device=device)
+    want = values_and_gradients(linear_logprob, problem)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            got = values_and_gradients(linear_logprob, problem)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_same_bits(got, want)

@@ -1,14 +1,13 @@
 """`linear_logprob` by the vendor's GEMM: the same contract as the other routes, block by block."""
 
-import importlib
-
 import pytest
 import torch
 
 from helpers.oracle import assert_matches_fp64, head_problem, values
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels import _linear_logprob_op as op
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels._head import Head, Transform
 
-op = importlib.import_module("sharpen_kernels.linear_logprob")
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
@@ -25,7 +24,7 @@ def route(monkeypatch, device):
     monkeypatch.setattr(vendor, "BLOCK_R", 4)
     monkeypatch.setattr(vendor, "ALIGN_V", 128)
     monkeypatch.setattr(vendor, "WORKSPACE", 512)
-    monkeypatch.setattr(op, "_route", lambda hidden, head: vendor)
+    monkeypatch.setattr(op, "route_of", lambda hidden, head: vendor)
     return vendor
 
 
@@ -106,7 +105,7 @@ def test_nan_stays_in_its_row_and_outside_is_nan(device):
 
 def test_the_workspace_does_not_grow(route, device):
     problem = head_problem(9, 300, 16, device=device)
-    head = op.chunked.Head(problem["weight"], None, 1.0, None, 300)
+    head = Head(problem["weight"], None, Transform(1.0, None, 300))
     pairs = op.Pairs.of(problem["target"], None, 9)
     memory = {x.logits.tensors[0].data_ptr() for x in route._blocks(problem["hidden"], head, pairs)}
     assert len(memory) == 1

@@ -7,7 +7,7 @@ import pytest
 import triton
 
 from cubins import AMD, SHARED_LIMIT, TABLE, TARGETS, Binary, build, every_case
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED, reason="kernels are plain Python under the interpreter"

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from sharpen_kernels import _tiles
-from sharpen_kernels import _tree_attention_tiles as tilings
 
 ARCHITECTURES = ["sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -66,21 +65,21 @@ def test_launches_spell_out_fp_fusion():
 
 
 def test_every_tiling_of_tree_attention_keeps_the_promise_of_bits():
-    for tiling in (*tilings.TABLE.values(), *tilings.TILINGS.values()):
+    for tiling in (*_tiles.TILING_TABLE.values(), *_tiles.TILINGS.values()):
         assert 128 % tiling.BLOCK_Q == 0
         assert 128 % tiling.BLOCK_K == 0
-    for kernel, arch, is_single, size in tilings.TABLE:
-        assert (kernel, is_single, size) in tilings.TILINGS
+    for kernel, arch, is_single, size in _tiles.TILING_TABLE:
+        assert (kernel, is_single, size) in _tiles.TILINGS
         assert arch.startswith(("sm", "gfx"))
 
 
 def test_a_measured_tiling_wins_on_its_architecture_alone(monkeypatch):
-    entry = tilings.Tiling(16, 32, 4, 1)
-    monkeypatch.setitem(tilings.TABLE, ("fwd", "sm90", False, 64), entry)
+    entry = _tiles.Tiling(16, 32, 4, 1)
+    monkeypatch.setitem(_tiles.TILING_TABLE, ("fwd", "sm90", False, 64), entry)
     q = torch.zeros(1, 4, 64, dtype=torch.bfloat16)
     found = {}
     for arch in ("sm90", "sm80"):
-        monkeypatch.setattr(tilings, "architecture", lambda _, arch=arch: arch)
-        found[arch] = tilings.tiling_of("fwd", q, q)
-    assert found == {"sm90": entry, "sm80": tilings.TILINGS["fwd", False, 64]}
-    assert tilings.tiling_of("dq", q, q) == tilings.TILINGS["dq", False, 64]
+        monkeypatch.setattr(_tiles, "architecture", lambda _, arch=arch: arch)
+        found[arch] = _tiles.tiling_of("fwd", q, q)
+    assert found == {"sm90": entry, "sm80": _tiles.TILINGS["fwd", False, 64]}
+    assert _tiles.tiling_of("dq", q, q) == _tiles.TILINGS["dq", False, 64]

@@ -1,13 +1,18 @@
-"""Values and gradients of `token_logprob`, judged beside PyTorch's own fp32."""
+"""`token_logprob` against fp64, judged beside PyTorch's own fp32: chosen and drawn calls, bits."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-from helpers.logit_oracle import assert_matches_fp64, logit_problem, values
-from sharpen_kernels._launch import INTERPRETED
+from helpers.logit_oracle import assert_matches_fp64, logit_problem, values, values_and_gradient
+from helpers.oracle import assert_as_accurate
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import NAMES
+from sharpen_kernels.token_logprob import token_logprob, token_logprob_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # a pair; ragged; a power of two on both sides; a whole tile and one more; Llama 2 with a token more
@@ -124,11 +129,10 @@ def test_masked_columns_are_ahead_of_no_target(device):
 def test_pairs_read_nothing_outside_rows_and_columns(device):
     if not (INTERPRETED or device == "cuda"):
         pytest.skip("a kernel's own guard: needs a GPU or TRITON_INTERPRET=1")
-    from sharpen_kernels._logits import Read
-    from sharpen_kernels._token_logprob_pairs import ahead, put_chosen
-    from sharpen_kernels._triton_logits import Reading
+    from sharpen_kernels._head import Transform
+    from sharpen_kernels._token_logprob_triton import Reading, ahead, put_chosen
 
-    x = Reading(torch.randn(4, 50, device=device)[1:3], Read(1.0, None, 50, None))
+    x = Reading(torch.randn(4, 50, device=device)[1:3], Transform(1.0, None, 50, None))
     row = torch.tensor([-1, 0, 2], device=device)
     low = torch.full((3,), -1e9, device=device)
     assert ahead(x, row, torch.zeros_like(row), 0, low).tolist() == [0, 50, 0]
@@ -179,3 +183,151 @@ def test_gradient_keeps_the_dtype_and_the_rest_carries_none(device):
     got["logprob"].sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.dtype == torch.bfloat16
+
+
+INF = float("inf")
+# those whose value does not hang on the last bit of a logit, which a mask may leave few of
+NUMBERS = tuple(name for name in NAMES if name not in ("margin", "topk", "topk_id", "topk_mean"))
+
+
+@st.composite
+def calls(draw):
+    """Shapes, options and masks of a call; no row without a column."""
+    R, V = draw(st.integers(1, 3)), draw(st.integers(1, 290))
+    n_columns = draw(st.integers(1, V))
+    options = {
+        "vocab_size": n_columns,
+        "temperature": draw(st.sampled_from([1.0, 0.3, 2.0])),
+        "softcap": draw(st.sampled_from([None, 8.0])),
+        "renyi_order": draw(st.sampled_from([0.5, 2.0, 3.0])),
+        "stats": tuple(draw(st.sets(st.sampled_from(NUMBERS), min_size=1))),
+    }
+    kept = draw(st.sets(st.integers(0, n_columns - 1), min_size=1))
+    return {
+        "R": R, "V": V, "S": draw(st.integers(1, 4)), "seed": draw(st.integers(0, 99)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float16])),
+        "mask": draw(st.sampled_from(["none", "logits", "vocab_mask"])), "kept": sorted(kept),
+        "pad": draw(st.integers(0, 3)), "offset": draw(st.sampled_from([0.0, -90.0, 40.0])),
+        "options": options,
+    }  # fmt: skip
+
+
+@settings(
+    max_examples=12 if INTERPRETED else 60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(call=calls())
+@pytest.mark.usefixtures("small_tiles")
+def test_any_call(call, device):
+    torch.manual_seed(call["seed"])
+    R, V, kept, options = call["R"], call["V"], call["kept"], dict(call["options"])
+    # rows that begin at any address
+    problem = logit_problem(R, V + call["pad"], S=call["S"], device=device)
+    # a cap makes ties of what is far out
+    offset = call["offset"] if options["softcap"] is None else 0.0
+    logits = (problem["logits"] + offset).to(call["dtype"])[:, call["pad"] :]
+    mask = torch.zeros(V, dtype=torch.bool, device=device)
+    mask[kept] = True
+    if call["mask"] == "none":
+        problem["target"] %= options["vocab_size"]
+    else:
+        problem["target"] = torch.tensor(kept, device=device)[problem["target"] % len(kept)]
+    if call["mask"] == "logits":
+        logits = logits.masked_fill(~mask, -INF)
+    if call["mask"] == "vocab_mask":
+        options["vocab_mask"] = mask
+    problem["logits"] = logits
+    got = values_and_gradient(token_logprob, problem, **options)
+    low = values_and_gradient(token_logprob_reference, problem, dtype=torch.float32, **options)
+    truth = values_and_gradient(token_logprob_reference, problem, dtype=torch.float64, **options)
+    # one value may be right by luck: two units in the last place of the largest logit are not
+    largest = max(1.0, logits[logits.isfinite()].abs().max().item()) / options["temperature"]
+    for name, x in got.items():
+        finite = truth[name][truth[name].isfinite()].double()
+        size = max(1.0, finite.abs().sum().item())
+        eps = torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps
+        assert_as_accurate(name, x, low[name], truth[name], floor=2 * eps * largest * size)
+
+
+# several blocks of rows of `small_tiles`, and ragged; the interpreter is slow
+R = 6 if INTERPRETED else 20
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def problem(request, device):
+    return logit_problem(R, 300, dtype=request.param, device=device)
+
+
+def assert_same_bits(got, want):
+    for name, x in got.items():
+        assert torch.equal(x, want[name]), f"{name}: {(x != want[name]).sum()} values differ"
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("tiles", ["small", "whole"])
+def test_same_bits_in_any_batch_at_any_offset(problem, n, tiles, request):
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    whole = values_and_gradient(token_logprob, problem, NAMES[1:2])
+    whole |= values(problem)
+    for start in {0, R - n}:
+        kept = slice(start, start + n)
+        part = {name: problem[name][kept] for name in ("logits", "target")} | {"rows": None}
+        assert_same_bits(values(part), {name: x[kept] for name, x in whole.items()})
+
+
+def test_same_bits_of_a_long_row_with_any_threads(device):
+    problem = logit_problem(4, 40_000, device=device)
+    alone = {name: x[2:3] for name, x in values(problem).items()}
+    torch.set_num_threads(2)
+    try:
+        for kept in (slice(2, 3), slice(1, 4)):
+            part = {name: problem[name][kept] for name in ("logits", "target")} | {"rows": None}
+            at = 2 - kept.start
+            got = {name: x[at : at + 1] for name, x in values(part).items()}
+            assert_same_bits(got, alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_same_bits_in_any_company_and_order(problem, device):
+    want = values(problem)
+    order = torch.randperm(R, device=device)
+    shuffled = problem | {"rows": order, "target": problem["target"][order]}
+    assert_same_bits(values(shuffled), {name: x[order] for name, x in want.items()})
+    for other in (0.0, 1e4):
+        problem["logits"][:4] = other
+        problem["logits"][5:] = -other
+        assert_same_bits(
+            {name: x[4:5] for name, x in values(problem).items()},
+            {name: x[4:5] for name, x in want.items()},
+        )
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_same_bits_with_any_subset_of_statistics(device):
+    problem = logit_problem(1, 300, device=device)
+    every = values(problem)
+    alone = [(name,) for name in NAMES]
+    but_one = [tuple(name for name in NAMES if name != left_out) for left_out in NAMES]
+    pairs = [] if INTERPRETED else list(itertools.combinations(NAMES, 2))
+    for stats in alone + but_one + pairs:
+        assert_same_bits(values(problem, stats), every)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_same_bits_twice_and_without_padding(problem, device):
+    want = values_and_gradient(token_logprob, problem)
+    assert_same_bits(values_and_gradient(token_logprob, problem), want)
+    wide = torch.cat([problem["logits"], torch.full((R, 84), math.nan, device=device)], dim=1)
+    got = values_and_gradient(
+        token_logprob, problem | {"logits": wide.to(problem["logits"].dtype)}, vocab_size=300
+    )
+    assert (got["dlogits"][:, 300:] == 0).all()
+    got["dlogits"] = got["dlogits"][:, :300]
+    assert_same_bits(got, want)

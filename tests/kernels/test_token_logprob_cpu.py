@@ -8,10 +8,9 @@ from helpers.logit_oracle import assert_matches_fp64, logit_problem, values, val
 from sharpen_kernels import _cpu_library, token_logprob
 from sharpen_kernels import _token_logprob_cpu as native
 from sharpen_kernels import _token_logprob_torch as blocked
-from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels._logits import Read
-from sharpen_kernels._pairs import Pairs
-from sharpen_kernels._rows import finish
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels._head import Transform
+from sharpen_kernels._state import Pairs, finish
 from sharpen_kernels.stats import NAMES, Wanted
 
 needs_library = pytest.mark.skipif(
@@ -104,7 +103,7 @@ def test_workspace_is_bounded(dtype, route):
     R, V = 300, 40_000  # 46 MiB in fp32
     logits = torch.zeros(R, V, dtype=dtype)
     pairs = Pairs.of(torch.zeros(R, dtype=torch.int64), None, R)
-    read = Read(1.0, None, V, None)
+    read = Transform(1.0, None, V, None)
 
     def forward():
         return route.forward(logits, read, pairs, Wanted(NAMES))

@@ -13,7 +13,7 @@ from helpers.tree_oracle import (
     trees,
     values_and_gradients,
 )
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.tree_attention import tree_attention
 
 # smaller than every prompt, between prompt and completion, larger than any sequence
@@ -36,7 +36,7 @@ HEADS = (2, 1) if INTERPRETED else (4, 2)
 def _few_tiles(monkeypatch):
     """Tiles of 64 x 64 where fp32 has smaller ones: fewer programs to interpret."""
     if INTERPRETED:
-        from sharpen_kernels import _tree_attention_tiles as tiles
+        from sharpen_kernels import _tiles as tiles
 
         for kernel in ("fwd", "dq", "dkv"):
             for size in (64, 128):

@@ -9,10 +9,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sharpen_kernels import _tree_attention_bwd as bwd
-from sharpen_kernels import _tree_attention_tiles as tiles
-from sharpen_kernels import _tree_attention_triton as fwd
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels import _tree_attention_triton as fused
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels._tiles import TILINGS
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED, reason="kernels are plain Python under the interpreter"
@@ -23,11 +22,11 @@ INTS = dict.fromkeys(("end_ptr", "position_ptr"), "*i64")
 INTS |= dict.fromkeys(("others_ptr", "lengths_ptr"), "*i32")
 WIDE = ("lse_ptr", "state_ptr", "sinks_ptr")
 KERNELS = {
-    "fwd": (fwd._fwd_kernel, None),
-    "dq": (bwd._dq_kernel, None),
-    "dkv": (bwd._dkv_kernel, None),
-    "delta": (bwd._delta_kernel, {"ROWS": bwd.ROWS} | tiles.LAUNCH),
-    "tiles": (tiles._tiles_kernel, {"BLOCK_Q": 128, "BLOCK_K": 64, "SCAN": tiles.SCAN}),
+    "fwd": (fused._fwd_kernel, None),
+    "dq": (fused._dq_kernel, None),
+    "dkv": (fused._dkv_kernel, None),
+    "delta": (fused._delta_kernel, {"ROWS": fused.ROWS} | fused.LAUNCH),
+    "tiles": (fused._tiles_kernel, {"BLOCK_Q": 128, "BLOCK_K": 64, "SCAN": fused.SCAN}),
 }
 # head sizes of small and of large models; fp32 is the same code on plain cores: once is enough
 CASES = [(name, 128, "*bf16", sm) for name in KERNELS for sm in (80, 90, 100)]
@@ -52,7 +51,7 @@ def test_compiles(name, size, floats, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a warm cache hides a broken kernel
     kernel, launch = KERNELS[name]
     if launch is None:
-        launch = tiles.TILINGS[name, floats == "*fp32", size]._asdict()
+        launch = TILINGS[name, floats == "*fp32", size]._asdict()
     flags = {flag: True for flag in kernel.arg_names if flag.startswith(("HAS_", "OF_"))}
     widths = dict.fromkeys(("K", "KV", "BLOCK_D", "BLOCK_DV"), size)
     named = {**widths, **flags, **launch, "PRECISION": "ieee"}

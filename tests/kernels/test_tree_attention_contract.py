@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.tree_oracle import TREES, attention_problem, grow, tree_of, values_and_gradients
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.tree import Tree
 from sharpen_kernels.tree_attention import tree_attention
 
@@ -171,13 +171,6 @@ def test_route_is_chosen_by_device_and_argument(device):
         module("triton", q.double())
     with pytest.raises(ValueError, match=r"`implementation` must be one of .*, got 'fast'"):
         tree_attention(q, q, q, Tree.chain([1]).to(device), implementation="fast")
-
-
-def test_environment_names_the_route_of_gpu_tensors(device, monkeypatch):
-    q = torch.zeros(1, 1, 16, device=device)
-    monkeypatch.setenv(op.ENVIRONMENT, "flex")
-    assert op._name(q, "auto") == ("flex" if device == "cuda" else "auto")
-    assert op._name(q, "cascade") == "cascade"
 
 
 @pytest.mark.parametrize(

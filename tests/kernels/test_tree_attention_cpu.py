@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from helpers.tree_oracle import TREES, assert_matches_fp64, attention_problem, tree_of, trees
 from sharpen_kernels import _tree_attention_cpu as cascade
-from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels._tree_attention_plan import BAND, SMALL, Rule, plan_of
-from sharpen_kernels.tree import Tree, tree_mask
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels._tree_attention_cpu import BAND, SMALL, plan_of
+from sharpen_kernels.tree import Rule, Tree, tree_mask
 from sharpen_kernels.tree_attention import tree_attention, tree_attention_reference
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing of the cascade is Triton's")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from helpers.tree_oracle import TREES, assert_matches_fp64, attention_problem, tree_of
-from sharpen_kernels import _tree_attention_tiles as tiles
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels import _tiles as tiles
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.tree import Tree, tree_mask
 
 pytestmark = pytest.mark.skipif(
@@ -31,7 +31,9 @@ def test_each_tile_is_met_once_and_free_where_all_is_seen(tree, window, of_queri
     tree = tree.to(device)
     pairs = tiled(tree_mask(tree, window), SMALL)
     pairs = pairs if of_queries else pairs.T
-    others, lengths = tiles.lists_of(tree.end, tree.position, window, SMALL, of_queries)
+    from sharpen_kernels._tree_attention_triton import lists_of
+
+    others, lengths = lists_of(tree.end, tree.position, window, SMALL, of_queries)
     for tile, seen in enumerate(pairs):
         free, masked = (others[plane, tile, : lengths[plane, tile]].tolist() for plane in (0, 1))
         assert free == sorted(free)

@@ -193,6 +193,21 @@ def test_no_group_says_what_to_do():
         vocab_parallel_linear_logprob(**CALL)
 
 
+ONES = torch.ones(40, dtype=torch.bool)
+WRONG = [
+    ({"vocab_mask": ONES}, r"`vocab_mask` must have shape \(v\)=\(9,\)"),
+    ({"vocab_mask": ONES[:9].to("meta")}, r"`vocab_mask` must be on cpu"),
+    ({"vocab_size": 0}, r"`vocab_size` must be at least 1, got 0"),
+]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_errors_say_name_wanted_got_fix(change, message):
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_linear_logprob(**CALL | change)
+
+
 @pytest.mark.usefixtures("alone")
 def test_alone_it_has_the_bits_of_linear_logprob():
     problem = head_problem(6, 300, 24, S=11, bias=True)

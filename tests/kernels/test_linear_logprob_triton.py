@@ -14,7 +14,7 @@ from helpers.oracle import (
     values_and_gradients,
 )
 from sharpen_kernels import _tiles, linear_logprob
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
 from sharpen_kernels.stats import NAMES
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +43,7 @@ def tiles(monkeypatch):
 @pytest.fixture
 def programs(monkeypatch):
     """A function that sets how many programs share the units of work."""
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     def change(n):
         monkeypatch.setattr(fused, "_programs", lambda call, units, device: min(n, units))
@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_the_number_of_programs(n, tiles, programs, device
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_descriptors_and_pointers_agree_bit_for_bit(dtype, tiles, programs, device):
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     problem, mask = rich_problem(18, 70, 40, 30, device, dtype)
     tiles(tma=True)
@@ -115,7 +115,7 @@ def test_descriptors_and_pointers_agree_bit_for_bit(dtype, tiles, programs, devi
 
 
 def test_what_the_copy_engine_cannot_read():
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     x = torch.zeros(16, 32)
     assert fused._by_tma(x)
@@ -127,7 +127,7 @@ def test_what_the_copy_engine_cannot_read():
 
 @pytest.mark.parametrize("budget", ["PARTIALS_BYTES", "PASS_BYTES"])
 def test_passes_of_few_rows_change_no_bit(budget, tiles, programs, monkeypatch, device):
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     for S in (None, 40):
         problem, mask = rich_problem(34, 40, 20, S, device)
@@ -139,7 +139,7 @@ def test_passes_of_few_rows_change_no_bit(budget, tiles, programs, monkeypatch, 
 
 @pytest.mark.parametrize("S", [None, 40])
 def test_gradients_in_many_passes_and_waves(S, tiles, programs, monkeypatch, device):
-    from sharpen_kernels import _linear_logprob_fused as fused
+    from sharpen_kernels import _linear_logprob_triton as fused
 
     monkeypatch.setattr(fused, "GRADIENT_BYTES", 1)  # 32 rows by 16 columns
     problem, mask = rich_problem(35, 40, 20, S, device)
@@ -186,14 +186,13 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("S", [None, 30])
 def test_nothing_waits_for_the_device(S, tiles, programs, device):
-    from sharpen_kernels import _linear_logprob_fused as fused
-    from sharpen_kernels._linear_logprob_chunk import Head
-    from sharpen_kernels._pairs import Pairs
-    from sharpen_kernels._rows import finish
+    from sharpen_kernels import _linear_logprob_triton as fused
+    from sharpen_kernels._head import Head, Transform
+    from sharpen_kernels._state import Pairs, finish
     from sharpen_kernels.stats import Wanted
 
     problem = head_problem(20, 70, 16, S=S, device=device)
-    head = Head(problem["weight"], None, 1.0, None, 70)
+    head = Head(problem["weight"], None, Transform(1.0, None, 70))
     hidden, target = problem["hidden"], problem["target"]
     grads = {name: torch.ones_like(target, dtype=torch.float32) for name in DIFFERENTIABLE}
     with NoSync():

@@ -5,9 +5,9 @@ import torch
 
 from helpers.oracle import assert_matches_fp64, head_problem, values, values_and_gradients
 from sharpen_kernels import _cpu_library, linear_logprob
-from sharpen_kernels import _linear_logprob_chunk as chunked
 from sharpen_kernels import _linear_logprob_cpu as native
-from sharpen_kernels._launch import INTERPRETED
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels._head import Head, Transform
 from sharpen_kernels.linear_logprob import linear_logprob_reference
 from sharpen_kernels.stats import DIFFERENTIABLE, NAMES
 
@@ -193,7 +193,7 @@ def test_takes_what_it_multiplies_as_it_is(monkeypatch):
     x, w = torch.zeros(3, 8), torch.zeros(9, 8)
 
     def takes(x, w):
-        return native.takes(x, chunked.Head(w, None, 1.0, None, 9))
+        return native.takes(x, Head(w, None, Transform(1.0, None, 9)))
 
     assert takes(x, w)
     assert takes(x.bfloat16(), w.bfloat16())

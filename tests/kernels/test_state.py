@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sharpen_kernels._pairs import Pairs
-from sharpen_kernels._rows import finish, largest, merge, partial
+from sharpen_kernels._state import Pairs, finish, largest, merge, partial
 from sharpen_kernels.stats import NAMES, Wanted
 
 INF = float("inf")

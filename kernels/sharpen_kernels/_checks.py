@@ -1,4 +1,4 @@
-"""What every op needs before it computes: input checks, the choice of device, exact products."""
+"""What every op asks before it computes: checks of inputs, whether Triton runs, exact products."""
 
 import contextlib
 import functools
@@ -64,6 +64,27 @@ def check_pairs(
         check_dtype("rows", rows, torch.int64)
         check_shape("rows", rows, S=target.shape[0])
         check_device("rows", rows, device, like)
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, bias: Tensor | None
+) -> int:
+    """Raise unless hidden rows, pairs and a head fit together; the number of rows of the weight."""
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.ndim != 2:
+            fix = "flatten the leading dimensions" if x.ndim > 2 else "unsqueeze it"
+            raise ValueError(f"`{name}` must be 2-D, got shape {tuple(x.shape)}; {fix}.")
+        check_dtype(name, x, *FLOATS)
+    R, D = hidden.shape
+    V = weight.shape[0]
+    check_shape("weight", weight, V=V, D=D)
+    check_device("weight", weight, hidden.device)
+    check_pairs(target, rows, R, hidden.device, "hidden")
+    if bias is not None:
+        check_dtype("bias", bias, *FLOATS)
+        check_shape("bias", bias, V=V)
+        check_device("bias", bias, hidden.device)
+    return V
 
 
 def check_vocabulary(

@@ -1,4 +1,4 @@
-"""The alternatives behind `tree_attention`: what of FlexAttention and flash-attn a CPU can run."""
+"""Tree attention by FlexAttention and flash-attn, peers of ours: what of them a CPU can run."""
 
 import sys
 from types import ModuleType
@@ -6,10 +6,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from bench.peers.tree_attention import flash_tree_attention, flex_tree_attention
 from helpers.tree_oracle import TREES, assert_matches_fp64, attention_problem, eager, tree_of
-from sharpen_kernels import _tree_attention_flash as flash_route
-from sharpen_kernels._launch import INTERPRETED
-from sharpen_kernels.tree_attention import tree_attention, tree_attention_reference
+from sharpen_kernels._checks import INTERPRETED
+from sharpen_kernels.tree_attention import tree_attention_reference
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of ours is in here")
 OPTIONS = [{}, {"window": 24}, {"softcap": 3.0}, {"scale": 0.1}]
@@ -21,7 +21,7 @@ OPTIONS = [{}, {"window": 24}, {"softcap": 3.0}, {"scale": 0.1}]
 @pytest.mark.parametrize("name", ["a trie of four levels", "a forest of three", "one token"])
 def test_flex_gives_the_values(name, options, sinks):
     problem = attention_problem(TREES[name], sinks=sinks)
-    got = tree_attention(**problem, implementation="flex", **options)
+    got = flex_tree_attention(**problem, **options)
     want = tree_attention_reference(**problem, **options)
     torch.testing.assert_close(got, want)
 
@@ -36,10 +36,7 @@ def test_flex_is_as_accurate_as_torch(options):
         TREES["a trie of four levels"], device="cuda", sinks=options.pop("sinks", False)
     )
 
-    def flex(*args, **rest):
-        return tree_attention(*args, implementation="flex", **rest)
-
-    assert_matches_fp64(problem, flex, **options)
+    assert_matches_fp64(problem, flex_tree_attention, **options)
 
 
 def varlen(q, k, cu_q, cu_k, rest):
@@ -87,13 +84,6 @@ def flash_attn(monkeypatch):
     package.__dict__["flash_attn_interface"] = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    flash_route._flash.cache_clear()
-    yield
-    flash_route._flash.cache_clear()
-
-
-def flash(*args, **rest):
-    return tree_attention(*args, implementation="flash", **rest)
 
 
 @pytest.mark.usefixtures("flash_attn")
@@ -102,19 +92,14 @@ def flash(*args, **rest):
 @pytest.mark.parametrize("name", ["a trie of four levels", "a forest of three", "one token"])
 def test_cascade_around_flash_attn(name, options, sinks):
     ulps = 8 if name == "one token" else 1
-    assert_matches_fp64(attention_problem(TREES[name], sinks=sinks), flash, ulps=ulps, **options)
+    assert_matches_fp64(
+        attention_problem(TREES[name], sinks=sinks), flash_tree_attention, ulps=ulps, **options
+    )
 
 
 @pytest.mark.usefixtures("flash_attn")
 def test_flash_attn_refuses_a_window_that_hides():
     problem = attention_problem(tree_of((9, 4, 5)))
     with pytest.raises(ValueError, match=r"`window` must hide nothing .* got 13 for .* 14 tokens"):
-        flash(**problem, window=13)
-    assert flash(**problem, window=14).shape == eager(**problem).shape
-
-
-def test_flash_attn_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    flash_route._flash.cache_clear()
-    with pytest.raises(ValueError, match=r'"flash" wants flash-attn 2, .*`pip install flash-attn`'):
-        flash(**attention_problem(tree_of(3)))
+        flash_tree_attention(**problem, window=13)
+    assert flash_tree_attention(**problem, window=14).shape == eager(**problem).shape
