@@ -22,6 +22,11 @@ A failure that may pass (no connection, a timeout, a body cut short, HTTP 408, 4
 and a `Retry-After` holds back every thread, not only the one that was told. Redirects are not
 followed: they would carry the key to another host. The key is in one header and nowhere else: not
 in a message, a log, or on disk.
+
+By hand on the standard library, because the `openai` client promises less: its timeout is that of
+one read, so a trickle of bytes never ends; a body has no largest size; its waits stop growing at
+8 s; HTTP 425 and a proxy's page are not tried again, but an account without money is; and it sends
+what OPENAI_ORG_ID and OPENAI_CUSTOM_HEADERS hold to any host.
 """
 
 import email.utils
@@ -474,19 +479,24 @@ class EndpointClient:
                     f"{monotonic() - started:.0f} s. What is finished is kept: the same "
                     "command goes on from here."
                 )
-            wait = self._random.uniform(0.5, 1) * min(patience.max_wait_s, 2.0 ** (attempt - 1))
-            if failure.retry_after_s is not None:
-                if failure.retry_after_s > patience.max_wait_s:
-                    raise EndpointError(
-                        f"`endpoint` {self.url}: {failure}; it asks to wait "
-                        f"{failure.retry_after_s:.0f} s, longer than {patience.max_wait_s:.0f} s. "
-                        "Run the same command later: it goes on from here."
-                    )
-                self._hold(failure.retry_after_s)
-                wait = failure.retry_after_s + self._random.uniform(0, 0.1) * wait
+            wait = self._wait_after(failure, attempt)
             logger.info("endpoint: %s; try %d in %.1f s.", failure, attempt + 1, wait)
             sleep(wait)
         raise AssertionError
+
+    def _wait_after(self, failure: "_MayPassError", attempt: int) -> float:
+        """Seconds to wait for the next try; a server that asks for too many is given up on."""
+        longest, asked = self.patience.max_wait_s, failure.retry_after_s
+        wait = self._random.uniform(0.5, 1) * min(longest, 2.0 ** (attempt - 1))
+        if asked is None:
+            return wait
+        if asked > longest:
+            raise EndpointError(
+                f"`endpoint` {self.url}: {failure}; it asks to wait {asked:.0f} s, longer than "
+                f"{longest:.0f} s. Run the same command later: it goes on from here."
+            )
+        self._hold(asked)
+        return asked + self._random.uniform(0, 0.1) * wait
 
     def _wait_for_turn(self) -> None:
         """Sleep until the rate, and whatever `_hold` was told, let a request begin."""
