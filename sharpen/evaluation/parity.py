@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from sharpen.errors import InputError
-from sharpen.sampling.endpoint import EndpointClient, EndpointError, side_by_side
+from sharpen.sampling.endpoint import EndpointClient, EndpointError, map_concurrently
 from sharpen.scoring.model_access import evaluating, input_device
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def server_logprobs(
         return _echoed(client.url, answer, len(prompt), len(completion))
 
     found: dict[int, list[float]] = {}
-    for item, result in side_by_side(ask, pairs, concurrency):
+    for item, result in map_concurrently(ask, pairs, concurrency):
         if isinstance(result, Exception):
             raise result
         found[item[0]] = result

@@ -1,21 +1,19 @@
 """Adaptive best-of-N over a sampler: draw in rounds, until every prompt has stopped by the rule.
 
 The rule is `sharpen.selection.adaptive`. A round draws the next sample indices of the prompts that
-are still open, so what is drawn of a prompt is a beginning of what a fixed N would draw, and the
-choice does not depend on the size of a round: only how many draws stand behind the stop does.
-
-P prompts.
+are still open, so what is drawn of a prompt is a beginning of what a fixed N would draw. The choice
+does not depend on the size of a round; the number of draws behind it does.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 from sharpen.scoring import Scores
 from sharpen.selection.adaptive import AdaptiveChoice, Stopping, draws_in_order, outcome_of
 
-from .base import Prompt, Sampler, Samples, SamplingConfig
+from .base import Prompt, Sampler, Samples, SamplingConfig, joined
 
 ROUND = 8  # draws of a prompt between two looks at the rule; chosen
 
@@ -73,11 +71,9 @@ def sample_adaptively(
             "`temperature` and `top_p` must be 1, because the rule counts draws of the model's own "
             f"distribution, got {config.temperature} and {config.top_p}."
         )
-    if not round_size >= 1:
-        raise InputError(f"`round_size` must be at least 1, got {round_size}.")
-    if not isinstance(round_size, Integral):
-        raise InputError(f"`round_size` must be a whole number, got {round_size}.")
-    # what is wrong is wrong of no prompts, too
+    check_value("round_size", round_size, round_size >= 1, "at least 1")
+    check_value("round_size", round_size, isinstance(round_size, Integral), "a whole number")
+    # a bad `delta` is an error of no prompts, too
     Stopping(delta, config.n)
     rules = [Stopping(delta, config.n) for _ in prompts]
     drawn = [Samples(prompt.id, [], [], [], []) for prompt in prompts]
@@ -93,17 +89,7 @@ def sample_adaptively(
             [[reason == "stop" for reason in samples.finish_reasons] for samples in fresh],
         )
         for p, samples, logprobs in zip(still_open, fresh, draws_in_order(scores), strict=True):
-            drawn[p] = _joined(drawn[p], samples)
+            drawn[p] = joined([drawn[p], samples])
             rules[p].see(logprobs)
         n_seen += n
     return AdaptiveSamples(drawn, outcome_of(rules))
-
-
-def _joined(one: Samples, other: Samples) -> Samples:
-    return Samples(
-        one.prompt_id,
-        one.completions + other.completions,
-        one.completion_ids + other.completion_ids,
-        one.logprobs + other.logprobs,
-        one.finish_reasons + other.finish_reasons,
-    )

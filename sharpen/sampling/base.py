@@ -1,22 +1,25 @@
-"""What a sampler is: prompts in, N completions each out, with the log-probs of what it drew.
+"""What a sampler is, and what it is given: prompts in, N completions of each out, with log-probs.
 
-Prompts as a model reads them: chat template for messages, token ids for both forms.
+    records -> render -> Prompt -> Sampler.sample(prompts, SamplingConfig) -> Samples
 
-Which samples run together: batches of one prompt length under a token budget.
+Protocol   `Prompt`, `SamplingConfig`, `Samples`, `Sampler`
+Prompts    `render`: messages through the chat template, text with special tokens, as token ids
+Batches    `plan_batches`: samples of prompts of one length under a token budget; `joined` puts the
+           parts of a prompt together again
 
-A batch never pads: all its prompts are of one length. The plan is a function of the whole
-list of prompts and the settings, never of what is already done, so a restart runs the same
-batches and gives the same bits.
+A batch never pads: all its prompts are of one length. The plan is a function of the whole list of
+prompts and the settings, never of what is already done, so a restart runs the same batches and
+gives the same bits.
 """
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.records import PromptRecord
 
 # "stop": the model ended it; "length": cut at max_new_tokens; "nan": the model's logits were;
@@ -53,6 +56,9 @@ class SamplingConfig:
         seed: With the prompt's id and the sample's index, fixes every draw.
         first: Index of the first sample. The n from there on are drawn: the same ones as the last
             n of first + n.
+
+    Raises:
+        InputError: If a value is out of its range.
     """
 
     n: int = 1
@@ -63,11 +69,6 @@ class SamplingConfig:
     first: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn.
-
-        Raises:
-            InputError: If a value is out of its range.
-        """
         rules = [
             ("n", self.n >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
@@ -75,9 +76,7 @@ class SamplingConfig:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("first", self.first >= 0, "at least 0"),
         ]
-        for name, holds, wanted in rules:
-            if not holds:
-                raise InputError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
+        check_fields(self, rules)
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,13 @@ class Samples:
     """The N completions of one prompt, in the order of their sample index.
 
     Attributes:
-        prompt_id: Whose.
+        prompt_id: Of their prompt.
         completions: Text, without the end-of-sequence token.
         completion_ids: Token ids, with the end-of-sequence token where the model ended. An empty
             list, of no completions, where only the sampler's server can tokenise.
         logprobs: Raw log-probability of each of these tokens in nats: of the model itself, at
             temperature 1 and without top-p, whatever the draw used.
-        finish_reasons: One a completion.
+        finish_reasons: One for each completion.
     """
 
     prompt_id: str
@@ -211,3 +210,20 @@ def plan_batches(
         batches[-1].append(Share(prompt, 0, n))
         left -= cost
     return batches
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """Samples of one prompt, of the first part's type, from parts in the order of their indices.
+
+    Example:
+        >>> one, other = (Samples("p", [t], [[1]], [[-0.5]], ["stop"]) for t in "ab")
+        >>> joined([one, other]).completions
+        ['a', 'b']
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    lists = [f.name for f in fields(first) if isinstance(getattr(first, f.name), list)]
+    return replace(
+        first, **{name: [x for part in parts for x in getattr(part, name)] for name in lists}
+    )

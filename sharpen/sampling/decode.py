@@ -1,15 +1,13 @@
-"""Decode N completions of each prompt on one copy of its keys and values; ended rows cost nothing.
+"""Decode N completions of each prompt: on one copy of its keys and values, or without a cache.
 
-B rows, A rows that are open, C that go on, G prompts of P tokens, V vocabulary.
+`decode`                 a prompt is read once, and rows that ended cost nothing
+`decode_without_cache`   every token reads its whole sequence again: any causal model, and slower
+`find_decoding`          whether `decode` is right for a model: tried on random tokens
 
-Decode a model that cannot share prompts: every token reads its whole sequence again.
-
-B rows, A rows that are open, C that go on, G prompts of P tokens, V vocabulary.
+B rows, A of them that are active, C that stay so, G prompts of P tokens, V vocabulary.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,90 +22,89 @@ from sharpen.scoring.probe import Truth
 
 from .prompt_cache import PromptCache, PromptPlan, StepPlan
 
-logger = logging.getLogger(__name__)
-
 Decoding = Literal["shared", "generate"]
 HALF_TRIES = 3
 
-# open rows and their logits [A, V] to the next token of each [A], and which of them go on [C]:
-# places among the open rows, prompt by prompt, a row as often as it is continued
+# active rows and their logits [A, V] to the next token of each [A], and which of them stay active
+# [C]: places among the active rows, prompt by prompt, a row as often as it is continued
 Take = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class ReadPrompts:
-    """Prompts that were read: their keys and values, and the logits of what follows each."""
-
-    cache: PromptCache
-    logits: Float[Tensor, "G V"]
-
-
-def read(model: PreTrainedModel, prompts: Int64[Tensor, "G P"]) -> ReadPrompts:
-    """Read prompts of one length.
-
-    Args:
-        model: In eval mode, with the hooks installed.
-        prompts: Token ids.
-    """
-    cache = PromptCache()
-    with under(PromptPlan(cache)):
-        return ReadPrompts(cache, next_logits(model, prompts, cache))
 
 
 def decode(
     model: PreTrainedModel, prompts: Int64[Tensor, "G P"], counts: Sequence[int], take: Take
 ) -> None:
-    """Run `counts[g]` rows of each prompt until `take` goes on with none.
+    """Run `counts[g]` rows of each prompt until `take` leaves none active.
 
     Args:
         model: In eval mode, with the hooks installed.
-        prompts: Of one length.
+        prompts: Token ids of prompts of one length.
         counts: Rows of each prompt, at least one.
-        take: Called with the numbers of the open rows and their logits; chooses their tokens.
+        take: Called with the numbers of the active rows and their logits; chooses their tokens.
     """
-    _decode(model, read(model, prompts), counts, take)
-
-
-def decode_again(
-    model: PreTrainedModel, prompts: ReadPrompts, counts: Sequence[int], take: Take
-) -> None:
-    """`decode` of prompts that were read, which stay as they are for a next time."""
-    _decode(model, ReadPrompts(prompts.cache.copy(), prompts.logits), counts, take)
-
-
-def _decode(
-    model: PreTrainedModel, prompts: ReadPrompts, counts: Sequence[int], take: Take
-) -> None:
-    cache, out_GV = prompts.cache, prompts.logits
-    cache.fork(counts, out_GV.device)
+    cache, first_GV = read_prompts(model, prompts)
+    device = first_GV.device
+    cache.fork(counts, device)
     owner_B = torch.repeat_interleave(torch.tensor(list(counts)))
-    rows_A = torch.arange(len(owner_B), device=out_GV.device)
-    logits_AV = out_GV[owner_B.to(out_GV.device)]
+    rows_A = torch.arange(len(owner_B), device=device)
+    logits_AV = first_GV[owner_B.to(device)]
     while True:
-        token_A, onward_C = take(rows_A, logits_AV)
-        onward = onward_C.tolist()
-        if not onward:
+        token_A, active_C = take(rows_A, logits_AV)
+        active = active_C.tolist()
+        if not active:
             return
-        if onward != list(range(len(rows_A))):
-            cache.keep(onward)
-            rows_A, token_A = rows_A[onward_C], token_A[onward_C]
+        if active != list(range(len(rows_A))):
+            cache.keep(active)
+            rows_A, token_A = rows_A[active_C], token_A[active_C]
         with under(StepPlan(cache)):
             logits_AV = next_logits(model, token_A[:, None], cache)
 
 
-def next_logits(model: PreTrainedModel, ids: Tensor, cache: PromptCache) -> Float[Tensor, "A V"]:
-    """Logits of what follows the last token of each row.
+def decode_without_cache(
+    model: PreTrainedModel, prompts: Int64[Tensor, "G P"], counts: Sequence[int], take: Take
+) -> None:
+    """`decode` without a cache and without hooks: right for any causal model, and slower.
+
+    A row of P + T tokens costs about (P + T) T instead of P + T.
 
     Args:
-        model: Under a plan of the cache.
-        ids: Further tokens of each row.
-        cache: Of what came before.
+        model: In eval mode.
+        prompts: As for `decode`.
+        counts: As for `decode`.
+        take: As for `decode`.
     """
+    device = prompts.device
+    ids_AL = prompts.repeat_interleave(torch.tensor(list(counts), device=device), dim=0)
+    rows_A = torch.arange(len(ids_AL), device=device)
+    while True:
+        token_A, active_C = take(rows_A, logits_of_whole(model, ids_AL))
+        if not len(active_C):
+            return
+        rows_A = rows_A[active_C]
+        ids_AL = torch.cat([ids_AL[active_C], token_A[active_C, None]], dim=1)
+
+
+def read_prompts(
+    model: PreTrainedModel, prompts: Int64[Tensor, "G P"]
+) -> tuple[PromptCache, Float[Tensor, "G V"]]:
+    """A cache of prompts of one length, and the logits of what follows each."""
+    cache = PromptCache()
+    with under(PromptPlan(cache)):
+        return cache, next_logits(model, prompts, cache)
+
+
+def next_logits(model: PreTrainedModel, ids: Tensor, cache: PromptCache) -> Float[Tensor, "A V"]:
+    """Logits behind further tokens `ids` of each row; the model is under a plan of the cache."""
     seen, n = cache.get_seq_length(), ids.shape[1]
     position_ids = torch.arange(seen, seen + n, device=ids.device).expand(ids.shape)
     options = accepted(model, position_ids=position_ids, logits_to_keep=1)
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
     return out.logits[:, -1]
+
+
+def logits_of_whole(model: PreTrainedModel, ids: Int64[Tensor, "A L"]) -> Float[Tensor, "A V"]:
+    """Logits behind whole sequences, without a cache."""
+    options = accepted(model, use_cache=False, logits_to_keep=1)
+    return model(input_ids=ids, **options).logits[:, -1]
 
 
 def crosses_rope_boundary(model: PreTrainedModel, P: int, longest: int) -> bool:
@@ -143,6 +140,7 @@ def find_decoding(model: PreTrainedModel) -> tuple[Decoding, str]:
 
 
 def _fault(model: PreTrainedModel, seed: int) -> str | None:
+    """What is wrong with `decode` of two prompts of random tokens, one of three rows."""
     limits = ModelLimits.of(model)
     room = 32 if limits.max_length is None else min(32, limits.max_length)
     P, n_steps, counts = room // 2, room - room // 2 - 1, (3, 1)
@@ -164,9 +162,9 @@ def _fault(model: PreTrainedModel, seed: int) -> str | None:
         nonlocal step
         for row, logits_V in zip(rows_A.tolist(), logits_AV, strict=True):
             got[row, step] = logits_V.float().log_softmax(0)
-        goes_on = torch.tensor([step + 1 < last_B[r] for r in rows_A.tolist()])
+        stays_A = torch.tensor([step + 1 < last_B[r] for r in rows_A.tolist()])
         step += 1
-        return tokens_BT[rows_A, step - 1], goes_on.nonzero().flatten().to(rows_A.device)
+        return tokens_BT[rows_A, step - 1], stays_A.nonzero().flatten().to(rows_A.device)
 
     decode(model, prompts_GP, counts, take)
     owner = [g for g, count in enumerate(counts) for _ in range(count)]
@@ -195,29 +193,3 @@ def _by_own_cache(model: PreTrainedModel, ids: Tensor, P: int) -> Tensor:
         out = model(input_ids=ids[:, t : t + 1], past_key_values=past, use_cache=True)
         found.append(out.logits[0, -1])
     return torch.stack(found).float().log_softmax(1)
-
-
-def decode_rereading(
-    model: PreTrainedModel, prompts: Int64[Tensor, "G P"], counts: Sequence[int], take: Take
-) -> None:
-    """`decode` without a cache and without hooks: right for any causal model, and slower.
-
-    A row of P + T tokens costs about (P + T) T instead of P + T.
-
-    Args:
-        model: In eval mode.
-        prompts: Of one length.
-        counts: Rows of each prompt, at least one.
-        take: As for `decode`.
-    """
-    device = prompts.device
-    ids_AL = prompts.repeat_interleave(torch.tensor(list(counts), device=device), dim=0)
-    rows_A = torch.arange(len(ids_AL), device=device)
-    options = accepted(model, use_cache=False, logits_to_keep=1)
-    while True:
-        logits_AV = model(input_ids=ids_AL, **options).logits[:, -1]
-        token_A, onward_C = take(rows_A, logits_AV)
-        if not len(onward_C):
-            return
-        rows_A = rows_A[onward_C]
-        ids_AL = torch.cat([ids_AL[onward_C], token_A[onward_C, None]], dim=1)

@@ -74,7 +74,7 @@ def _shift(x: Int64[Tensor, "..."], by: int) -> Int64[Tensor, "..."]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token a row, and whether rounding could have decided it."""
+    """One token of each row, and whether rounding could have decided it."""
 
     token: Int64[Tensor, " B"]
     is_near_tie: Bool[Tensor, " B"]

@@ -1,51 +1,65 @@
-"""What the samplers of the power distribution share: its target, its checks, its ways to decode.
+"""What the samplers of the power distribution share: its target, its checks, its drawing step.
 
     p_alpha(y | x) = p(y | x)^alpha / Z(x),      Z(x) = sum_y p(y | x)^alpha
 
 over the sequences y that a model can be made to write: those that end with an end token, and those
-of `max_new_tokens` tokens that do not, cut there. It is the law that maximises
+of `max_new_tokens` tokens that do not, cut there. It is the distribution that maximises
 
     E[log p(y | x)] - beta KL(. || p),      alpha = 1 + 1 / beta
 
-(Huang et al. 2024, arXiv:2412.01951, Eq. 3). Lowering the temperature is another law: it raises
-each token's probability to alpha and forgets what may follow the token.
+(Huang et al. 2024, arXiv:2412.01951, Eq. 3). Lowering the temperature gives another distribution:
+it raises each token's probability to alpha and forgets what may follow the token.
+
+Both samplers draw tokens from a proposal q ~ p^(1 / temperature) of the next token and correct for
+it: `metropolis.py` by accepting or rejecting, `smc.py` by weights.
+
+B rows, A of them that are active, P prompt tokens, T most new tokens, V vocabulary.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-from jaxtyping import Int64
+import torch
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharpen.errors import InputError
 
 from .base import Prompt, SamplingConfig
-from .decode import Take, crosses_rope_boundary, decode_again, decode_rereading, read
-from .hf import TransformersSampler
+from .decode import Decoding
+from .hf import DrawStep, TransformersSampler
 
 logger = logging.getLogger(__name__)
 
-Decode = Callable[[Sequence[int], Take], None]
+Settings = TypeVar("Settings")
 
 
-def check_settings(settings: object, rules: Sequence[tuple[str, bool, str]]) -> None:
-    """Refuse the first setting that breaks its rule.
+class PowerSampler(TransformersSampler, Generic[Settings]):
+    """A `TransformersSampler` whose target, not the caller, sets the temperature.
 
     Args:
-        settings: What has the attributes.
-        rules: Name of the attribute, whether it holds, what is wanted.
-
-    Raises:
-        InputError: If one does not hold.
+        model: As for `TransformersSampler`.
+        tokenizer: As for `TransformersSampler`.
+        power: The target, and how to reach it.
+        max_tokens: As for `TransformersSampler`.
+        sharing: As for `TransformersSampler`; where nothing is shared, whole sequences are read
+            again at every token.
     """
-    for name, holds, wanted in rules:
-        if not holds:
-            raise InputError(f"`{name}` must be {wanted}, got {getattr(settings, name)}.")
 
-
-class PowerSampler(TransformersSampler):
-    """A transformers model, the prompts that it has read, and no temperature of the caller's."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        power: Settings,
+        *,
+        max_tokens: int = 65536,
+        sharing: str = "auto",
+    ):
+        super().__init__(model, tokenizer, max_tokens=max_tokens, sharing=sharing)
+        self.power = power
 
     def check(self, prompts: Sequence[Prompt], config: SamplingConfig) -> None:
         """See `TransformersSampler`.
@@ -61,23 +75,49 @@ class PowerSampler(TransformersSampler):
                 )
         super().check(prompts, config)
 
-    def opened(self, prompts: Int64[Tensor, "G P"], max_new_tokens: int) -> Decode:
-        """Decodes rows of these prompts, as often as it is called; reads them once if it can."""
-        if self.reads_once(prompts.shape[1], max_new_tokens):
-            prompts_read = read(self.model, prompts)
-            return lambda counts, take: decode_again(self.model, prompts_read, counts, take)
-        return lambda counts, take: decode_rereading(self.model, prompts, counts, take)
-
-    def reads_once(self, P: int, max_new_tokens: int) -> bool:
-        """Whether keys of a prompt of P tokens serve for all that follows it; said if never."""
-        return self._shares and not crosses_rope_boundary(self.model, P, P + max_new_tokens)
-
     @functools.cached_property
-    def _shares(self) -> bool:
-        if self.route == "shared":
-            return True
-        logger.info(
-            "%s samples its power distribution without a cache: whole sequences are read again at "
-            "every token.", type(self.model).__name__,
-        )  # fmt: skip
-        return False
+    def route(self) -> Decoding:
+        """See `TransformersSampler`; "generate" here means decoding without a cache."""
+        way = super().route
+        if way != "shared":
+            logger.info(
+                "%s samples its power distribution without a cache: whole sequences are read "
+                "again at every token.",
+                type(self.model).__name__,
+            )
+        return way
+
+
+class TemperedStep(DrawStep):
+    """A `DrawStep` that also remembers each token's log-prob under the proposal.
+
+    Args:
+        model: As for `DrawStep`.
+        prompts: As for `DrawStep`.
+        keys: As for `DrawStep`.
+        eos_ids: As for `DrawStep`.
+        config: As for `DrawStep`; its temperature need not be the proposal's.
+        proposal_temperature: Above 0.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Int64[Tensor, "B P"],
+        keys: Int64[Tensor, " B"],
+        eos_ids: tuple[int, ...],
+        config: SamplingConfig,
+        proposal_temperature: float,
+    ):
+        super().__init__(model, prompts, keys, eos_ids, config)
+        self.proposal_temperature = proposal_temperature
+        self.proposal_BT = torch.zeros_like(self.logprob_BT)
+
+    def _draw(
+        self, rows: Int64[Tensor, " A"], is_open: Bool[Tensor, " A"], logits: Float32[Tensor, "A V"]
+    ) -> Int64[Tensor, " A"]:
+        token_A = super()._draw(rows, is_open, logits)
+        tempered_AV = logits / self.proposal_temperature
+        chosen_A = tempered_AV.gather(1, token_A[:, None]).squeeze(1)
+        self.proposal_BT[rows, self.step] = chosen_A - tempered_AV.logsumexp(dim=1)
+        return token_A

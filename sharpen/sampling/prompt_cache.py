@@ -7,18 +7,15 @@ and the model's cache holds the row's own tokens alone; attention reads both (`p
 All prompts of a cache have one length P and all rows one number L of tokens behind them, so a
 sliding window or a chunk is a slice: the last keys that the mask lets a query see.
 
-G prompts, B rows, Hkv key heads, K size of a head.
+`PromptCache`              keeps the rows that stay active, and forgets the others
+`PromptPlan`, `StepPlan`   what attention does while prompts are read, and at each further token
+`ChainCache`               for chains, whose moves begin inside what was drawn before and may be
+                           taken back: every row's keys and values are written to a store as they
+                           come, and some rows at a time are taken out of it, cut to one length
 
-A cache of rows that are drawn again from places of their own: what a row keeps stays in it.
-
-A `PromptCache` goes on with the rows that go on, and forgets the others. Chains come back: a move
-begins inside what was drawn before, and may be taken back. So every row's keys and values are
-written to a store as they come, and some rows at a time are taken out of it, cut to one length.
-
-B rows, G prompts, Hkv key heads, K size of a head, L tokens behind the prompt, T most of them.
+G prompts, B rows, Hkv key heads, K size of a head, L tokens behind the prompt, T most of them.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +28,60 @@ from sharpen.scoring.hooks import LayerMask, Layers, Scores, SharingError, Watch
 from sharpen_kernels.prefix_attention import PrefixRows, prefix_attention
 
 ROOM = 16  # tokens a row has room for at first; doubled when it is full
+# of a row's keys and values: of its state, of its proposal, and of what is being decoded
+COPIES = 3
+
+
+class PromptCache(Cache):
+    """The `past_key_values` of prompts, and later of the rows that continue them.
+
+    Forwards over the prompts go under `PromptPlan`, those over the rows under `StepPlan`.
+    """
+
+    layers: list["OwnLayer"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=OwnLayer)
+        # of the prompts, by the module that attends to them
+        self.prompts: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.counts: list[int] = []
+        self.rows: PrefixRows | None = None
+
+    def remember(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Keep what `module` attends to while the prompts are read."""
+        # contiguous: read at every step by one product for all heads
+        self.prompts[module] = k.contiguous(), v.contiguous()
+
+    def fork(self, counts: Sequence[int], device: torch.device) -> None:
+        """From now on `counts[g]` rows continue prompt g, side by side in a batch."""
+        if not self.prompts:
+            raise SharingError("it keeps no keys and values of its layers")
+        self.counts = list(counts)
+        self.rows = PrefixRows.of(self.counts, device)
+        for layer in self.layers:
+            layer.is_forked = True
+
+    def keep(self, active: Sequence[int]) -> None:
+        """Continue these rows, a row as often as it is named; forget prompts without any.
+
+        Args:
+            active: Numbers of rows, all those of a prompt before those of the next.
+        """
+        assert self.rows is not None
+        device = self.rows.place.device
+        owner = [g for g, count in enumerate(self.counts) for _ in range(count)]
+        left = [0] * len(self.counts)
+        for row in active:
+            left[owner[row]] += 1
+        rows = torch.tensor(active, device=device)
+        for layer in self.layers:
+            layer.keep(rows)
+        if not all(left):
+            some = torch.tensor([g for g, count in enumerate(left) if count], device=device)
+            for module, (k, v) in self.prompts.items():
+                self.prompts[module] = k[some], v[some]
+        self.counts = [count for count in left if count]
+        self.rows = PrefixRows.of(self.counts, device)
 
 
 class OwnLayer(DynamicLayer):
@@ -74,77 +125,9 @@ class OwnLayer(DynamicLayer):
         return self.P + self.L + query_length, 0
 
     def keep(self, rows: Int64[Tensor, " B"]) -> None:
-        """Go on with these rows."""
+        """Continue these rows alone."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def _room(x: Float[Tensor, "B Hkv n K"]) -> Float[Tensor, "B Hkv room K"]:
-    B, H, n, K = x.shape
-    return x.new_empty(B, H, max(n, ROOM), K)
-
-
-def _wider(x: Float[Tensor, "B Hkv room K"]) -> Float[Tensor, "B Hkv wider K"]:
-    return torch.cat([x, torch.empty_like(x)], dim=2)
-
-
-class PromptCache(Cache):
-    """The `past_key_values` of prompts, and later of the rows that continue them.
-
-    Forwards over the prompts go under `PromptPlan`, those over the rows under `StepPlan`.
-    """
-
-    layers: list[OwnLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self):
-        super().__init__(layer_class_to_replicate=OwnLayer)
-        # of the prompts, by the module that attends to them
-        self.prompts: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self.counts: list[int] = []
-        self.rows: PrefixRows | None = None
-
-    def remember(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
-        """Keep what `module` attends to while the prompts are read."""
-        # contiguous: read at every step by one product for all heads
-        self.prompts[module] = k.contiguous(), v.contiguous()
-
-    def copy(self) -> "PromptCache":
-        """A cache of the same prompts, which are held once; before `fork`."""
-        copied = PromptCache()
-        copied.prompts = dict(self.prompts)
-        copied.layers = [copy.copy(layer) for layer in self.layers]
-        return copied
-
-    def fork(self, counts: Sequence[int], device: torch.device) -> None:
-        """From now on `counts[g]` rows continue prompt g, side by side in a batch."""
-        if not self.prompts:
-            raise SharingError("it keeps no keys and values of its layers")
-        self.counts = list(counts)
-        self.rows = PrefixRows.of(self.counts, device)
-        for layer in self.layers:
-            layer.is_forked = True
-
-    def keep(self, onward: Sequence[int]) -> None:
-        """Go on with these rows, a row as often as it is named; forget prompts without any.
-
-        Args:
-            onward: Numbers of rows, all those of a prompt before those of the next.
-        """
-        assert self.rows is not None
-        device = self.rows.place.device
-        owner = [g for g, count in enumerate(self.counts) for _ in range(count)]
-        left = [0] * len(self.counts)
-        for row in onward:
-            left[owner[row]] += 1
-        rows = torch.tensor(onward, device=device)
-        for layer in self.layers:
-            layer.keep(rows)
-        if not all(left):
-            some = torch.tensor([g for g, count in enumerate(left) if count], device=device)
-            for module, (k, v) in self.prompts.items():
-                self.prompts[module] = k[some], v[some]
-        self.counts = [count for count in left if count]
-        self.rows = PrefixRows.of(self.counts, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,8 +193,51 @@ class StepMask(LayerMask):
         return out_BHK[:, None]
 
 
-# of a row's keys and values: of its state, of its proposal, and of what is being decoded
-COPIES = 3
+class ChainCache(PromptCache):
+    """The `past_key_values` of chains that continue prompts which were read.
+
+    Args:
+        read: Their cache; left as it is.
+        counts: Chains of each prompt.
+        T: Most tokens of a chain.
+    """
+
+    def __init__(self, read: PromptCache, counts: Sequence[int], T: int):
+        super().__init__()
+        self.every, self.some = read.prompts, list(range(len(counts)))
+        self.prompts = dict(read.prompts)
+        self.owner = [g for g, count in enumerate(counts) for _ in range(count)]
+        self.kept = [KeptLayer(layer, (len(self.owner), T)) for layer in read.layers]
+        self.layers = [*self.kept]
+
+    def take(self, rows: Tensor, L: int) -> None:
+        """Continue these rows, after L of their tokens.
+
+        Args:
+            rows: Numbers of rows, in order.
+            L: As many were written of each.
+        """
+        count = [0] * (max(self.owner) + 1)
+        for row in rows.tolist():
+            count[self.owner[row]] += 1
+        some = [g for g, n in enumerate(count) if n]
+        if some != self.some:
+            at = torch.tensor(some, device=rows.device)
+            self.prompts = {module: (k[at], v[at]) for module, (k, v) in self.every.items()}
+        self.some, self.counts = some, [count[g] for g in some]
+        self.rows = PrefixRows.of(self.counts, rows.device)
+        for layer in self.kept:
+            layer.take(rows, L)
+
+    def begin(self) -> None:
+        """See `KeptLayer`."""
+        for layer in self.kept:
+            layer.begin()
+
+    def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
+        """See `KeptLayer`."""
+        for layer in self.kept:
+            layer.settle(is_taken)
 
 
 class KeptLayer(OwnLayer):
@@ -244,7 +270,7 @@ class KeptLayer(OwnLayer):
         return found
 
     def take(self, rows: Tensor, L: int) -> None:
-        """Go on with these rows, after L of their tokens."""
+        """Continue these rows, after L of their tokens."""
         self.rows, self.L = rows, L
         self.keys = self.values = None
         if self.store is not None:
@@ -257,7 +283,7 @@ class KeptLayer(OwnLayer):
             self.store = self.state[0].clone(), self.state[1].clone()
 
     def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
-        """Take it back where it says not to."""
+        """Take back what was written since `begin`, of the rows where it says not to."""
         if self.state is not None and self.store is not None:
             for kept, before in zip(self.store, self.state, strict=True):
                 kept[~is_taken] = before[~is_taken]
@@ -268,48 +294,10 @@ class KeptLayer(OwnLayer):
         return x.new_empty(B, x.shape[1], T, x.shape[3])
 
 
-class ChainCache(PromptCache):
-    """The `past_key_values` of chains that continue prompts which were read.
+def _room(x: Float[Tensor, "B Hkv n K"]) -> Float[Tensor, "B Hkv room K"]:
+    B, H, n, K = x.shape
+    return x.new_empty(B, H, max(n, ROOM), K)
 
-    Args:
-        read: Their cache; left as it is.
-        counts: Chains of each prompt.
-        T: Most tokens of a chain.
-    """
 
-    def __init__(self, read: PromptCache, counts: Sequence[int], T: int):
-        super().__init__()
-        self.every, self.some = read.prompts, list(range(len(counts)))
-        self.prompts = dict(read.prompts)
-        self.owner = [g for g, count in enumerate(counts) for _ in range(count)]
-        self.kept = [KeptLayer(layer, (len(self.owner), T)) for layer in read.layers]
-        self.layers = [*self.kept]
-
-    def take(self, rows: Tensor, L: int) -> None:
-        """Go on with these rows, after L of their tokens.
-
-        Args:
-            rows: Numbers of rows, in order.
-            L: As many were written of each.
-        """
-        count = [0] * (max(self.owner) + 1)
-        for row in rows.tolist():
-            count[self.owner[row]] += 1
-        some = [g for g, n in enumerate(count) if n]
-        if some != self.some:
-            at = torch.tensor(some, device=rows.device)
-            self.prompts = {module: (k[at], v[at]) for module, (k, v) in self.every.items()}
-        self.some, self.counts = some, [count[g] for g in some]
-        self.rows = PrefixRows.of(self.counts, rows.device)
-        for layer in self.kept:
-            layer.take(rows, L)
-
-    def begin(self) -> None:
-        """What is written from now on can be taken back."""
-        for layer in self.kept:
-            layer.begin()
-
-    def settle(self, is_taken: Bool[Tensor, " B"]) -> None:
-        """Take back what was written since `begin`, of the rows where it says not to."""
-        for layer in self.kept:
-            layer.settle(is_taken)
+def _wider(x: Float[Tensor, "B Hkv room K"]) -> Float[Tensor, "B Hkv wider K"]:
+    return torch.cat([x, torch.empty_like(x)], dim=2)

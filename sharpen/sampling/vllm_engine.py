@@ -9,11 +9,10 @@ row_key(seed, prompt, 0) + i, whatever N is. Its kernels choose by batch shape: 
 near-tie between runs of other batches.
 """
 
-import importlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, require
 
 from .base import FinishReason, Prompt, Samples, SamplingConfig
 from .draw import row_key
@@ -60,7 +59,6 @@ class VllmEngine:
         llm_class = _vllm().LLM
         arguments = {"dtype": dtype, "trust_remote_code": trust_remote_code} | options
         try:
-            # Any throughout: vLLM lives in an environment of its own
             self._llm: Any = llm_class(
                 model=model,
                 enable_prefix_caching=True,
@@ -96,7 +94,7 @@ class VllmEngine:
         self._llm = None
 
     def check(self, prompts: Sequence[Prompt], config: SamplingConfig) -> None:
-        """Refuse prompts that cannot be continued.
+        """Reject prompts that cannot be continued.
 
         Raises:
             InputError: If a prompt is empty or leaves no room for `max_new_tokens`.
@@ -167,16 +165,16 @@ class VllmEngine:
         params = _vllm().SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         inputs = [{"prompt_token_ids": prompt + completion} for _, prompt, completion in pairs]
         outputs = self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
-        flat = iter(
-            [
-                _chosen(completion, (output.prompt_logprobs or [])[len(prompt) :])
-                for (_, prompt, completion), output in zip(pairs, outputs, strict=True)
-            ]
-        )
+        found = [
+            _chosen(completion, (output.prompt_logprobs or [])[len(prompt) :])
+            for (_, prompt, completion), output in zip(pairs, outputs, strict=True)
+        ]
+        flat = iter(found)
         return [[next(flat) for _ in group] for group in completions]
 
 
 def _samples(prompt: Prompt, output: Any) -> Samples:
+    """What vLLM drew for a prompt, in the order of the sample index."""
     parts = sorted(output.outputs, key=lambda part: part.index)
     ids = [list(part.token_ids) for part in parts]
     logprobs = [_chosen(ids[i], part.logprobs or []) for i, part in enumerate(parts)]
@@ -194,7 +192,5 @@ def _chosen(ids: Sequence[int], entries: Sequence[Any]) -> list[float]:
 
 
 def _vllm() -> Any:
-    try:
-        return importlib.import_module("vllm")
-    except ImportError as error:
-        raise InputError(INSTALL) from error
+    """The package, which lives in an environment of its own."""
+    return require("vllm", INSTALL)

@@ -147,6 +147,16 @@ def test_seed_moves_and_done():
         assert other["p1"].completion_ids != first["p1"].completion_ids
 
 
+def test_chains_from_a_later_index_are_the_last_of_all():
+    model, power = with_ends(tiny()), Metropolis(alpha=2.0, steps=2)
+    every = draw_all(model, power, PROMPTS[:1])["p0"]
+    config = SamplingConfig(n=2, max_new_tokens=9, seed=3, first=2)
+    assert (
+        draw_all(model, power, PROMPTS[:1], config)["p0"].completion_ids
+        == (every.completion_ids[2:])
+    )
+
+
 def test_at_alpha_infinity_chains_climb():
     model, T = random_table(3, 4, 4, scale=1.0), 4
     known = logprobs(model, T)
