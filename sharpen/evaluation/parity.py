@@ -243,27 +243,30 @@ def pair(ours: Nested, theirs: Nested) -> Pairs:
     Raises:
         InputError: If they are not of the same tokens.
     """
-    rows: list[tuple[float, float, int, Place]] = []
-    n = 0
     lengths = [[[len(tokens) for tokens in group] for group in side] for side in (ours, theirs)]
     if lengths[0] != lengths[1]:
         raise InputError(
             "the two engines must rate the same tokens, got other numbers of log-probs; were the "
             "samples tokenised by another tokenizer?"
         )
-    for p, groups in enumerate(zip(ours, theirs, strict=True)):
-        for g, (one, other) in enumerate(zip(*groups, strict=True)):
-            rows += [
-                (a, b, n, Place(p, g, t)) for t, (a, b) in enumerate(zip(one, other, strict=True))
-            ]
-            n += 1
+    length_N = np.array([n for group in lengths[0] for n in group], dtype=np.int64)
     return Pairs(
-        np.array([row[0] for row in rows], dtype=np.float64),
-        np.array([row[1] for row in rows], dtype=np.float64),
-        np.array([row[2] for row in rows], dtype=np.int64),
-        [row[3] for row in rows],
-        n,
+        _flat(ours),
+        _flat(theirs),
+        np.repeat(np.arange(len(length_N)), length_N),
+        [
+            Place(p, g, t)
+            for p, group in enumerate(lengths[0])
+            for g, n in enumerate(group)
+            for t in range(n)
+        ],
+        len(length_N),
     )
+
+
+def _flat(side: Nested) -> np.ndarray:
+    """Log-probs of all tokens of one engine, end to end."""
+    return np.array([x for group in side for tokens in group for x in tokens], dtype=np.float64)
 
 
 def compare(pairs: Pairs, *, clip: float = 0.2) -> dict[str, Any]:

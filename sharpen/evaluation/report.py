@@ -198,7 +198,7 @@ def _fates(outcome: Outcome, chosen_P: np.ndarray) -> list[tuple[str, np.ndarray
         return [("All prompts", np.ones(outcome.n_prompts, dtype=bool))]
     picked_P = np.take_along_axis(outcome.correct_PG, np.maximum(chosen_P, 0)[:, None], axis=1)
     right_P = picked_P[:, 0] & (chosen_P >= 0)
-    any_P: np.ndarray = outcome.correct_PG.any(axis=1)
+    any_P = np.logical_or.reduce(outcome.correct_PG, axis=1)
     if outcome.greedy_correct_P is None:
         return [
             ("Chosen wrong, though a correct response was sampled", ~right_P & any_P),
