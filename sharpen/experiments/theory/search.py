@@ -367,6 +367,7 @@ class Tree:
             if logprob == -math.inf:
                 continue
             self.finished_mass += math.exp(logprob)
-            self._best_two = tuple(sorted((*self._best_two, logprob))[1:])  # pyright: ignore[reportAttributeAccessIssue]
+            second, best = self._best_two
+            self._best_two = max(second, min(best, logprob)), max(best, logprob)
             if logprob >= self._floor:
                 self._finished.append((logprob, (*ids, eos)))
