@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 NEEDED = [
+    "sharpen/evaluation/report.css",
+    "sharpen/evaluation/report.html.jinja",
     "sharpen/py.typed",
     "sharpen/tasks/game24/base_model/model.safetensors",
     "sharpen/tasks/game24/base_model/tokenizer.json",

@@ -1,13 +1,13 @@
-"""One panel of a figure: its axes, the looks of its series, names where curves end, and its SVG.
+"""Figures as inline SVG: the parts of a panel, then the figures of the report.
+
+`panel`, `look`, `against_n`, `name_ends`, `svg`   one panel, the looks of its series, names where
+                                                   curves end, and its bytes
+`accuracy_svg`, `logprob_svg`, `histogram_svg`     each a string that stands inside HTML
 
 Ink and series colours are CSS variables with a fallback (`var(--s0, #0072b2)`), so one figure
-serves light, dark and paper. Series differ in marker as well as in colour. The same input gives the
-same bytes. matplotlib's settings are changed only while a figure is drawn; its pyplot state and
-backend are not touched.
-
-The figures of the report as inline SVG: text stays text, colours follow the page.
-
-Every figure is a string that stands inside HTML.
+serves light, dark and paper; text stays text. Series differ in marker as well as in colour. The
+same input gives the same bytes. matplotlib's settings are changed only while a figure is drawn; its
+pyplot state and backend are not touched.
 """
 
 import io
@@ -36,6 +36,7 @@ VARIABLES = {
     **{color: f"var(--s{i}, {color})" for i, color in enumerate(SERIES)},
 }
 SIZE_INCHES = (5.2, 3.4)
+N_BINS = 48  # of the histogram
 LEFT, BOTTOM, HEIGHT = 0.09, 0.15, 0.73  # of the axes, as a share of the figure
 CHAR_WIDTH = 0.0185  # of a letter at 10 points, as a share of the figure's width
 RC = {
@@ -138,9 +139,6 @@ def svg(figure: Figure, name: str, *, paper: str | None = None) -> str:
     for color, variable in VARIABLES.items():
         text = text.replace(color, variable)
     return text.strip()
-
-
-N_BINS = 48
 
 
 def accuracy_svg(summary: Summary, *, with_pass: bool) -> str:

@@ -1,38 +1,24 @@
-"""Uncertainty over prompts: percentile bootstrap of means, and of their paired differences.
+"""The figures of a run over its prompts, and how far other prompts would move them.
 
-The prompt is the unit of resampling; all samples of a prompt move together. One set of
-resamples serves every statistic of a run, so any two of them are paired.
+Uncertainty   `resample_means`, `ci95`, `p_value`, `bootstrap_ci95`: a percentile bootstrap. The
+              prompt is the unit of resampling; all samples of a prompt move together. One set of
+              resamples serves every statistic of a run, so any two of them are paired.
+Best of k     `best_of_k`, `pass_at_k`, `sample_accuracy`: expectations over random subsets of k of
+              the G samples that a run drew once.
+Subset votes  `vote_weights`, `all_votes`: what a vote chooses, which changes with the subset.
+AUROC         `within_prompt_auroc`: whether a reward tells right from wrong within a prompt.
 
-P prompts, M statistics, B resamples.
-
-Whether a reward tells right from wrong among the completions of one prompt.
-
-A choice is made within a prompt, so only the order within it counts: a reward can separate easy
-prompts from hard ones, and look good over all completions together, without helping any choice.
-
-P prompts, G completions per prompt.
-
-Best-of-k and pass@k for every k <= G from one set of G samples, without Monte Carlo.
-
-A run draws G completions once; the figure at k is the expectation over a uniformly
-random subset of k of them, drawn without replacement. Sort the eligible ones best
-first: the one at rank j is chosen if it is in the subset and the j before it are not,
+Best of k needs no Monte Carlo for a reward that is a number of its completion. Sort the eligible
+completions best first: the one at rank j is chosen if it is in the subset and the j before it are
+not,
 
     weight[j] = C(G - 1 - j, k - 1) / C(G, k) = k/G * prod_{i<j} (G - k - i) / (G - 1 - i)
 
-and every figure is a sum of weight x value. At k = G the weights are one-hot: the choice
-of `best_of_n`. A vote is not an order statistic (the votes change with the subset), so
-`majority` and `rpc` enumerate all subsets where they are few and draw seeded ones where not.
+and every figure is a sum of weight x value. At k = G the weights are one-hot: the choice of
+`best_of_n`. A vote is not an order statistic, so `majority` and `rpc` enumerate all subsets where
+they are few and draw seeded ones where they are many.
 
-P prompts, G completions per prompt.
-
-Votes over random subsets of a prompt's completions: which completion each subset chooses.
-
-In a subset the value of a completion is that of its answer: the number of completions that give it
-("majority"), or the log of the summed probability of the distinct ones ("rpc"). The first
-completion of the highest value is the choice; one without an answer has the least value there is.
-
-P prompts, G completions per prompt, B subsets, A answers, R distinct completions.
+P prompts, G completions per prompt, M statistics, B resamples or subsets, A answers.
 """
 
 import itertools
@@ -50,6 +36,8 @@ from .outcome import MAJORITY, RPC, VOTES, Outcome
 
 N_RESAMPLES = 10_000  # a choice: the Monte Carlo error of a 95 % limit is far below its width
 CHUNK = 1 << 22  # prompt draws held at once, 32 MiB
+N_SUBSETS = 200  # of a vote, per prompt: standard error at most 0.035 / sqrt(P); a choice
+NO_VOTE = -sys.float_info.max  # below every value of an answer, above no choice at all
 
 
 def resample_means(
@@ -96,103 +84,6 @@ def bootstrap_ci95(
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean of `value_P` over prompts."""
     return ci95(resample_means(value_P[:, None], seed=seed, n_resamples=n_resamples)[:, 0])
-
-
-def paired_p_value(
-    a_P: Float64[np.ndarray, " P"],
-    b_P: Float64[np.ndarray, " P"],
-    *,
-    seed: int = 0,
-    n_resamples: int = N_RESAMPLES,
-) -> float:
-    """Two-sided paired bootstrap p-value (`p_value`) of equal means of two vectors over prompts."""
-    difference_P1 = (a_P - b_P)[:, None]
-    return p_value(resample_means(difference_P1, seed=seed, n_resamples=n_resamples)[:, 0])
-
-
-@dataclass(frozen=True)
-class Auroc:
-    """Areas under the ROC curve of one reward.
-
-    Attributes:
-        mean: Mean of the prompts' areas, each prompt alike; NaN where none has one.
-        pooled: Share of all pairs of all prompts that are in order, each pair alike.
-        n_prompts: Prompts that have an area: with a right and a wrong completion.
-        auroc_P: Area of each prompt, NaN where it has none.
-        n_pairs_P: Pairs of a right and a wrong completion of each prompt.
-    """
-
-    mean: float
-    pooled: float
-    n_prompts: int
-    auroc_P: Float64[np.ndarray, " P"]
-    n_pairs_P: Int64[np.ndarray, " P"]
-
-
-def within_prompt_auroc(
-    reward_PG: Float64[np.ndarray, "P G"],
-    # their shapes are checked below, with a message
-    correct_PG: Bool[np.ndarray, "..."],
-    valid_PG: Bool[np.ndarray, "..."] | None = None,
-) -> Auroc:
-    """Chance that a right completion of a prompt has a higher reward than a wrong one.
-
-        auroc[p] = mean over right i, wrong j of p of  1[r_i > r_j] + 1[r_i = r_j] / 2
-
-    0.5 is a coin, 1 always right. Prompts whose completions are all right, or all wrong, have no
-    pair and are left out, and so are completions that are not valid or whose reward is NaN: a
-    choice never sees them.
-
-    Args:
-        reward_PG: Higher is better; infinities are ordered as they are.
-        correct_PG: Grades.
-        valid_PG: Which completions may be chosen; default: all.
-
-    Raises:
-        InputError: If the arrays are of different shapes.
-
-    Source:
-        Taubenfeld et al. 2025 (CISC), arXiv:2502.06233, within-question discrimination: `pooled`.
-
-    Example:
-        >>> reward_PG = np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 5.0]])
-        >>> correct_PG = np.array([[True, False, True], [True, True, True]])
-        >>> found = within_prompt_auroc(reward_PG, correct_PG)
-        >>> found.mean, found.n_prompts  # 3 > 2, 1 < 2; the second prompt has nothing wrong
-        (0.5, 1)
-    """
-    for name, given_PG in (("correct_PG", correct_PG), ("valid_PG", valid_PG)):
-        if given_PG is not None and given_PG.shape != reward_PG.shape:
-            raise InputError(
-                f"`{name}` must be of the shape of `reward_PG`, {reward_PG.shape}, "
-                f"got {given_PG.shape}."
-            )
-    may_PG = ~np.isnan(reward_PG)
-    if valid_PG is not None:
-        may_PG = may_PG & valid_PG
-    P = len(reward_PG)
-    won_P, n_pairs_P = np.zeros(P), np.zeros(P, dtype=np.int64)
-    for p in range(P):
-        right, wrong = (reward_PG[p, may_PG[p] & c] for c in (correct_PG[p], ~correct_PG[p]))
-        wrong = np.sort(wrong)
-        # wrong ones below each right one, and below or beside it
-        below, beside = (np.searchsorted(wrong, right, side) for side in ("left", "right"))
-        won_P[p] = (below.sum() + beside.sum()) / 2
-        n_pairs_P[p] = len(right) * len(wrong)
-    auroc_P = np.full(P, np.nan)
-    np.divide(won_P, n_pairs_P, out=auroc_P, where=n_pairs_P > 0)
-    has_area = n_pairs_P > 0
-    n_prompts, n_pairs = int(has_area.sum()), int(n_pairs_P.sum())
-    return Auroc(
-        mean=float(auroc_P[has_area].mean()) if n_prompts else float("nan"),
-        pooled=float(won_P.sum() / n_pairs) if n_pairs else float("nan"),
-        n_prompts=n_prompts,
-        auroc_P=auroc_P,
-        n_pairs_P=n_pairs_P,
-    )
-
-
-N_SUBSETS = 200  # of a vote, per prompt: standard error at most 0.035 / sqrt(P); a choice
 
 
 @dataclass(frozen=True)
@@ -289,7 +180,8 @@ def _check_k(k: int, G: int) -> None:
         raise InputError(f"`k` must be in 1..{G}, the samples per prompt, got {k}; sample more.")
 
 
-def _rank_weights(outcome: Outcome, reward: str, k: int) -> np.ndarray:
+def _rank_weights(outcome: Outcome, reward: str, k: int) -> Float64[np.ndarray, "P G"]:
+    """Probability that each completion is the best of k, by its rank."""
     G = outcome.n_samples
     i = np.arange(G - 1)
     step = np.maximum(G - k - i, 0) / (G - 1 - i)
@@ -299,13 +191,15 @@ def _rank_weights(outcome: Outcome, reward: str, k: int) -> np.ndarray:
     return np.where(outcome.eligible(reward), weight_PG, 0.0)
 
 
-NO_VOTE = -sys.float_info.max  # below every value of an answer, above no choice at all
-
-
 def vote_weights(
     outcome: Outcome, reward: str, k: int, seed: int, n_subsets: int
 ) -> Float64[np.ndarray, "P G"]:
     """Share of the subsets of k that choose each completion, by the vote `reward`.
+
+    In a subset the value of a completion is that of its answer: the number of completions that
+    give it ("majority"), or the log of the summed probability of the distinct ones ("rpc"). The
+    first completion of the highest value is the choice; one without an answer has the least value
+    there is.
 
     All subsets where there are at most max(n_subsets, G), else `n_subsets` seeded ones per prompt.
     """
@@ -381,8 +275,95 @@ def _log_masses(
     return mass_BA[:, label_G + 1]
 
 
-def _all_subsets(G: int, k: int) -> np.ndarray:
+def _all_subsets(G: int, k: int) -> Bool[np.ndarray, "B G"]:
+    """Members of each subset of k of G."""
     index_BK = np.array(list(itertools.combinations(range(G), k)))
     member_BG = np.zeros((len(index_BK), G), dtype=bool)
     np.put_along_axis(member_BG, index_BK, True, axis=1)
     return member_BG
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """Areas under the ROC curve of one reward.
+
+    Attributes:
+        mean: Mean of the prompts' areas, each prompt alike; NaN where none has one.
+        pooled: Share of all pairs of all prompts that are in order, each pair alike.
+        n_prompts: Prompts that have an area: with a right and a wrong completion.
+        auroc_P: Area of each prompt, NaN where it has none.
+        n_pairs_P: Pairs of a right and a wrong completion of each prompt.
+    """
+
+    mean: float
+    pooled: float
+    n_prompts: int
+    auroc_P: Float64[np.ndarray, " P"]
+    n_pairs_P: Int64[np.ndarray, " P"]
+
+
+def within_prompt_auroc(
+    reward_PG: Float64[np.ndarray, "P G"],
+    # their shapes are checked below, with a message
+    correct_PG: Bool[np.ndarray, "..."],
+    valid_PG: Bool[np.ndarray, "..."] | None = None,
+) -> Auroc:
+    """Chance that a right completion of a prompt has a higher reward than a wrong one.
+
+    A choice is made within a prompt, so only the order within it counts: a reward can separate
+    easy prompts from hard ones, and look good over all completions together, without helping any
+    choice.
+
+        auroc[p] = mean over right i, wrong j of p of  1[r_i > r_j] + 1[r_i = r_j] / 2
+
+    0.5 is a coin, 1 always right. Prompts whose completions are all right, or all wrong, have no
+    pair and are left out, and so are completions that are not valid or whose reward is NaN: a
+    choice never sees them.
+
+    Args:
+        reward_PG: Higher is better; infinities are ordered as they are.
+        correct_PG: Grades.
+        valid_PG: Which completions may be chosen; default: all.
+
+    Raises:
+        InputError: If the arrays are of different shapes.
+
+    Source:
+        Taubenfeld et al. 2025 (CISC), arXiv:2502.06233, within-question discrimination: `pooled`.
+
+    Example:
+        >>> reward_PG = np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 5.0]])
+        >>> correct_PG = np.array([[True, False, True], [True, True, True]])
+        >>> found = within_prompt_auroc(reward_PG, correct_PG)
+        >>> found.mean, found.n_prompts  # 3 > 2, 1 < 2; the second prompt has nothing wrong
+        (0.5, 1)
+    """
+    for name, given_PG in (("correct_PG", correct_PG), ("valid_PG", valid_PG)):
+        if given_PG is not None and given_PG.shape != reward_PG.shape:
+            raise InputError(
+                f"`{name}` must be of the shape of `reward_PG`, {reward_PG.shape}, "
+                f"got {given_PG.shape}."
+            )
+    may_PG = ~np.isnan(reward_PG)
+    if valid_PG is not None:
+        may_PG = may_PG & valid_PG
+    P = len(reward_PG)
+    won_P, n_pairs_P = np.zeros(P), np.zeros(P, dtype=np.int64)
+    for p in range(P):
+        right, wrong = (reward_PG[p, may_PG[p] & c] for c in (correct_PG[p], ~correct_PG[p]))
+        wrong = np.sort(wrong)
+        # wrong ones below each right one, and below or beside it
+        below, beside = (np.searchsorted(wrong, right, side) for side in ("left", "right"))
+        won_P[p] = (below.sum() + beside.sum()) / 2
+        n_pairs_P[p] = len(right) * len(wrong)
+    auroc_P = np.full(P, np.nan)
+    np.divide(won_P, n_pairs_P, out=auroc_P, where=n_pairs_P > 0)
+    has_area = n_pairs_P > 0
+    n_prompts, n_pairs = int(has_area.sum()), int(n_pairs_P.sum())
+    return Auroc(
+        mean=float(auroc_P[has_area].mean()) if n_prompts else float("nan"),
+        pooled=float(won_P.sum() / n_pairs) if n_pairs else float("nan"),
+        n_prompts=n_prompts,
+        auroc_P=auroc_P,
+        n_pairs_P=n_pairs_P,
+    )

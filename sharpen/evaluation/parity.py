@@ -1,6 +1,9 @@
-"""Log-probs of given completions by engines other than ours, one log-prob a token.
+"""How far two engines' log-probs of the same tokens are apart, and what that does to a ratio.
 
-How far two engines' log-probs of the same tokens are apart, and what that does to a ratio.
+Engines     `forward_logprobs`, `server_logprobs`, `kept_logprobs`: log-probs of given completions
+            by engines other than ours
+Comparison  `pair`, `compare`, `worst`, `is_within`
+Report      `in_context`, `format_parity`: as JSON and as text
 
     d[s] = ours[s] - theirs[s],   r[s] = exp(d[s]) = p_ours / p_theirs
 
@@ -12,8 +15,6 @@ off-policy training, and
 both estimate KL(theirs || ours), k3 with less variance and never below 0 (Schulman 2020,
 "Approximating KL divergence"). A token with |r - 1| > clip is one that PPO's clip acts on, though
 not a step was taken. S tokens, N completions.
-
-A comparison of two engines as text, and its worst tokens in context.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 from sharpen.sampling.endpoint import EndpointClient, EndpointError, map_concurrently
 from sharpen.scoring.model_access import evaluating, input_device
 
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 
 Prompts = Sequence[Sequence[int]]
 Completions = Sequence[Sequence[Sequence[int]]]
+Nested = Sequence[Sequence[Sequence[float]]]
+Measure = Literal["max", "mean", "p99"]
+
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+# edges of |d| in nats: below what fp32 resolves, ..., above what any rounding does
+EDGES = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
+BAR = 40  # characters of the longest one
+AROUND = 12  # tokens of context on either side
 
 
 def forward_logprobs(
@@ -115,6 +124,7 @@ def server_logprobs(
 
 
 def _echoed(url: str, answer: dict[str, Any], n_prompt: int, n_completion: int) -> list[float]:
+    """Log-probs of the completion in a server's answer."""
     choices = answer.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
@@ -164,6 +174,7 @@ def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list
 
 
 def _numbers(name: str, values: Sequence[Any]) -> list[float]:
+    """Log-probs of a record's completion, checked one by one."""
     found = []
     for i, value in enumerate(values):
         number = _nats(value)
@@ -185,14 +196,6 @@ def _nats(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value)
-
-
-Measure = Literal["max", "mean", "p99"]
-Nested = Sequence[Sequence[Sequence[float]]]
-
-PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-# edges of |d| in nats: below what fp32 resolves, ..., above what any rounding does
-EDGES = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
 
 
 @dataclass(frozen=True)
@@ -240,27 +243,30 @@ def pair(ours: Nested, theirs: Nested) -> Pairs:
     Raises:
         InputError: If they are not of the same tokens.
     """
-    rows: list[tuple[float, float, int, Place]] = []
-    n = 0
     lengths = [[[len(tokens) for tokens in group] for group in side] for side in (ours, theirs)]
     if lengths[0] != lengths[1]:
         raise InputError(
             "the two engines must rate the same tokens, got other numbers of log-probs; were the "
             "samples tokenised by another tokenizer?"
         )
-    for p, groups in enumerate(zip(ours, theirs, strict=True)):
-        for g, (one, other) in enumerate(zip(*groups, strict=True)):
-            rows += [
-                (a, b, n, Place(p, g, t)) for t, (a, b) in enumerate(zip(one, other, strict=True))
-            ]
-            n += 1
+    length_N = np.array([n for group in lengths[0] for n in group], dtype=np.int64)
     return Pairs(
-        np.array([row[0] for row in rows], dtype=np.float64),
-        np.array([row[1] for row in rows], dtype=np.float64),
-        np.array([row[2] for row in rows], dtype=np.int64),
-        [row[3] for row in rows],
-        n,
+        _flat(ours),
+        _flat(theirs),
+        np.repeat(np.arange(len(length_N)), length_N),
+        [
+            Place(p, g, t)
+            for p, group in enumerate(lengths[0])
+            for g, n in enumerate(group)
+            for t in range(n)
+        ],
+        len(length_N),
     )
+
+
+def _flat(side: Nested) -> np.ndarray:
+    """Log-probs of all tokens of one engine, end to end."""
+    return np.array([x for group in side for tokens in group for x in tokens], dtype=np.float64)
 
 
 def compare(pairs: Pairs, *, clip: float = 0.2) -> dict[str, Any]:
@@ -276,8 +282,7 @@ def compare(pairs: Pairs, *, clip: float = 0.2) -> dict[str, Any]:
     Raises:
         InputError: If there is nothing to compare, or `clip` is not positive.
     """
-    if clip <= 0:
-        raise InputError(f"`clip` must be positive, got {clip}.")
+    check_value("clip", clip, clip > 0, "positive")
     nan_ours, nan_theirs = np.isnan(pairs.ours), np.isnan(pairs.theirs)
     known = ~(nan_ours | nan_theirs)
     if not known.any():
@@ -302,7 +307,11 @@ def compare(pairs: Pairs, *, clip: float = 0.2) -> dict[str, Any]:
             "mean": float(size.mean()),
             "signed_mean": float(d.mean()),
             "rms": float(np.sqrt((d**2).mean())),
-            "percentiles": {f"p{q:g}": _percentile(size, q) for q in PERCENTILES},
+            "percentiles": {
+                # a value that occurs, also among infinite ones
+                f"p{q:g}": float(np.percentile(size, q, method="inverted_cdf"))
+                for q in PERCENTILES
+            },
             "histogram": _histogram(size),
             "completion_max": float(np.abs(sums).max()),
             "completion_mean": float(np.abs(sums).mean()),
@@ -332,13 +341,11 @@ def worst(pairs: Pairs, k: int) -> list[int]:
 
 def is_within(found: dict[str, Any], tolerance: float, measure: Measure) -> bool:
     """Whether `measure` of the differences is at most `tolerance`, and no NaN is on one side."""
-    value = found["percentiles"]["p99"] if measure == "p99" else found[measure]
-    return bool(value <= tolerance) and found["n_nan_one_side"] == 0
+    return bool(_measured(found, measure) <= tolerance) and found["n_nan_one_side"] == 0
 
 
-def _percentile(size: np.ndarray, q: float) -> float:
-    # a value that occurs, also among infinite ones
-    return float(np.percentile(size, q, method="inverted_cdf"))
+def _measured(found: dict[str, Any], measure: Measure) -> float:
+    return found["percentiles"]["p99"] if measure == "p99" else found[measure]
 
 
 def _histogram(size: np.ndarray) -> list[dict[str, Any]]:
@@ -348,10 +355,6 @@ def _histogram(size: np.ndarray) -> list[dict[str, Any]]:
         inside = (size > 0) & (size >= low) & ((size < high) | (high == np.inf))
         rows.append({"from": low, "to": high, "n": int(inside.sum())})
     return rows
-
-
-BAR = 40
-AROUND = 12  # tokens of context on either side
 
 
 def in_context(
@@ -429,16 +432,17 @@ def format_parity(report: dict[str, Any]) -> str:
             f"    {_shown(one['before'])}[{_shown(one['token'])}]{_shown(one['after'])}",
         ]
     verdict = "within" if report["is_within"] else "ABOVE"
-    value = found["percentiles"]["p99"] if report["measure"] == "p99" else found[report["measure"]]
+    value = _short(_measured(found, report["measure"]))
     lines += [
         "",
-        f"{report['measure']} {_short(value)} is {verdict} the tolerance {report['tolerance']:g}"
+        f"{report['measure']} {value} is {verdict} the tolerance {report['tolerance']:g}"
         + (", and NaN is on one side" if found["n_nan_one_side"] else ""),
     ]
     return "\n".join(lines)
 
 
 def _bars(histogram: list[dict[str, Any]]) -> list[str]:
+    """A line of text for each row of the histogram."""
     most = max(row["n"] for row in histogram) or 1
     lines = []
     for row in histogram:

@@ -1,12 +1,14 @@
-"""The numbers of `summary.json`: accuracy, lift, intervals, log-probability, cost.
+"""The numbers of `summary.json`, and the headline table made of them.
+
+`summarize`      accuracy, lift, intervals, log-probability and cost of a run, as one JSON tree
+`headline_rows`  the table of methods, as rows for the page of the report
+`format_table`   the same as plain text for the terminal
 
 Every key is always there; a figure that a run cannot have is null. Accuracies and shares are
 fractions of 1, lifts are percent of the greedy accuracy, gains are percentage points,
 log-probabilities are nats. `N` is a string, because JSON keys are.
 
 P prompts, M per-prompt statistics, B bootstrap resamples.
-
-The headline table, once as rows for the page and once as plain text for the terminal.
 """
 
 import math
@@ -37,8 +39,8 @@ def summarize(
 ) -> Summary:
     """Every figure of a run as a tree that `json.dump(..., allow_nan=False)` accepts.
 
-    Best-of-N and pass@N come from random subsets of the n samples (`curves`); intervals and
-    p-values from one paired bootstrap over prompts (`bootstrap`), seeded with the run's seed.
+    Best-of-N and pass@N come from random subsets of the n samples (`best_of_k`); intervals
+    and p-values from one paired bootstrap over prompts, seeded with the run's seed.
 
     Args:
         outcome: The run.
@@ -63,7 +65,7 @@ def summarize(
         reward: {str(k): best_of_k(outcome, reward, k, seed=seed) for k in grid}
         for reward in outcome.rewards
     }
-    logprob = {r: {k: _round(b.mean_logprob, 4) for k, b in by.items()} for r, by in best.items()}
+    logprob = {r: {k: rounded(b.mean_logprob, 4) for k, b in by.items()} for r, by in best.items()}
     no_choice = {r: int((by[str(n)].weight_PG.sum(axis=1) == 0).sum()) for r, by in best.items()}
     return {
         "task": _json(settings["task"]),
@@ -75,9 +77,9 @@ def summarize(
         **_accuracy_figures(outcome, best, seed),
         "mean_logprob_of_chosen": logprob[str(settings["reward"])],
         "mean_logprob_by_reward": logprob,
-        "seconds": {key: _round(float(seconds[key]), 2) for key in ("sample", "score")},
+        "seconds": {key: rounded(float(seconds[key]), 2) for key in ("sample", "score")},
         "tokens": {key: int(tokens[key]) for key in ("sampled", "scored")},
-        "invalid_share": _round(float((~outcome.valid_PG).mean()), 4),
+        "invalid_share": rounded(float((~outcome.valid_PG).mean()), 4),
         "prompts_without_choice": no_choice,
         "settings": _json(
             {k: v for k, v in settings.items() if k not in (*RUN_KEYS, "n", "prompts")}
@@ -95,9 +97,8 @@ def n_values(n: int) -> list[int]:
     return sorted({*(k for k in GRID if k <= n), n})
 
 
-def _accuracy_figures(
-    outcome: Outcome, best: dict[str, dict[str, BestOfK]], seed: int
-) -> dict[str, Any]:  # Any: as in Summary
+def _accuracy_figures(outcome: Outcome, best: dict[str, dict[str, BestOfK]], seed: int) -> Summary:
+    """What needs grades: means, intervals and p-values from one set of resamples."""
     keys = (
         "accuracy",
         "lift_over_greedy_percent",
@@ -134,13 +135,13 @@ def _accuracy_figures(
         return {k: figure(("pass", k)) for k in next(iter(best.values()))}
 
     def accuracy(key):
-        return _round(mean.get(key), 4)
+        return rounded(mean.get(key), 4)
 
     def interval(key):
         return _interval(mean_B.get(key), 4)
 
     def lift(key):
-        return _round(100 * (mean[key] - greedy) / greedy, 2) if greedy else None
+        return rounded(100 * (mean[key] - greedy) / greedy, 2) if greedy else None
 
     def lift_interval(key):
         # a resample may hold no prompt that greedy decoding solves: then the ratio has no interval
@@ -150,7 +151,7 @@ def _accuracy_figures(
 
     def p_against(baseline):
         base_B = mean_B.get(baseline)
-        return lambda key: None if base_B is None else _round(p_value(mean_B[key] - base_B), 4)
+        return lambda key: None if base_B is None else rounded(p_value(mean_B[key] - base_B), 4)
 
     return {
         "accuracy": {
@@ -168,7 +169,7 @@ def _accuracy_figures(
         },
         "ci95_of_lift": over_rewards(lift_interval),
         "gain_over_sample_points": over_rewards(
-            lambda key: _round(100 * (mean[key] - mean["sample",]), 2)
+            lambda key: rounded(100 * (mean[key] - mean["sample",]), 2)
         ),
         "ci95_of_gain": over_rewards(
             lambda key: _interval(100 * (mean_B[key] - mean_B["sample",]), 2)
@@ -179,11 +180,11 @@ def _accuracy_figures(
 
 
 def _interval(value_B: np.ndarray | None, digits: int) -> list[float | None] | None:
-    return None if value_B is None else [_round(x, digits) for x in ci95(value_B)]
+    return None if value_B is None else [rounded(x, digits) for x in ci95(value_B)]
 
 
-def _round(value: float | None, digits: int) -> float | None:
-    """Rounded; None for what JSON has no number for."""
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """Rounded for JSON; None for what JSON has no number for."""
     if value is None or not math.isfinite(value):
         return None
     # + 0.0 turns -0.0, which would print, into 0.0
@@ -234,7 +235,7 @@ def _check(
 
 
 @dataclass(frozen=True)
-class Row:
+class HeadlineRow:
     """One method at the largest N: what a reader compares first.
 
     Attributes:
@@ -260,7 +261,7 @@ class Row:
     p_vs_greedy: float | None = None
 
 
-def headline_rows(summary: Summary) -> list[Row]:
+def headline_rows(summary: Summary) -> list[HeadlineRow]:
     """Greedy, one sample, best-of-N by each reward, pass@N; without a checker, none."""
     accuracy, ci95 = summary["accuracy"], summary["ci95_of_baselines"]
     if accuracy is None:
@@ -268,10 +269,12 @@ def headline_rows(summary: Summary) -> list[Row]:
     last = str(summary["n"])
     rows = []
     if accuracy["greedy"] is not None:
-        rows.append(Row("Greedy", "greedy", {"1": accuracy["greedy"]}, ci95["greedy"]))
-    rows.append(Row(sample_name(summary), "sample", {"1": accuracy["sample"]}, ci95["sample"]))
+        rows.append(HeadlineRow("Greedy", "greedy", {"1": accuracy["greedy"]}, ci95["greedy"]))
+    rows.append(
+        HeadlineRow(sample_name(summary), "sample", {"1": accuracy["sample"]}, ci95["sample"])
+    )
     rows += [
-        Row(
+        HeadlineRow(
             f"Best of N, {reward}",
             reward,
             by_n,
@@ -285,7 +288,7 @@ def headline_rows(summary: Summary) -> list[Row]:
         )
         for reward, by_n in accuracy["best_of_n"].items()
     ]
-    rows.append(Row("Pass@N", "pass", accuracy["pass_at_n"], ci95["pass_at_n"][last]))
+    rows.append(HeadlineRow("Pass@N", "pass", accuracy["pass_at_n"], ci95["pass_at_n"][last]))
     return rows
 
 

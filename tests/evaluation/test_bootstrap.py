@@ -2,11 +2,15 @@ import numpy as np
 import pytest
 
 from sharpen.evaluation import metrics
-from sharpen.evaluation.metrics import bootstrap_ci95, ci95, p_value, paired_p_value, resample_means
+from sharpen.evaluation.metrics import bootstrap_ci95, ci95, p_value, resample_means
 
 
 def coin(n_heads, P=400):
     return np.repeat([1.0, 0.0], [n_heads, P - n_heads])
+
+
+def paired_p_value(a_P, b_P, **options):
+    return p_value(resample_means((a_P - b_P)[:, None], **options)[:, 0])
 
 
 def test_interval_of_a_proportion_is_near_the_normal_one():

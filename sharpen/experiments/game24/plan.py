@@ -1,33 +1,33 @@
-"""Which trainings a study compares, and the samples that each takes.
+"""Which runs a study is made of, in what order, and how large they are.
 
-Which runs a study is made of, in what order: each is one of the other commands.
+Each run is one of the other commands:
 
 train/pool samples of the training prompts, for all objectives that take given ones
 base       a pool of N samples of each test prompt for every seed, scored; greedy; low temperature
 power      Metropolis-Hastings and particles, at the token cost of best-of-N
 train      every objective, for every seed
 judge      of each trained model: N samples and greedy, scored by the base model
+
+`METHODS` are the trainings that are compared, `Sizes` how much is drawn, `plan` the runs.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sharpen.commands.rlhf import RlhfConfig
 from sharpen.commands.sample import SampleConfig
 from sharpen.commands.score import ScoreConfig
 from sharpen.commands.sft import SftConfig
 from sharpen.commands.xpo import XpoConfig
-from sharpen.errors import InputError
-from sharpen.experiments.game24.selectors import REWARDS
+from sharpen.errors import check_value
+from sharpen.experiments.options import StudyConfig
 
+from .selectors import REWARDS
 from .stages import Stage
 
-if TYPE_CHECKING:
-    pass
-    from .run import StudyConfig
-
 TEST, TRAIN = "test", "sharpen+free"
+TEMPERATURES = (0.5, 0.25)
 ALPHA = 4.0
 # samples of a prompt in a later round of SFT
 ROUND_N = 10
@@ -73,48 +73,6 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Given:
-    """The samples that a training takes: the first n of each of the first `limit` prompts."""
-
-    split: str
-    limit: int | None
-    n: int
-
-
-def given(sizes: "Sizes", method: str) -> Given:
-    """What a method takes, or draws in one go."""
-    kind = METHODS[method]
-    if kind.samples == "test":
-        return Given(TEST, sizes.limit, min(sizes.train_n, sizes.n))
-    if kind.samples == "greedy":
-        return Given(TRAIN, sizes.train_limit, 1)
-    if kind.after is not None:
-        return Given(TRAIN, sizes.equal_limit, min(ROUND_N, sizes.train_n))
-    if kind.is_equal:
-        return Given(TRAIN, sizes.equal_limit, sizes.equal_n)
-    return Given(TRAIN, sizes.train_limit, sizes.train_n)
-
-
-def pool_name(method: str, seed: int) -> str | None:
-    """The stage whose samples a training takes; None where it draws its own."""
-    return {"pool": "train/pool", "test": f"base/pool-{seed}"}.get(METHODS[method].samples)
-
-
-def lineage(method: str) -> list[str]:
-    """A method and those before it, the first one first.
-
-    Example:
-        >>> lineage("sft-round3")
-        ['sft', 'sft-round2', 'sft-round3']
-    """
-    before = METHODS[method].after
-    return [*([] if before is None else lineage(before)), method]
-
-
-TEMPERATURES = (0.5, 0.25)
-
-
-@dataclass(frozen=True)
 class Sizes:
     """How large a study is.
 
@@ -154,47 +112,65 @@ class Sizes:
 
 
 FULL = Sizes(
-    seeds=3, train_seeds=3, limit=None, n=50, few=8, budgets=(10, 25),
-    train_limit=None, train_n=25, equal_limit=3250, equal_n=8,
-    rounds=2, validation=32, save_every=500,
-)  # fmt: skip
+    seeds=3,
+    train_seeds=3,
+    limit=None,
+    n=50,
+    few=8,
+    budgets=(10, 25),
+    train_limit=None,
+    train_n=25,
+    equal_limit=3250,
+    equal_n=8,
+    rounds=2,
+    validation=32,
+    save_every=500,
+)
 QUICK = Sizes(
-    seeds=1, train_seeds=1, limit=24, n=10, few=2, budgets=(5,),
-    train_limit=24, train_n=4, equal_limit=24, equal_n=4,
-    rounds=1, validation=4, save_every=500,
-)  # fmt: skip
+    seeds=1,
+    train_seeds=1,
+    limit=24,
+    n=10,
+    few=2,
+    budgets=(5,),
+    train_limit=24,
+    train_n=4,
+    equal_limit=24,
+    equal_n=4,
+    rounds=1,
+    validation=4,
+    save_every=500,
+)
 
 
-def sizes_of(config: "StudyConfig") -> Sizes:
-    """The sizes that the flags ask for.
-
-    Raises:
-        InputError: If one is out of its range.
-    """
+def sizes_of(config: StudyConfig) -> Sizes:
+    """The sizes that the flags ask for."""
     base = QUICK if config.quick else FULL
     names = ("seeds", "train_seeds", "limit", "n", "few", "train_limit", "train_n")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     sizes = replace(base, **given)
     least = {"seeds": 1, "train_seeds": 1, "limit": 1, "n": 2, "few": 1, "train_n": 2}
     for name, at_least in least.items():
-        if name in given and given[name] < at_least:
-            raise InputError(f"`{name}` must be at least {at_least}, got {given[name]}.")
-    if sizes.train_limit is not None and sizes.train_limit <= sizes.validation:
-        raise InputError(
-            f"`train_limit` must be above {sizes.validation}, the prompts that XPO chooses its "
-            f"round by, got {sizes.train_limit}."
-        )
+        if name in given:
+            check_value(name, given[name], given[name] >= at_least, f"at least {at_least}")
+    limits = [x for x in (sizes.equal_limit, sizes.train_limit) if x is not None]
+    check_value(
+        "train_limit",
+        sizes.train_limit,
+        sizes.train_limit is None or sizes.train_limit > sizes.validation,
+        f"above {sizes.validation}, the prompts that XPO chooses its round by",
+    )
     return replace(
         sizes,
         budgets=tuple(k for k in sizes.budgets if k <= sizes.n) or (sizes.n,),
-        equal_limit=_least(sizes.equal_limit, sizes.train_limit),
+        equal_limit=min(limits, default=None),
         equal_n=min(sizes.equal_n, sizes.train_n),
     )
 
 
-def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
+def plan(config: StudyConfig, sizes: Sizes) -> list[Stage]:
     """The runs, in order."""
-    runs = _Runs(config, sizes)
+    runs = _StageMaker(config, sizes)
     stages = [
         runs.sample("train/pool", n=sizes.train_n, split=TRAIN, limit=sizes.train_limit),
         runs.sample("base/greedy", n=1, temperature=0.0),
@@ -213,15 +189,23 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
         for budget in sizes.budgets:
             stages += [
                 runs.sample(
-                    f"power/mh{budget}-{seed}", n=max(1, sizes.few // 4), seed=seed,
+                    f"power/mh{budget}-{seed}",
+                    n=max(1, sizes.few // 4),
+                    seed=seed,
+                    sampler="mh",
+                    alpha=ALPHA,
                     # a first sample, then moves that draw half of one: docs/algorithms/power.md
-                    sampler="mh", alpha=ALPHA, steps=max(1, 2 * (budget - 1)),
+                    steps=max(1, 2 * (budget - 1)),
                 ),
                 runs.sample(
-                    f"power/smc{budget}-{seed}", n=budget, seed=seed,
-                    sampler="smc", alpha=ALPHA, particles=budget,
+                    f"power/smc{budget}-{seed}",
+                    n=budget,
+                    seed=seed,
+                    sampler="smc",
+                    alpha=ALPHA,
+                    particles=budget,
                 ),
-            ]  # fmt: skip
+            ]
     for seed in range(sizes.train_seeds):
         for method in METHODS:
             name = f"{method}-{seed}"
@@ -236,30 +220,71 @@ def plan(config: "StudyConfig", sizes: Sizes) -> list[Stage]:
     return stages
 
 
+@dataclass(frozen=True)
+class TakenSamples:
+    """The samples that a training takes: the first n of each of the first `limit` prompts."""
+
+    split: str
+    limit: int | None
+    n: int
+
+
+def taken_samples(sizes: Sizes, method: str) -> TakenSamples:
+    """What a method takes, or draws in one go."""
+    kind = METHODS[method]
+    if kind.samples == "test":
+        return TakenSamples(TEST, sizes.limit, min(sizes.train_n, sizes.n))
+    if kind.samples == "greedy":
+        return TakenSamples(TRAIN, sizes.train_limit, 1)
+    if kind.after is not None:
+        return TakenSamples(TRAIN, sizes.equal_limit, min(ROUND_N, sizes.train_n))
+    if kind.is_equal:
+        return TakenSamples(TRAIN, sizes.equal_limit, sizes.equal_n)
+    return TakenSamples(TRAIN, sizes.train_limit, sizes.train_n)
+
+
+def pool_name(method: str, seed: int) -> str | None:
+    """The stage whose samples a training takes; None where it draws its own."""
+    return {"pool": "train/pool", "test": f"base/pool-{seed}"}.get(METHODS[method].samples)
+
+
+def lineage(method: str) -> list[str]:
+    """A method and those before it, the first one first.
+
+    Example:
+        >>> lineage("sft-round3")
+        ['sft', 'sft-round2', 'sft-round3']
+    """
+    before = METHODS[method].after
+    return [*([] if before is None else lineage(before)), method]
+
+
 def samples_file(out: Path, name: str, *, scored: bool = False) -> Path:
     """Where the samples of a stage are."""
     return out / f"{name}{'.scored' if scored else ''}.jsonl"
 
 
-class _Runs:
-    """Makes stages of what all runs of a study share."""
+class _StageMaker:
+    """Makes stages of the flags that all runs of a study share."""
 
-    def __init__(self, config: "StudyConfig", sizes: Sizes):
+    def __init__(self, config: StudyConfig, sizes: Sizes):
         self.config, self.sizes, self.out = config, sizes, Path(config.out)
         names = ("model", "device", "dtype", "max_tokens", "trust_remote_code", "allow_pickle")
         self.common: dict[str, Any] = {name: getattr(config, name) for name in names}
         self.prompts: dict[str, Any] = {
-            "task": config.task, "split": TEST, "limit": sizes.limit,
+            "task": config.task,
+            "split": TEST,
+            "limit": sizes.limit,
             "max_new_tokens": config.max_new_tokens,
-        }  # fmt: skip
+        }
 
     # flags of the commands, by name
     def sample(self, name: str, *, of: str | None = None, **flags: Any) -> Stage:
-        given: dict[str, Any] = self.common | self.prompts | flags
-        given["out"] = str(samples_file(self.out, name))
+        merged: dict[str, Any] = self.common | self.prompts | flags
+        merged["out"] = str(samples_file(self.out, name))
         if of is not None:
-            given["model"] = self.model(of)
-        return Stage(name, "sample", SampleConfig(**given), () if of is None else (of,))
+            merged["model"] = self.model(of)
+        return Stage(name, "sample", SampleConfig(**merged), () if of is None else (of,))
 
     def score(self, name: str, rewards: list[str], **flags: Any) -> Stage:
         config = ScoreConfig(
@@ -272,7 +297,7 @@ class _Runs:
         return Stage(f"{name}/scored", "score", config, (name,))
 
     def train(self, method: str, seed: int) -> Stage:
-        kind, taken = METHODS[method], given(self.sizes, method)
+        kind, taken = METHODS[method], taken_samples(self.sizes, method)
         name, needs = f"train/{method}-{seed}", []
         flags = self.common | self.prompts | vars(taken)
         flags |= {"out": str(self.out / name), "seed": seed, "save_every": self.sizes.save_every}
@@ -292,7 +317,3 @@ class _Runs:
 
     def model(self, stage: str) -> str:
         return str(self.out / stage / "model")
-
-
-def _least(a: int | None, b: int | None) -> int | None:
-    return min((x for x in (a, b) if x is not None), default=None)

@@ -1,30 +1,28 @@
-"""Samples of every prompt as arrays: rewards, grades, answers and lengths.
+"""What the stages left on disk: samples of every prompt as arrays, and the cost of each training.
 
 P prompts, G completions per prompt. Nats.
-
-What any selector chooses from k of G samples, as a mean over seeded subsets.
-
-The samples of each prompt are put in a random order and cut into G // k sets of k, that many sets
-for every order: fewer orders are needed than if each gave one. At k = G only a selector that draws,
-or minds the order, sees more than one case.
-
-P prompts, G completions per prompt, N = P k completions of a subset.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
 
+from sharpen.commands.train import SUMMARY
 from sharpen.errors import InputError
 from sharpen.evaluation.outcome import RPC, Outcome
-from sharpen.records import Row
-from sharpen.scoring import Scores
+from sharpen.experiments.options import StudyConfig
+from sharpen.models import load_model
+from sharpen.records import Row, read_rows
 from sharpen.scoring.votes import answer_logprob
-from sharpen.tasks import Example, Task
+from sharpen.tasks import Example, Task, get_task
+
+from .plan import TEST, Sizes, TakenSamples, lineage, pool_name, samples_file, taken_samples
+from .stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,6 @@ def pool_of(rows: Sequence[Row], task: Task, examples: Sequence[Example]) -> Poo
 
     A record that was scored holds `rewards` under the base model; of one that was not, the
     log-probs kept in sampling are taken for the base model's.
-
-    Raises:
-        InputError: If the records are not those of the examples, or of different numbers.
     """
     got, wanted = [row["prompt_id"] for row in rows], [example.id for example in examples]
     if got != wanted:
@@ -69,7 +64,9 @@ def pool_of(rows: Sequence[Row], task: Task, examples: Sequence[Example]) -> Poo
             f"{got[:3]} ..., {len(got)}; draw them with the same task, split and limit."
         )
     length_PG = np.array([[len(ids) for ids in row["completion_ids"]] for row in rows])
-    own_PG = np.array([[_total(tokens) for tokens in row["logprobs"]] for row in rows])
+    own_PG = np.array(
+        [[float(np.sum(_numbers(tokens))) for tokens in row["logprobs"]] for row in rows]
+    )
     reward_PG = {
         name: np.array([_numbers(row["rewards"][name]) for row in rows])
         for name in rows[0].get("rewards", {})
@@ -79,8 +76,8 @@ def pool_of(rows: Sequence[Row], task: Task, examples: Sequence[Example]) -> Poo
     valid_PG = finished_PG & (length_PG > 0) & ~np.isnan(reward_PG["logprob"])
     pairs = list(zip(examples, rows, strict=True))
     answers = [[task.answer(e, text) for text in row["completions"]] for e, row in pairs]
-    response_PG = np.array([_numbered(row["completion_ids"]) for row in rows])
-    reward_PG[RPC] = _log_masses(reward_PG["logprob"], valid_PG, answers, response_PG)
+    response_PG = np.array([_response_numbers(row["completion_ids"]) for row in rows])
+    reward_PG[RPC] = _answer_logprobs(reward_PG["logprob"], valid_PG, answers, response_PG)
     correct_PG = np.array([[task.is_correct(e, t) for t in row["completions"]] for e, row in pairs])
     outcome = Outcome(
         reward_PG=reward_PG,
@@ -101,22 +98,19 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [np.nan if x is None else float(x) for x in values]
 
 
-def _total(tokens: Sequence[float | None]) -> float:
-    return float(np.sum(_numbers(tokens)))
-
-
-def _numbered(completion_ids: Sequence[Sequence[int]]) -> list[int]:
+def _response_numbers(completion_ids: Sequence[Sequence[int]]) -> list[int]:
     """A number for each distinct completion of a prompt."""
     seen: dict[tuple[int, ...], int] = {}
     return [seen.setdefault(tuple(ids), len(seen)) for ids in completion_ids]
 
 
-def _log_masses(
+def _answer_logprobs(
     logprob_PG: Float64[np.ndarray, "P G"],
     valid_PG: Bool[np.ndarray, "P G"],
     answers: Sequence[Sequence[str | None]],
     response_PG: Int64[np.ndarray, "P G"],
 ) -> Float64[np.ndarray, "P G"]:
+    """Log of the summed probability of each completion's answer, nats: the reward "rpc"."""
     P, G = logprob_PG.shape
     mass_N = answer_logprob(
         torch.from_numpy(logprob_PG.flatten()),
@@ -128,90 +122,73 @@ def _log_masses(
     return mass_N.numpy().reshape(P, G)
 
 
-N_ORDERS = 4  # orders of a prompt's samples; chosen
+class StageFiles:
+    """What the stages of a study wrote: samples as pools, and what each training cost."""
 
+    def __init__(self, config: StudyConfig, sizes: Sizes):
+        self.config, self.sizes, self.out = config, sizes, Path(config.out)
+        self.task = get_task(config.task)
+        self.examples = self.task.examples(TEST)[: sizes.limit]
+        self.n_parameters = load_model(config.model, device="cpu").num_parameters()
 
-@dataclass(frozen=True)
-class Subset:
-    """k samples of each prompt, as selectors take them; flat lists are all prompts end to end.
+    def pool(self, name: str, *, scored: bool = False) -> Pool:
+        """The samples of a stage."""
+        rows = self._rows(samples_file(self.out, name, scored=scored))
+        return pool_of(rows, self.task, self.examples)
 
-    Attributes:
-        scores: One token a completion, whose log-prob is that of the completion.
-        reward: fp64 [N] of each reward.
-        answers: What each of the N completions answers.
-        keys: Equal for equal completions of a prompt.
-        k: Completions of each prompt.
-    """
+    def training_cost(self, method: str) -> dict[str, int | float]:
+        """Tokens and seconds of a training and of those that it starts from, mean over seeds."""
+        seeds = range(self.sizes.train_seeds)
+        costs = [[self._own_cost(m, seed) for m in lineage(method)] for seed in seeds]
+        sums = np.array(costs).sum(axis=1).mean(axis=0)
+        drawn, fitted, seconds, fitting = map(float, sums)
+        return {
+            "tokens_drawn": round(drawn),
+            "tokens_fitted": round(fitted),
+            "seconds": round(seconds, 1),
+            "seconds_of_fitting": round(fitting, 1),
+        }
 
-    scores: Scores
-    reward: Mapping[str, Tensor]
-    answers: list[str | None]
-    keys: list[int]
-    k: int
+    def summary(self, method: str, seed: int) -> Row:
+        """What a training says of itself."""
+        return json.loads((self.out / "train" / f"{method}-{seed}" / SUMMARY).read_text())
 
+    def _own_cost(self, method: str, seed: int) -> tuple[float, float, float, float]:
+        """Tokens drawn and fitted, seconds in all and of fitting; of a pool, the share it takes."""
+        run = self.out / "train" / f"{method}-{seed}"
+        spent = self.summary(method, seed)["seconds"]
+        drawn = float(sum(self._tokens(path) for path in sorted(run.rglob("samples.jsonl"))))
+        seconds, pool = sum(spent.values()), pool_name(method, seed)
+        if pool is not None:
+            path = samples_file(self.out, pool)
+            taken = self._tokens(path, taken_samples(self.sizes, method))
+            stages = {row["stage"]: row["seconds"] for row in self._rows(self.out / STAGES)}
+            drawn += taken
+            seconds += stages[pool] * taken / self._tokens(path)
+        return drawn, self._fitted(run), seconds, spent.get("train", 0.0)
 
-@dataclass(frozen=True)
-class Choice:
-    """What a selector made of a subset.
+    def _fitted(self, run: Path) -> float:
+        """Tokens that fitting read, prompts once; the Trainer counts 6 flops a weight and token."""
+        total = 0.0
+        for folder in sorted(run.rglob("checkpoints")):
+            states = folder.glob("checkpoint-*/trainer_state.json")
+            last = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]))
+            total += json.loads(last.read_text())["total_flos"] / (6 * self.n_parameters)
+        return total
 
-    Attributes:
-        weight: fp64 [N], chance of each completion to be chosen.
-        facts: Further numbers [P] by name, such as the samples used.
-    """
+    def _tokens(self, path: Path, part: TakenSamples | None = None) -> int:
+        """Of all samples in a file, or of those that a training takes."""
+        rows = self._rows(path)
+        if part is None:
+            return sum(len(ids) for row in rows for ids in row["completion_ids"])
+        examples = [x for split in part.split.split("+") for x in self.task.examples(split)]
+        taken = {example.id for example in examples[: part.limit]}
+        return sum(
+            len(ids)
+            for row in rows
+            if row["prompt_id"] in taken
+            for ids in row["completion_ids"][: part.n]
+        )
 
-    weight: Tensor
-    facts: Mapping[str, Tensor]
-
-
-Chooser = Callable[[Subset, torch.Generator], Choice]
-
-
-def subset_of(outcome: Outcome, index_Pk: Int64[np.ndarray, "P k"]) -> Subset:
-    """The samples of each prompt that `index_Pk` names, in its order."""
-    P, k = index_Pk.shape
-    logprob_Pk = np.take_along_axis(outcome.reward_PG["logprob"], index_Pk, axis=1)
-    valid_Pk = np.take_along_axis(outcome.valid_PG, index_Pk, axis=1)
-    assert outcome.answers is not None
-    assert outcome.response_PG is not None
-    index = index_Pk.tolist()
-    return Subset(
-        scores=Scores.from_logprobs(logprob_Pk[..., None].tolist(), valid_Pk.tolist()),
-        reward={
-            name: torch.from_numpy(np.take_along_axis(reward_PG, index_Pk, axis=1).reshape(P * k))
-            for name, reward_PG in outcome.reward_PG.items()
-        },
-        answers=[outcome.answers[p][g] for p in range(P) for g in index[p]],
-        keys=np.take_along_axis(outcome.response_PG, index_Pk, axis=1).flatten().tolist(),
-        k=k,
-    )
-
-
-def expected_choice(
-    outcome: Outcome, choose: Chooser, k: int, *, seed: int, n_orders: int = N_ORDERS
-) -> tuple[Float64[np.ndarray, "P G"], dict[str, float]]:
-    """Chance of each of the G samples to be chosen from k of them, and the means of the facts.
-
-    Args:
-        outcome: With answers.
-        choose: The selector.
-        k: In 1 ... G.
-        seed: Of the orders, and of the selector's own draws.
-        n_orders: Orders of the samples, at least 1.
-    """
-    P, G = outcome.valid_PG.shape
-    weight_PG = np.zeros((P, G))
-    facts: dict[str, list[float]] = {}
-    generator = torch.Generator().manual_seed(seed)
-    n_sets = G // k
-    for order in range(n_orders):
-        order_PG = np.random.default_rng([seed, order]).random((P, G)).argsort(axis=1)
-        for part in range(n_sets):
-            index_Pk = order_PG[:, part * k : (part + 1) * k]
-            choice = choose(subset_of(outcome, index_Pk), generator)
-            share_Pk = choice.weight.numpy().reshape(P, k) / (n_orders * n_sets)
-            # indices of a prompt are distinct
-            at_PG = np.take_along_axis(weight_PG, index_Pk, axis=1)
-            np.put_along_axis(weight_PG, index_Pk, at_PG + share_Pk, axis=1)
-            for name, value_P in choice.facts.items():
-                facts.setdefault(name, []).append(float(value_P.double().mean()))
-    return weight_PG, {name: float(np.mean(values)) for name, values in facts.items()}
+    def _rows(self, path: Path) -> list[Row]:
+        return [row for _, row in read_rows(path)]

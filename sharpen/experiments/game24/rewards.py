@@ -11,7 +11,6 @@ prompt, and that under p_alpha whether more of it still does. P prompts, G compl
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -24,12 +23,14 @@ from sharpen.evaluation.metrics import (
     within_prompt_auroc,
 )
 from sharpen.evaluation.outcome import MAJORITY, Outcome
+from sharpen.evaluation.summary import rounded
+from sharpen.records import Row
 
 POWERS = (1.0, 2.0, 4.0)
 Vector = Float64[np.ndarray, " P"]
 
 
-def auroc_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def auroc_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """AUROC of every reward within prompts, means over seeds, best first; a band over prompts.
 
     Args:
@@ -43,12 +44,12 @@ def auroc_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             value_PG = reward_of(outcome, reward)
             found.append(within_prompt_auroc(value_PG, outcome.correct_PG, outcome.valid_PG))
         auroc_PS = np.stack([x.auroc_P for x in found], axis=1)
-        row: dict[str, Any] = {
+        row: Row = {
             "reward": reward,
-            "auroc": _number(float(np.mean([x.mean for x in found]))),
+            "auroc": rounded(float(np.mean([x.mean for x in found]))),
             "ci95": _band_of_mean_areas(auroc_PS),
-            "pooled": _number(float(np.mean([x.pooled for x in found]))),
-            "by_seed": [_number(x.mean) for x in found],
+            "pooled": rounded(float(np.mean([x.pooled for x in found]))),
+            "by_seed": [rounded(x.mean) for x in found],
             "prompts": int(np.mean([x.n_prompts for x in found])),
         }
         rows.append(row)
@@ -64,10 +65,10 @@ def _band_of_mean_areas(auroc_PS: Float64[np.ndarray, "P S"]) -> list[float | No
     sums_BM = resample_means(np.hstack([np.where(has_PS, auroc_PS, 0.0), has_PS]))
     # resamples in which no prompt of a seed has an area have no mean
     sums_BM = sums_BM[(sums_BM[:, S:] > 0).all(axis=1)]
-    return [_number(x) for x in ci95((sums_BM[:, :S] / sums_BM[:, S:]).mean(axis=1))]
+    return [rounded(x) for x in ci95((sums_BM[:, :S] / sums_BM[:, S:]).mean(axis=1))]
 
 
-def covariance_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def covariance_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """Covariance of true and self reward within prompts, for every reward.
 
     `per_sd` divides it by the reward's deviation within prompts, root mean square over prompts:
@@ -87,17 +88,17 @@ def covariance_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "reward": reward,
-                "mean": _number(float(known_P.mean())),
-                "ci95": [_number(x) for x in bootstrap_ci95(known_P)],
-                "per_sd_points": _number(per_sd),
-                "share_positive": _number(float((varied_P > 0).mean())) if len(varied_P) else None,
+                "mean": rounded(float(known_P.mean())),
+                "ci95": [rounded(x) for x in bootstrap_ci95(known_P)],
+                "per_sd_points": rounded(per_sd),
+                "share_positive": rounded(float((varied_P > 0).mean())) if len(varied_P) else None,
                 "prompts": len(varied_P),
             }
         )
     return sorted(rows, key=lambda row: -(row["per_sd_points"] or 0.0))
 
 
-def power_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def power_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """Covariance with log p under p^alpha, by self-normalised weights p^(alpha - 1) of the samples.
 
     `effective_samples` is how many samples the weights of a prompt are worth, mean over prompts.
@@ -110,22 +111,22 @@ def power_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "alpha": alpha,
-                "accuracy": _number(float(np.nanmean([a_P for _, a_P, _ in parts]))),
-                "mean": _number(float(known_P.mean())),
-                "ci95": [_number(x) for x in bootstrap_ci95(known_P)],
-                "effective_samples": _number(float(np.nanmean([n_P for _, _, n_P in parts]))),
+                "accuracy": rounded(float(np.nanmean([a_P for _, a_P, _ in parts]))),
+                "mean": rounded(float(known_P.mean())),
+                "ci95": [rounded(x) for x in bootstrap_ci95(known_P)],
+                "effective_samples": rounded(float(np.nanmean([n_P for _, _, n_P in parts]))),
             }
         )
     return rows
 
 
-def prompt_rows(outcomes: Sequence[Outcome], ids: Sequence[str]) -> list[dict[str, Any]]:
+def prompt_rows(outcomes: Sequence[Outcome], ids: Sequence[str]) -> list[Row]:
     """Accuracy of one sample and covariance with log p of each prompt, means over seeds."""
     cov_P = _nanmean(np.stack([_moments(outcome, "logprob")[0] for outcome in outcomes]))
     grades = [x.correct_PG for x in outcomes if x.correct_PG is not None]
     accuracy_P = np.mean([correct_PG.mean(axis=1) for correct_PG in grades], axis=0)
     return [
-        {"prompt_id": name, "accuracy": _number(accuracy), "covariance": _number(cov)}
+        {"prompt_id": name, "accuracy": rounded(accuracy), "covariance": rounded(cov)}
         for name, accuracy, cov in zip(ids, accuracy_P.tolist(), cov_P.tolist(), strict=True)
     ]
 
@@ -183,7 +184,3 @@ def _nanmean(value_AB: Float64[np.ndarray, "A B"]) -> Float64[np.ndarray, " B"]:
     n_B = known_AB.sum(axis=0)
     total_B = np.where(known_AB, value_AB, 0.0).sum(axis=0)
     return np.where(n_B > 0, total_B / np.maximum(n_B, 1), np.nan)
-
-
-def _number(value: float) -> float | None:
-    return round(value, 4) + 0.0 if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""Processes that run stages side by side, and end with the process that started them.
+"""The stages of a study: one run of another command each, done once, with its seconds kept.
 
-Stages of a study: one run of another command each, done once, with its seconds kept.
+They run one after another in this process, or side by side in processes that end with it.
 """
 
 import contextlib
@@ -25,67 +25,6 @@ from sharpen.console import log_to_stderr, quiet_libraries
 from sharpen.errors import RunError
 from sharpen.records import Row
 from sharpen.runs import Journal
-
-
-@contextmanager
-def workers(jobs: int, printed: Path) -> Iterator[Executor]:
-    """Where calls run: this process if `jobs` is 1, else as many others.
-
-    Args:
-        jobs: Calls at a time; the threads of this process are shared out among them.
-        printed: The file that takes what other processes print.
-    """
-    if jobs == 1:
-        yield _ThisProcess()
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    log.info("%d stages at a time; what they print: %s", jobs, printed)
-    try:
-        with ProcessPoolExecutor(
-            jobs,
-            # a fork would share the state of thread pools
-            mp_context=get_context("spawn"),
-            initializer=_begin,
-            initargs=(threads, str(printed)),
-        ) as pool:
-            yield pool
-    except BrokenProcessPool as error:
-        raise RunError(
-            f"a process of `jobs` {jobs} was killed, perhaps for want of memory; what it printed "
-            f"is in {str(printed)!r}. The same command goes on; fewer `jobs` take less memory."
-        ) from error
-
-
-class _ThisProcess(Executor):
-    """Runs a call while it is submitted."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a call; the future is done."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        # as other processes do; who asks for the result gets it
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-
-def _begin(threads: int, printed: str) -> None:
-    """Make ready a process of its own."""
-    torch.set_num_threads(threads)
-    with open(printed, "a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    log_to_stderr()
-    quiet_libraries()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
 
 log = logging.getLogger("sharpen")
 
@@ -134,8 +73,8 @@ def command_line(verb: str, config: Any) -> str:
 def run_stages(out: Path, stages: Sequence[Stage], jobs: int = 1) -> None:
     """Run what is not finished yet, each stage after those that it needs.
 
-    A stage that was killed is begun again, and goes on by the means of its own command. Where one
-    fails, those that run beside it are finished first.
+    A stage that was killed is started again, and its own command goes on where it stopped. Where
+    one fails, those that run beside it are finished first.
 
     Args:
         out: Where the journal is, and what the stages print if they run side by side.
@@ -146,15 +85,15 @@ def run_stages(out: Path, stages: Sequence[Stage], jobs: int = 1) -> None:
     finished = {row["stage"] for row in journal.rows if row["finished"]}
     waiting = [stage for stage in stages if stage.name not in finished]
     running: dict[Future[float], tuple[Stage, float]] = {}
-    begun, failure = len(stages) - len(waiting), None
+    n_started, failure = len(stages) - len(waiting), None
     with workers(jobs, out / PRINTED) as pool:
         try:
             while waiting or running:
                 ready = [stage for stage in waiting if finished.issuperset(stage.needs)]
                 for stage in ready[: 0 if failure else jobs - len(running)]:
                     waiting.remove(stage)
-                    begun += 1
-                    log.info("%d of %d: %s", begun, len(stages), stage.command)
+                    n_started += 1
+                    log.info("%d of %d: %s", n_started, len(stages), stage.command)
                     running[pool.submit(run_stage, stage)] = stage, time.monotonic()
                 if not running:
                     break
@@ -205,3 +144,64 @@ def stage_rows(out: Path, stages: Sequence[Stage]) -> list[Row]:
         }
         for stage in stages
     ]
+
+
+@contextmanager
+def workers(jobs: int, printed: Path) -> Iterator[Executor]:
+    """Where calls run: this process if `jobs` is 1, else as many others.
+
+    Args:
+        jobs: Calls at a time; the threads of this process are shared out among them.
+        printed: The file that takes what other processes print.
+    """
+    if jobs == 1:
+        yield _ThisProcess()
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    log.info("%d stages at a time; what they print: %s", jobs, printed)
+    try:
+        with ProcessPoolExecutor(
+            jobs,
+            # a fork would share the state of thread pools
+            mp_context=get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(threads, str(printed)),
+        ) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise RunError(
+            f"a process of `jobs` {jobs} was killed, perhaps for want of memory; what it printed "
+            f"is in {str(printed)!r}. The same command goes on; fewer `jobs` take less memory."
+        ) from error
+
+
+class _ThisProcess(Executor):
+    """Runs a call while it is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call; the future is done."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        # as other processes do; who asks for the result gets it
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def _start_worker(threads: int, printed: str) -> None:
+    """Set up a worker process: its threads, what it prints, its end."""
+    torch.set_num_threads(threads)
+    with open(printed, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    log_to_stderr()
+    quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent process to end, then end this one at once."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

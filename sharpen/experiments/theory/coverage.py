@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 
 
 def coverage(logprob: Float64[np.ndarray, " P"], *, power: float = 1.0) -> float:
@@ -28,9 +28,6 @@ def coverage(logprob: Float64[np.ndarray, " P"], *, power: float = 1.0) -> float
     Returns:
         At least 1; inf where y* of a prompt has no mass.
 
-    Raises:
-        InputError: If there is no prompt, a log-prob is above 0 or NaN, or `power` is not positive.
-
     Source:
         Huang et al. 2024, arXiv:2412.01951, section 3.1 and appendix F.
 
@@ -39,8 +36,7 @@ def coverage(logprob: Float64[np.ndarray, " P"], *, power: float = 1.0) -> float
         2.3333333333333335
     """
     _check_logprobs("logprob", logprob)
-    if not 0 < power < math.inf:
-        raise InputError(f"`power` must be positive and finite, got {power}.")
+    check_value("power", power, 0 < power < math.inf, "positive and finite")
     with np.errstate(over="ignore"):
         return float(np.mean(np.exp(-power * logprob)) ** (1 / power))
 
@@ -55,9 +51,6 @@ def mass_within(logprobs: Sequence[float], gamma: float = 0.0, *, tolerance: flo
         gamma: In [0, 1); 0 is pi(y*|x) itself, summed over y* where it is not unique.
         tolerance: What the log-probs are good for, in nats.
 
-    Raises:
-        InputError: If gamma is out of its range, or there is no completion.
-
     Source:
         Huang et al. 2024, arXiv:2412.01951, definition F.1.
 
@@ -65,8 +58,7 @@ def mass_within(logprobs: Sequence[float], gamma: float = 0.0, *, tolerance: flo
         >>> mass_within([math.log(0.5), math.log(0.25), math.log(0.125)], gamma=0.5)
         0.75
     """
-    if not 0 <= gamma < 1:
-        raise InputError(f"`gamma` must be in [0, 1), got {gamma}.")
+    check_value("gamma", gamma, 0 <= gamma < 1, "in [0, 1)")
     if not logprobs:
         raise InputError("`logprobs` must hold at least one completion, got none.")
     level = max(logprobs) + math.log1p(-gamma) - tolerance
@@ -88,9 +80,6 @@ def margin(
 
     Returns:
         0 where y* is not unique; inf where there is no other completion.
-
-    Raises:
-        InputError: If the arrays disagree in length, or a runner-up is above its y*.
 
     Source:
         Huang et al. 2024, arXiv:2412.01951, assumption 4.2.
@@ -127,9 +116,6 @@ def unsharpened(logprob: Float64[np.ndarray, " P"], delta: float) -> float:
             makes it (eps, delta, gamma)-sharpened.
         delta: In (0, 1).
 
-    Raises:
-        InputError: If there is no prompt, a log-prob is above 0 or NaN, or delta is out of range.
-
     Source:
         Huang et al. 2024, arXiv:2412.01951, definitions 3.1 and F.1.
 
@@ -151,9 +137,6 @@ def greedy_must_find(logprob: Float64[np.ndarray, " P"]) -> Bool[np.ndarray, " P
     Each conditional probability along y* is at least the whole one, so each token of y* is the
     most probable one. At 1/2 and below greedy may find y* or not.
 
-    Raises:
-        InputError: If there is no prompt, or a log-prob is above 0 or NaN.
-
     Source:
         Huang et al. 2024, arXiv:2412.01951, proposition 3.1.
 
@@ -166,13 +149,8 @@ def greedy_must_find(logprob: Float64[np.ndarray, " P"]) -> Bool[np.ndarray, " P
 
 
 def check_share(name: str, value: float) -> None:
-    """Refuse a probability of 0, 1 or outside.
-
-    Raises:
-        InputError: If it is.
-    """
-    if not 0 < value < 1:
-        raise InputError(f"`{name}` must be in (0, 1), got {value}.")
+    """Reject a probability of 0, 1 or outside."""
+    check_value(name, value, 0 < value < 1, "in (0, 1)")
 
 
 def _check_logprobs(name: str, value: np.ndarray) -> None:

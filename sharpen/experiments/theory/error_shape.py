@@ -9,10 +9,8 @@ Masses of prompts fall by halves and the p_x are spread evenly from a least one 
 of 0 both terms have long tails, the worst that the bound allows; else the second one falls
 exponentially.
 
-Study: the error of SFT-Sharpening against n and N, beside the two terms of theorem 4.1.
-
-Two models of prompts: one whose p_x reach down to 0, the worst case of the bound in N, and one
-whose p_x are at least 1/8.
+`error_shape_study` tabulates the error against n and N, beside the two terms of theorem 4.1, for a
+model whose p_x reach down to 0 and one whose p_x are at least 1/8.
 """
 
 import math
@@ -22,11 +20,16 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 from sharpen.records import Row
 
 from .coverage import check_share
-from .study import Line, Panel, Study, markdown
+from .study import Line, Panel, Study, markdown, rows_by
+
+# of the study
+DELTA = 0.1
+HALVINGS, LEVELS = 12, 64
+LEAST = (0.0, 0.125)
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,12 @@ class Prompts:
 
 
 def spread_prompts(halvings: int = 12, levels: int = 16, least: float = 0.0) -> Prompts:
-    """Masses 2^-i, each shared by `levels` prompts: p_x = least + (1 - least) (j + 1/2) / levels.
-
-    Raises:
-        InputError: If either number is below 1, or `least` is not in [0, 1).
-    """
+    """Masses 2^-i, shared by `levels` prompts of p_x = least + (1 - least) (j + 1/2) / levels."""
     if min(halvings, levels) < 1:
         raise InputError(
             f"`halvings` and `levels` must be at least 1, got {halvings} and {levels}."
         )
-    if not 0 <= least < 1:
-        raise InputError(f"`least` must be in [0, 1), got {least}.")
+    check_value("least", least, 0 <= least < 1, "in [0, 1)")
     share_I = 0.5 ** np.arange(halvings)
     mass_X = np.repeat(share_I / share_I.sum() / levels, levels)
     p_J = least + (1 - least) * (np.arange(levels) + 0.5) / levels
@@ -87,9 +85,6 @@ def simulated_error(
         delta: In (0, 1).
         rng: Of all draws.
 
-    Raises:
-        InputError: If an argument is out of its range.
-
     Source:
         Huang et al. 2024, arXiv:2412.01951, theorem 4.1 and its general form in appendix H.
     """
@@ -110,10 +105,7 @@ def simulated_error(
 def error_bound(prompts: Prompts, n_prompts: int, n_samples: int, delta: float) -> float:
     """What theorem 4.1 promises of the same, without its constant: may well be above 1.
 
-        (1 / delta) log|Pi| / n + C_cov / N*,   N = N* log(2 / delta)
-
-    Raises:
-        InputError: If delta is not in (0, 1).
+    (1 / delta) log|Pi| / n + C_cov / N*,   N = N* log(2 / delta)
     """
     check_share("delta", delta)
     fitted = prompts.log_class / (delta * n_prompts)
@@ -121,6 +113,7 @@ def error_bound(prompts: Prompts, n_prompts: int, n_samples: int, delta: float) 
 
 
 def _most_seen(count: Int64[np.ndarray, "X M"], rng: np.random.Generator) -> np.ndarray:
+    """The completion of the highest count of each prompt; ties are settled by lot."""
     # less than one half cannot change an order of counts
     return np.argmax(count + 0.5 * rng.random(count.shape), axis=1)
 
@@ -129,9 +122,6 @@ def fit_two_terms(
     n: Float64[np.ndarray, " K"], N: Float64[np.ndarray, " K"], error: Float64[np.ndarray, " K"]
 ) -> tuple[float, float, float]:
     """a, b and R^2 of error = a / n + b / N, by least squares of relative errors.
-
-    Raises:
-        InputError: If an error is not positive, or there are fewer than three.
 
     Example:
         >>> n, N = np.array([1.0, 2.0, 2.0, 4.0]), np.array([1.0, 1.0, 4.0, 8.0])
@@ -148,11 +138,6 @@ def fit_two_terms(
     left_K = log_K - np.log(np.maximum(a / n + b / N, 1e-300))
     r2 = 1 - float((left_K**2).sum() / ((log_K - log_K.mean()) ** 2).sum())
     return float(a), float(b), r2
-
-
-DELTA = 0.1
-HALVINGS, LEVELS = 12, 64
-LEAST = (0.0, 0.125)
 
 
 def error_shape_study(*, quick: bool = False) -> Study:
@@ -186,7 +171,7 @@ def measure(case: Row, rng: np.random.Generator) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Errors, n down and N across, for each model; beside the bound, and the fit of the first."""
     text = ""
-    for least, own in _by_least(rows).items():
+    for least, own in rows_by(rows, "least").items():
         N_C = sorted({row["N"] for row in own})
         at = {(row["n"], row["N"]): row["error"] for row in own}
         lines = [[n, *(at[n, N] for N in N_C)] for n in sorted({row["n"] for row in own})]
@@ -209,7 +194,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
     """Errors against N for each n, and against n for each N, of the first model; then the other."""
-    first, *others = _by_least(rows).items()
+    first, *others = rows_by(rows, "least").items()
     result = [_panel(*first, across="N", each="n"), _panel(*first, across="n", each="N")]
     return result + [_panel(*other, across="N", each="n") for other in others]
 
@@ -227,10 +212,3 @@ def _panel(least: float, rows: Sequence[Row], *, across: str, each: str) -> Pane
     x = [row[across] for row in guide]
     lines.append(Line(f"1 / {across}", x, [top / value for value in x], dashed=True))
     return Panel(across, f"error, p_x from {least:g} on", lines)
-
-
-def _by_least(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    grouped: dict[float, list[Row]] = {}
-    for row in rows:
-        grouped.setdefault(row["least"], []).append(row)
-    return grouped

@@ -13,8 +13,15 @@ from jaxtyping import Float64
 
 from sharpen.evaluation.metrics import bootstrap_ci95
 
-from .adaptive import certified_by, mu_of, stopping
-from .best_of_n import fixed_n, miss_probability, necessary_n, sufficient_n
+from .best_of_n import (
+    certified_by,
+    fixed_n,
+    miss_probability,
+    mu_of,
+    necessary_n,
+    stopping,
+    sufficient_n,
+)
 from .coverage import coverage, greedy_must_find, margin, mass_within, unsharpened
 
 # of best-of-N and of a capped adaptive rule: where to say what they miss; chosen
@@ -72,7 +79,7 @@ def findings(known: Sequence[Known], *, gamma: float, deltas: Sequence[float]) -
         return result
     star_P = np.log([mass_within(x.logprobs) for x in proved])
     ci95 = bootstrap_ci95(star_P) if len(proved) > 1 else (math.nan, math.nan)
-    result["logprob"] = {"mean": float(star_P.mean()), "ci95": [_number(x) for x in ci95]}
+    result["logprob"] = {"mean": float(star_P.mean()), "ci95": [finite_or_none(x) for x in ci95]}
     result["n_best_at_any_length"] = sum(x.cut_bound < x.logprobs[0] for x in proved)
     must_P = greedy_must_find(star_P)
     found_P = np.array([x.greedy_found for x in proved])
@@ -96,100 +103,6 @@ def findings(known: Sequence[Known], *, gamma: float, deltas: Sequence[float]) -
     if all(x.policy_logprobs is not None for x in proved):
         result["policy"] = _policy(proved, gamma, deltas)
     return result
-
-
-def _coverage(known: Sequence[Known], gamma: float) -> dict[str, Any]:
-    """C_cov as an interval: an unproved prompt's best lies between what was found and its bound."""
-    found_P = np.array([math.log(mass_within(x.logprobs)) for x in known])
-    # of an unproved prompt no set is known: its best may have up to all the mass
-    most_P = np.where([x.proved for x in known], found_P, 0.0)
-    worst_P = np.array([x.logprobs[0] for x in known])
-    within_P = np.array([math.log(mass_within(x.logprobs, gamma)) for x in known])
-    least_P = np.where([x.proved for x in known], found_P, worst_P)
-    interval = [coverage(most_P), coverage(least_P)]
-    result: dict[str, Any] = {"c_cov": [_number(x) for x in interval]}
-    # the sum over y*_gamma needs the whole list
-    if all(x.proved and x.complete for x in known):
-        result["c_cov_gamma"] = {"gamma": gamma, "value": _number(coverage(within_P))}
-        result["c_cov_adaptive"] = _number(coverage(worst_P))
-    return result
-
-
-def _margin(proved: Sequence[Known]) -> dict[str, Any]:
-    whole = [x for x in proved if x.complete]
-    if not whole:
-        return {}
-    best_P = np.array([x.logprobs[0] for x in whole])
-    second_P = np.array([x.logprobs[1] if len(x.logprobs) > 1 else -math.inf for x in whole])
-    margin_P = margin(best_P, second_P)
-    return {
-        "n": len(whole),
-        "smallest": _number(float(margin_P.min())),
-        "median": _number(float(np.median(margin_P))),
-    }
-
-
-def _best_of_n(star: Float64[np.ndarray, " P"], delta: float) -> dict[str, Any]:
-    least = [necessary_n(x, delta) for x in star.tolist()]
-    enough = [sufficient_n(x, delta) for x in star.tolist()]
-    return {
-        "n_necessary": {"mean": float(np.mean(least)), "max": max(least)},
-        "n_sufficient": {"mean": float(np.mean(enough)), "max": max(enough)},
-        "fixed_n": fixed_n(star, delta),
-    }
-
-
-def _adaptive(
-    proved: Sequence[Known], star: Float64[np.ndarray, " P"], delta: float
-) -> dict[str, Any]:
-    mu = mu_of(delta)
-    # in a list that is not complete only what lies above the bound is known to be all
-    laws = [[p for p in x.logprobs if x.complete or p > x.bound] for x in proved]
-    rules = [stopping(law, mu) for law in laws]
-    miss = [float(np.mean([getattr(r, f"miss_{side}") for r in rules])) for side in ("low", "high")]
-    needed = [
-        float(np.mean([getattr(r, f"expected_{side}") for r in rules])) for side in ("low", "high")
-    ]
-    guarantee = math.exp(-mu)
-    fixed = {
-        "equal_miss": fixed_n(star, miss[1]) if 0 < miss[1] < 1 else None,
-        "guarantee_in_the_mean": fixed_n(star, guarantee),
-        "guarantee_on_each": max(necessary_n(x, guarantee) for x in star.tolist()),
-    }
-    return {
-        "mu": mu,
-        "miss": miss,
-        "largest_miss": max(r.miss_high for r in rules),
-        "expected_n": needed,
-        # of one N for all prompts
-        "fixed_n": fixed,
-        "factor_saved": {k: None if n is None else n / needed[1] for k, n in fixed.items()},
-        # at least so many prompts have stopped by then
-        "certified_by": {
-            str(cap): float(np.mean([certified_by(law, mu, cap) for law in laws])) for cap in SIZES
-        },
-    }
-
-
-def _policy(proved: Sequence[Known], gamma: float, deltas: Sequence[float]) -> dict[str, Any]:
-    star_P, within_P = [], []
-    for x in proved:
-        assert x.policy_logprobs is not None
-        for into, share in ((star_P, 0.0), (within_P, gamma)):
-            level = x.logprobs[0] + math.log1p(-share) - 1e-4
-            pairs = zip(x.logprobs, x.policy_logprobs, strict=True)
-            mass = math.fsum(math.exp(policy) for base, policy in pairs if base >= level)
-            into.append(math.log(mass) if mass > 0 else -math.inf)
-    star_P, within_P = np.array(star_P), np.array(within_P)
-    return {
-        "logprob_mean": _number(float(star_P.mean())),
-        "eps": {str(delta): unsharpened(star_P, delta) for delta in deltas},
-        "eps_gamma": {str(delta): unsharpened(within_P, delta) for delta in deltas},
-    }
-
-
-def _number(x: float) -> float | None:
-    return x if math.isfinite(x) else None
 
 
 def format_table(found: dict[str, Any]) -> str:
@@ -226,3 +139,102 @@ def format_table(found: dict[str, Any]) -> str:
         )
         lines.append(f"policy is (eps, delta)-sharpened for {eps}")
     return "\n".join(lines)
+
+
+def _coverage(known: Sequence[Known], gamma: float) -> dict[str, Any]:
+    """C_cov as an interval: an unproved prompt's best lies between what was found and its bound."""
+    found_P = np.array([math.log(mass_within(x.logprobs)) for x in known])
+    # of an unproved prompt no set is known: its best may have up to all the mass
+    most_P = np.where([x.proved for x in known], found_P, 0.0)
+    worst_P = np.array([x.logprobs[0] for x in known])
+    within_P = np.array([math.log(mass_within(x.logprobs, gamma)) for x in known])
+    least_P = np.where([x.proved for x in known], found_P, worst_P)
+    interval = [coverage(most_P), coverage(least_P)]
+    result: dict[str, Any] = {"c_cov": [finite_or_none(x) for x in interval]}
+    # the sum over y*_gamma needs the whole list
+    if all(x.proved and x.complete for x in known):
+        result["c_cov_gamma"] = {"gamma": gamma, "value": finite_or_none(coverage(within_P))}
+        result["c_cov_adaptive"] = finite_or_none(coverage(worst_P))
+    return result
+
+
+def _margin(proved: Sequence[Known]) -> dict[str, Any]:
+    """How far y* stands out, over the prompts whose runner-up is known."""
+    whole = [x for x in proved if x.complete]
+    if not whole:
+        return {}
+    best_P = np.array([x.logprobs[0] for x in whole])
+    second_P = np.array([x.logprobs[1] if len(x.logprobs) > 1 else -math.inf for x in whole])
+    margin_P = margin(best_P, second_P)
+    return {
+        "n": len(whole),
+        "smallest": finite_or_none(float(margin_P.min())),
+        "median": finite_or_none(float(np.median(margin_P))),
+    }
+
+
+def _best_of_n(star: Float64[np.ndarray, " P"], delta: float) -> dict[str, Any]:
+    """Samples for a miss rate of delta, on each prompt and one number for all."""
+    least = [necessary_n(x, delta) for x in star.tolist()]
+    enough = [sufficient_n(x, delta) for x in star.tolist()]
+    return {
+        "n_necessary": {"mean": float(np.mean(least)), "max": max(least)},
+        "n_sufficient": {"mean": float(np.mean(enough)), "max": max(enough)},
+        "fixed_n": fixed_n(star, delta),
+    }
+
+
+def _adaptive(
+    proved: Sequence[Known], star: Float64[np.ndarray, " P"], delta: float
+) -> dict[str, Any]:
+    """What the adaptive rule takes and misses, and the fixed N that are as good."""
+    mu = mu_of(delta)
+    # in a list that is not complete only what lies above the bound is known to be all
+    laws = [[p for p in x.logprobs if x.complete or p > x.bound] for x in proved]
+    rules = [stopping(law, mu) for law in laws]
+    miss = [float(np.mean([getattr(r, f"miss_{side}") for r in rules])) for side in ("low", "high")]
+    needed = [
+        float(np.mean([getattr(r, f"expected_{side}") for r in rules])) for side in ("low", "high")
+    ]
+    guarantee = math.exp(-mu)
+    fixed = {
+        "equal_miss": fixed_n(star, miss[1]) if 0 < miss[1] < 1 else None,
+        "guarantee_in_the_mean": fixed_n(star, guarantee),
+        "guarantee_on_each": max(necessary_n(x, guarantee) for x in star.tolist()),
+    }
+    return {
+        "mu": mu,
+        "miss": miss,
+        "largest_miss": max(r.miss_high for r in rules),
+        "expected_n": needed,
+        # of one N for all prompts
+        "fixed_n": fixed,
+        "factor_saved": {k: None if n is None else n / needed[1] for k, n in fixed.items()},
+        # at least so many prompts have stopped by then
+        "certified_by": {
+            str(cap): float(np.mean([certified_by(law, mu, cap) for law in laws])) for cap in SIZES
+        },
+    }
+
+
+def _policy(proved: Sequence[Known], gamma: float, deltas: Sequence[float]) -> dict[str, Any]:
+    """How sharpened the policy is, by its mass of y* and of y*_gamma."""
+    star_P, within_P = [], []
+    for x in proved:
+        assert x.policy_logprobs is not None
+        for into, share in ((star_P, 0.0), (within_P, gamma)):
+            level = x.logprobs[0] + math.log1p(-share) - 1e-4
+            pairs = zip(x.logprobs, x.policy_logprobs, strict=True)
+            mass = math.fsum(math.exp(policy) for base, policy in pairs if base >= level)
+            into.append(math.log(mass) if mass > 0 else -math.inf)
+    star_P, within_P = np.array(star_P), np.array(within_P)
+    return {
+        "logprob_mean": finite_or_none(float(star_P.mean())),
+        "eps": {str(delta): unsharpened(star_P, delta) for delta in deltas},
+        "eps_gamma": {str(delta): unsharpened(within_P, delta) for delta in deltas},
+    }
+
+
+def finite_or_none(x: float) -> float | None:
+    """What JSON can say of a number."""
+    return x if math.isfinite(x) else None

@@ -7,12 +7,12 @@ The packing holds exp(Theta(d)) points, so pi_base(y*) falls as fast, while y* s
 other point by a constant factor. Differences of log-probs are linear in theta: a pair of samples
 is one linear equation of (1 + 1/beta) theta*, the optimum of the KL-regularised self-reward.
 
+`linear_softmax_study` tabulates the samples that best-of-N with SFT, offline square loss and XPO
+take against the dimension, on instances with 2^(d + 1) completions at least 1/2 apart. A learner's
+cost is the least number of samples with which half of its runs, or more, end with
+pi(y*) >= 1 - delta.
+
 Y completions, d dimensions, K pairs.
-
-Study: samples that best-of-N with SFT, offline square loss and XPO take, against the dimension.
-
-Instances of `LinearSoftmax` with 2^(d + 1) completions at least 1/2 apart. A learner's cost is the
-least number of samples with which half of its runs, or more, end with pi(y*) >= 1 - delta.
 """
 
 import math
@@ -31,15 +31,24 @@ from .best_of_n import best_of_n_law
 from .coverage import check_share
 from .study import Line, Panel, Study, markdown, slope
 
+# of the study
+DELTA = 0.1
+# samples are tried in steps of this factor
+STEP = math.sqrt(2)
+# T of XPO, in d: with many rounds the proof's optimism is light, with few it outweighs the data
+MANY, FEW = 64, 4
+COLUMNS = {
+    "sft": "best-of-N and SFT",
+    "offline": "square loss, pairs of pi_base",
+    "xpo": f"XPO, T = {MANY} d",
+    "xpo_short": f"XPO, T = {FEW} d",
+}
+
 
 def sphere_packing(
     d: int, size: int, min_distance: float, generator: torch.Generator
 ) -> Float64[Tensor, "Y d"]:
-    """`size` random unit vectors of R^d, each pair at least `min_distance` apart.
-
-    Raises:
-        InputError: If so many do not come together.
-    """
+    """`size` random unit vectors of R^d, each pair at least `min_distance` apart."""
     points_Yd = torch.empty(size, d, dtype=torch.float64)
     n_placed = 0
     for _ in range(100 * size + 1000):
@@ -74,9 +83,6 @@ class LinearSoftmax:
     @classmethod
     def of(cls, phi: Float64[Tensor, "Y d"], delta: float) -> "LinearSoftmax":
         """With the paper's beta = gamma_margin / (2 log(2 |Y| / delta)), and its own margin.
-
-        Raises:
-            InputError: If delta is not in (0, 1).
 
         Source:
             Huang et al. 2024, arXiv:2412.01951, theorem 4.3.
@@ -195,9 +201,6 @@ def rounds_until_sharpened(
         explore: Draw y from the current policy, with optimism; else both from the base, without:
             offline RLHF-Sharpening, refitted as pairs come in.
         optimism: Share of the proof's weight on the optimism term.
-
-    Raises:
-        InputError: If delta is not in (0, 1).
     """
     check_share("delta", delta)
     weight = optimism * optimism_of(model, max_rounds) if explore else 0.0
@@ -234,19 +237,6 @@ def _in_ball(model: LinearSoftmax, loss) -> Float64[Tensor, " d"]:
 
     optimizer.step(closure)
     return theta().detach()
-
-
-DELTA = 0.1
-# samples are tried in steps of this factor
-STEP = math.sqrt(2)
-# T of XPO, in d: with many rounds the proof's optimism is light, with few it outweighs the data
-MANY, FEW = 64, 4
-COLUMNS = {
-    "sft": "best-of-N and SFT",
-    "offline": "square loss, pairs of pi_base",
-    "xpo": f"XPO, T = {MANY} d",
-    "xpo_short": f"XPO, T = {FEW} d",
-}
 
 
 def linear_softmax_study(*, quick: bool = False) -> Study:
@@ -299,6 +289,7 @@ def _sft(model: LinearSoftmax, repeats: int, rng: np.random.Generator) -> tuple[
 def _half_end(
     model: LinearSoftmax, n: int, n_samples: int, repeats: int, rng: np.random.Generator
 ) -> bool:
+    """Whether half of the runs, or more, end with enough mass on y*."""
     ended = sum(
         model.star(best_of_n_sft(model, n, n_samples, rng)) >= 1 - DELTA for _ in range(repeats)
     )

@@ -9,12 +9,11 @@ A learner draws n prompts and N completions of each, m = n N. It knows the famil
 y* settles a prompt, and nothing seen at one prompt tells of another. Its error, P_x[y* not found],
 is known in closed form, for samples of a fixed N and for those drawn until y* is seen. Where y* was
 not seen the best learner guesses among what was not seen either; `simulated_error` lets it, and the
-closed form is an upper bound of its error. D rare prompts.
+closed form is an upper bound of its error.
 
-Study: samples that the family of the lower bound takes, against eps and C.
-
-Costs are exact. The fixed one is also run: a learner draws as many samples as the closed form
-says, and its error must come out as eps.
+`lower_bound_study` tabulates the samples that the family takes against eps and C. Costs are exact.
+The fixed one is also run: a learner draws as many samples as the closed form says, and its error
+must come out as eps. D rare prompts.
 """
 
 import math
@@ -23,11 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpen.errors import InputError
+from sharpen.errors import check_fields
 from sharpen.records import Row
 
 from .coverage import check_share
-from .study import Line, Panel, Study, markdown, slope
+from .study import Line, Panel, Study, markdown, rows_by, slope
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,6 @@ class HardFamily:
         d: Rare prompts, at least 1.
         eps: In (0, 1/16).
         c: C of the coverage; C / eps at least 2.
-
-    Raises:
-        InputError: If a value is out of its range.
 
     Source:
         Huang et al. 2024, arXiv:2412.01951, theorem 3.1, its proof with gamma = 1/2 and p = 1.
@@ -56,9 +52,7 @@ class HardFamily:
             ("eps", 0 < self.eps < 1 / 16, "in (0, 1/16)"),
             ("c", self.c < math.inf and self.c >= 2 * self.eps, "finite and at least 2 eps"),
         ]
-        for name, holds, wanted in rules:
-            if not holds:
-                raise InputError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
+        check_fields(self, rules)
 
     @property
     def rare(self) -> float:
@@ -108,9 +102,6 @@ class HardFamily:
             adaptive: Draw from each prompt until its y* is seen, also where it was seen before: 1
                 sample at x0 and M / 2 in the mean elsewhere; else N = 1, the best fixed N: more
                 samples of one prompt find its y* at a falling rate.
-
-        Raises:
-            InputError: If `target` is out of its range.
         """
         check_share("target", target)
         if target >= self.rare:
@@ -176,15 +167,21 @@ def table(rows: Sequence[Row]) -> str:
     ]
     lines = [
         [
-            row["c"], round(1 / row["eps"]), row["M"], row["coverage"], row["fixed"],
-            row["fixed"] / row["bound"], row["adaptive"], row["fixed"] / row["adaptive"],
+            row["c"],
+            round(1 / row["eps"]),
+            row["M"],
+            row["coverage"],
+            row["fixed"],
+            row["fixed"] / row["bound"],
+            row["adaptive"],
+            row["fixed"] / row["adaptive"],
             f"{row['error'] / row['eps']:.3f} ± {row['error_se'] / row['eps']:.3f}",
             f"{row['error_with_guesses'] / row['eps']:.3f}",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     text = markdown(heads, lines) + "\n"
-    for c, own in _by_coverage(rows).items():
+    for c, own in rows_by(rows, "c").items():
         log_eps = [math.log(1 / row["eps"]) for row in own]
         fixed, adaptive = (
             slope(log_eps, [math.log(row[key]) for row in own]) for key in ("fixed", "adaptive")
@@ -196,17 +193,10 @@ def table(rows: Sequence[Row]) -> str:
 def panels(rows: Sequence[Row]) -> list[Panel]:
     """Samples against 1 / eps."""
     lines = []
-    for c, own in _by_coverage(rows).items():
+    for c, own in rows_by(rows, "c").items():
         x = [1 / row["eps"] for row in own]
         lines.append(Line(f"fixed N, C = {c:g}", x, [row["fixed"] for row in own]))
         lines.append(Line(f"adaptive, C = {c:g}", x, [row["adaptive"] for row in own]))
         name = "" if c != rows[-1]["c"] else "the bound of each C"
         lines.append(Line(name, x, [row["bound"] for row in own], dashed=True))
     return [Panel("1 / eps", "samples m for an error of eps", lines)]
-
-
-def _by_coverage(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    grouped: dict[float, list[Row]] = {}
-    for row in rows:
-        grouped.setdefault(row["c"], []).append(row)
-    return grouped

@@ -1,34 +1,26 @@
-"""`sharpen theory --study NAME`: a small study without a model.
-
-Writes into its run directory: `rows.jsonl` (a line a case, as it is measured), `table.md` and
-`figure.svg`.
-
-`sharpen theory`: the exact y*(x) of every prompt, and what the paper's bounds say with it.
+"""`sharpen theory`: the exact y*(x) of every prompt, and what the paper's bounds say with it.
 
 Writes into its run directory: `modes.jsonl` (a line a prompt: y*, its log-prob, proof and cost, as
-it is found), `greedy.jsonl`, `policy.jsonl` (with `--policy`) and `theory.json`. With `--study` it
-runs a small study instead: `theory_study`.
+it is found), `greedy.jsonl`, `policy.jsonl` (with `--policy`) and `theory.json`.
+
+`sharpen theory --study NAME`: a small study without a model. Writes `rows.jsonl` (a line a case, as
+it is measured), `table.md` and `figure.svg`.
 """
 
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sharpen.commands.inputs import check_source, load, model_settings, open_source, source_settings
-from sharpen.commands.options import ModelOptions, PromptOptions, option, required
 from sharpen.commands.stages import CHUNK, sample_into
-from sharpen.errors import InputError
-from sharpen.experiments.theory.coverage import check_share
-from sharpen.experiments.theory.findings import Known, findings, format_table
-from sharpen.experiments.theory.search import Mode, SearchConfig, find_mode
-from sharpen.experiments.theory.studies import STUDIES
-from sharpen.experiments.theory.study import chart_svg
+from sharpen.errors import InputError, check_value
+from sharpen.experiments.options import TheoryConfig
 from sharpen.models import load_model
 from sharpen.records import Row, write_text
 from sharpen.runs import Journal, Run
@@ -37,50 +29,22 @@ from sharpen.sampling.base import render_all
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.scoring import Scorer
 
-ROWS, TABLE, FIGURE, TIMINGS = "rows.jsonl", "table.md", "figure.svg", "timings.jsonl"
-
-
-def run_study(name: str, out: Path, *, seed: int, quick: bool) -> None:
-    """Run the study, or go on with it."""
-    study = STUDIES[name](quick=quick)
-    settings = {"command": "theory", "study": name, "seed": seed, "quick": quick}
-    with Run(out / "run.json", settings, [out / file for file in (ROWS, TABLE, FIGURE)]):
-        journal, timings = Journal(out / ROWS), Journal(out / TIMINGS)
-        rows = list(journal.rows)
-        n = len(study.cases)
-        for i in tqdm(range(len(rows), n), initial=len(rows), total=n, desc=name, unit="case"):
-            started = time.monotonic()
-            row = study.row(i, seed)
-            journal.append([row])
-            timings.append([{"stage": name, "seconds": time.monotonic() - started}])
-            rows.append(row)
-        text = study.table(rows)
-        write_text(out / TABLE, text)
-        write_text(out / FIGURE, chart_svg(study.panels(rows), name))
-    sys.stdout.write(f"{text}\ntheory: {out / TABLE}, {out / FIGURE}\n")
-
+from .coverage import check_share
+from .error_shape import error_shape_study
+from .findings import Known, findings, finite_or_none, format_table
+from .linear_softmax import linear_softmax_study
+from .lower_bound import lower_bound_study
+from .search import Mode, SearchConfig, find_mode
+from .study import Study, chart_svg
 
 MODES, GREEDY, POLICY = "modes.jsonl", "greedy.jsonl", "policy.jsonl"
 THEORY, TIMINGS = "theory.json", "timings.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TheoryConfig(PromptOptions, ModelOptions):
-    """The exact theory of sharpening on a small model."""
-
-    model: str = option("game24 (ships with sharpen), a model folder, or a hub id", "")
-    out: str = required("run directory; the same command again goes on where it stopped")
-    max_new_tokens: int = option("completions end within so many tokens", 256)
-    gamma: float = option("y*_gamma: completions within 1 - gamma of the best", 0.0)
-    max_expansions: int = option("give up on a prompt, unproved, after so many prefixes", 20000)
-    deltas: list[float] = field(
-        default_factory=lambda: [0.5, 0.1, 0.05, 0.01],
-        metadata={"help": "miss rates at which to say what best-of-N needs"},
-    )
-    policy: str | None = option("a second model, judged by its mass on the first one's y*")
-    study: str | None = option("without a model: lower-bound, linear-softmax or error-shape")
-    seed: int = option("of a study", 0)
-    quick: bool = option("a study with few and small cases", False)
+ROWS, TABLE, FIGURE = "rows.jsonl", "table.md", "figure.svg"
+STUDIES: dict[str, Callable[..., Study]] = {
+    "lower-bound": lower_bound_study,
+    "linear-softmax": linear_softmax_study,
+    "error-shape": error_shape_study,
+}
 
 
 def run(config: TheoryConfig) -> None:
@@ -141,11 +105,31 @@ def run(config: TheoryConfig) -> None:
         sys.stdout.write(f"{format_table(found)}\ntheory: {out / THEORY}\n")
 
 
+def run_study(name: str, out: Path, *, seed: int, quick: bool) -> None:
+    """Run the study, or go on with it."""
+    study = STUDIES[name](quick=quick)
+    settings = {"command": "theory", "study": name, "seed": seed, "quick": quick}
+    with Run(out / "run.json", settings, [out / file for file in (ROWS, TABLE, FIGURE)]):
+        journal, timings = Journal(out / ROWS), Journal(out / TIMINGS)
+        rows = list(journal.rows)
+        n = len(study.cases)
+        for i in tqdm(range(len(rows), n), initial=len(rows), total=n, desc=name, unit="case"):
+            started = time.monotonic()
+            row = study.row(i, seed)
+            journal.append([row])
+            timings.append([{"stage": name, "seconds": time.monotonic() - started}])
+            rows.append(row)
+        text = study.table(rows)
+        write_text(out / TABLE, text)
+        write_text(out / FIGURE, chart_svg(study.panels(rows), name))
+    sys.stdout.write(f"{text}\ntheory: {out / TABLE}, {out / FIGURE}\n")
+
+
 def _check_study(config: TheoryConfig) -> None:
+    """Reject the options that a study does not take."""
     if config.study not in STUDIES:
         raise InputError(f"`study` must be one of {', '.join(STUDIES)}, got {config.study!r}.")
-    if config.seed < 0:
-        raise InputError(f"`seed` must be at least 0, got {config.seed}.")
+    check_value("seed", config.seed, config.seed >= 0, "at least 0")
     for name in ("model", "task", "prompts", "policy"):
         if getattr(config, name):
             raise InputError(
@@ -155,6 +139,7 @@ def _check_study(config: TheoryConfig) -> None:
 
 
 def _policy(config: TheoryConfig) -> Scorer:
+    """The model to be judged."""
     assert config.policy is not None
     model = load_model(
         config.policy,
@@ -198,15 +183,15 @@ def mode_row(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: Mode) -> 
         "prompt": prompt.text,
         "completion": text,
         "completion_ids": ids,
-        "logprob": _json(mode.logprob),
-        "runner_up": _json(mode.runner_up),
-        "bound": _json(mode.bound),
+        "logprob": finite_or_none(mode.logprob),
+        "runner_up": finite_or_none(mode.runner_up),
+        "bound": finite_or_none(mode.bound),
         "proved": mode.proved,
         "complete": mode.complete,
         "n_expanded": mode.n_expanded,
         "finished_mass": mode.finished_mass,
         "cut_mass": mode.cut_mass,
-        "cut_bound": _json(mode.cut_bound),
+        "cut_bound": finite_or_none(mode.cut_bound),
         "rounding": mode.rounding,
         "listed_ids": [list(ids) for ids in mode.sequences],
         "listed_logprobs": mode.logprobs,
@@ -226,7 +211,10 @@ def score_into(path: Path, policy: Scorer, prompts: list[Prompt], modes: list[Ro
         by_prompt = scores.by_prompt("logprob")
         pairs = zip(prompts[chunk], by_prompt, strict=True)
         fresh = [
-            {"prompt_id": prompt.id, "listed_logprobs": [_json(x) for x in logprobs.tolist()]}
+            {
+                "prompt_id": prompt.id,
+                "listed_logprobs": [finite_or_none(x) for x in logprobs.tolist()],
+            }
             for prompt, logprobs in pairs
         ]
         journal.append(fresh)
@@ -235,6 +223,7 @@ def score_into(path: Path, policy: Scorer, prompts: list[Prompt], modes: list[Ro
 
 
 def _known(mode: Row, greedy: Row, judged: Row | None) -> Known:
+    """What the records of one prompt say."""
     policy = None if judged is None else [_float(x) for x in judged["listed_logprobs"]]
     return Known(
         logprobs=mode["listed_logprobs"],
@@ -247,10 +236,6 @@ def _known(mode: Row, greedy: Row, judged: Row | None) -> Known:
         greedy_found=greedy["completion_ids"][0] == mode["completion_ids"],
         policy_logprobs=policy,
     )
-
-
-def _json(x: float) -> float | None:
-    return x if math.isfinite(x) else None
 
 
 def _float(x: float | None) -> float:

@@ -1,11 +1,4 @@
-"""The tree of prefixes of a best-first search: what is open, what is finished, what can still win.
-
-A heap holds one entry per expanded prefix, for its best child that was not yet taken; children are
-sorted once, so a large vocabulary costs one array a prefix and no heap of its own.
-
-B prefixes, V vocabulary. Log-probabilities are nats.
-
-y*(x), the most probable completion of a prompt: best-first search that proves its answer.
+"""y*(x), the most probable completion of a prompt: best-first search that proves its answer.
 
     y*(x) = argmax_y log pi(y|x)   over completions that the model ends within T new tokens
 
@@ -13,13 +6,16 @@ The log-prob of a prefix only falls as it grows, so it bounds every completion o
 expanded best first, a batch at a time, after one greedy dive that finds an incumbent. Nothing that
 is left can beat what was found once the best open prefix lies below it.
 
-No child stands above its parent, rounding included (`frontier`). What the search cannot see is the
+No child stands above its parent, rounding included (`Tree.grow`). What the search cannot see is the
 model's own rounding: a sequence has other last bits in another batch. Every listed sequence is
 scored a second time, apart from the search. A proof asks that the two agree to half a tolerance,
 and that all that is not listed lies further below y* than that.
 
 The space: completions that end with an EOS token, at most T tokens with it. What reaches T tokens
 without EOS is cut, as in sampling, where it never wins; its mass is counted apart.
+
+`find_mode` searches as `SearchConfig` says and returns a `Mode`; `Tree` holds the prefixes: what is
+open, what is finished, what can still win.
 
 B prefixes of one batch, V vocabulary. Log-probabilities are nats.
 """
@@ -35,13 +31,202 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.models import ModelLimits
 from sharpen.scoring import Scorer
 from sharpen.scoring.batching import inverse_of, make_batches
 from sharpen.scoring.model_access import evaluating, input_device, logit_rows, rope_boundary
 
 Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How far to search.
+
+    Attributes:
+        max_new_tokens: T; a completion of T tokens without EOS is cut.
+        gamma: List also every completion of at least (1 - gamma) times the best probability.
+        above: List also every completion of at least this log-prob, in nats; None for none.
+        max_expansions: Give up, unproved, after this many prefixes.
+        batch: Most prefixes in one forward; those beyond the best are a bet.
+        max_tokens: Budget of one forward, in padded tokens.
+        tolerance: Log-probs closer than this, in nats, are not told apart by the search: what
+            comes so near the end of the list is kept, and settled by the scorer. At 0,
+            rounding stands against every proof.
+    """
+
+    max_new_tokens: int = 256
+    gamma: float = 0.0
+    above: float | None = None
+    max_expansions: int = 100_000
+    batch: int = 8
+    max_tokens: int = 16384
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("gamma", 0 <= self.gamma < 1, "in [0, 1)"),
+            ("above", self.above is None or self.above <= 0, "at most 0 nats"),
+            ("max_expansions", self.max_expansions >= 1, "at least 1"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("tolerance", 0 <= self.tolerance < math.inf, "at least 0 and finite"),
+        ]
+        check_fields(self, rules)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a search found.
+
+    Attributes:
+        sequences: Completions as ids with their EOS, most probable first (equal ones by ids): at
+            least the two best found, and all that `gamma` and `above` ask for.
+        logprobs: Of each, in nats, by the scorer.
+        bound: No completion outside `sequences` has a larger log-prob.
+        proved: Nothing outside `sequences` comes up to the first of them: it is y*.
+        complete: The list is complete: the runner-up and every sum over the list are exact too.
+        n_expanded: Prefixes whose next tokens were computed.
+        finished_mass: Probability of every completion met, listed or not: a lower bound of what
+            ends within T tokens.
+        cut_mass: Probability of what was met at T tokens without EOS: a lower bound too.
+        cut_bound: No cut completion met has a larger log-prob; if below that of a proved y*, a
+            larger T has the same y*.
+        rounding: Largest difference, in nats, between the search's log-prob of a listed completion
+            and the scorer's.
+    """
+
+    sequences: list[Ids]
+    logprobs: list[float]
+    bound: float
+    proved: bool
+    complete: bool
+    n_expanded: int
+    finished_mass: float
+    cut_mass: float
+    cut_bound: float
+    rounding: float
+
+    @property
+    def logprob(self) -> float:
+        """Log pi(y*|x) in nats; -inf if nothing was found."""
+        return self.logprobs[0] if self.logprobs else -math.inf
+
+    @property
+    def runner_up(self) -> float:
+        """Log-prob of the second best completion in nats; -inf if there is none."""
+        return self.logprobs[1] if len(self.logprobs) > 1 else -math.inf
+
+
+def find_mode(
+    scorer: Scorer,
+    prompt: Sequence[int],
+    eos_ids: Sequence[int],
+    config: SearchConfig = SearchConfig(),
+) -> Mode:
+    r"""The most probable completion of `prompt`, with a proof or an honest "not proved".
+
+    Prefixes are read whole in padded batches; what is listed is scored once more by `scorer`.
+
+    Args:
+        scorer: Of an fp32 or fp64 model; in half precision a log-prob depends on its batch.
+        prompt: Token ids, with their BOS if the model has one.
+        eos_ids: Tokens that end a completion.
+        config: How far to search.
+
+    Source:
+        y* is Eq. (2) of Huang et al. 2024, arXiv:2412.01951. The search is A* without a heuristic:
+        Hart, Nilsson and Raphael 1968.
+
+    Example:
+        >>> scorer = Scorer("game24")
+        >>> prompt = scorer.tokenizer("Numbers: 4 4 6 8 Target: 24\n")["input_ids"]
+        >>> mode = find_mode(scorer, prompt, [2], SearchConfig(max_new_tokens=48))
+        >>> mode.proved, scorer.tokenizer.decode(mode.sequences[0]).splitlines()[0]
+        (True, '6 - 4 = 2 left: 2 4 8')
+    """
+    model = scorer.model
+    _check(model, prompt, eos_ids, config)
+    tree = Tree(
+        # named twice, a token would end every completion twice
+        eos_ids=tuple(dict.fromkeys(eos_ids)),
+        depth=config.max_new_tokens,
+        gamma=config.gamma,
+        above=config.above,
+        tolerance=config.tolerance,
+    )
+    n_expanded = 0
+    with torch.no_grad(), evaluating(model):
+        while wanted := tree.take(min(config.batch, config.max_expansions - n_expanded)):
+            tree.grow(wanted, next_logprobs(model, prompt, wanted, config.max_tokens))
+            n_expanded += len(wanted)
+    found = tree.listed()
+    logprobs = _scored(scorer, prompt, list(found))
+    ranked = sorted(zip(logprobs, found, strict=True), key=lambda x: (-x[0], x[1]))
+    rounding = max((abs(x - found[ids]) for x, ids in ranked), default=0.0)
+    best = ranked[0][0] if ranked else -math.inf
+    bound, margin = tree.bound, config.tolerance / 2
+    return Mode(
+        sequences=[ids for _, ids in ranked],
+        logprobs=[logprob for logprob, _ in ranked],
+        bound=bound,
+        proved=rounding <= margin and bound < best - margin if ranked else tree.complete,
+        complete=tree.complete,
+        n_expanded=n_expanded,
+        finished_mass=tree.finished_mass,
+        cut_mass=tree.cut_mass,
+        cut_bound=tree.cut_bound,
+        rounding=rounding,
+    )
+
+
+def next_logprobs(
+    model: PreTrainedModel, prompt: Sequence[int], prefixes: Sequence[Ids], max_tokens: int
+) -> Float64[Tensor, "B V"]:
+    """Log-prob in nats of every next token after each prefix, on the CPU."""
+    # the completion is one token that is predicted and never read
+    pairs = [([*prompt, *prefix], [0]) for prefix in prefixes]
+    device, boundary = input_device(model), rope_boundary(model)
+    rows, places = [], []
+    for batch in make_batches(pairs, max_tokens, boundary=boundary):
+        logits_BV = logit_rows(model, batch.to(device))
+        rows.append(logits_BV.double().log_softmax(dim=1).cpu())
+        places.append(batch.place)
+    return torch.cat(rows)[inverse_of(places)]
+
+
+def _scored(scorer: Scorer, prompt: Sequence[int], found: Sequence[Ids]) -> list[float]:
+    """Log-prob of each completion by the scorer, in nats."""
+    if not found:
+        return []
+    scores = scorer.score([list(prompt)], [[list(ids) for ids in found]])
+    assert scores.tokens.logprob is not None
+    token_S, bounds = scores.tokens.logprob.double(), scores.offsets.diff().tolist()
+    return [part.sum().item() for part in token_S.split(bounds)]
+
+
+def _check(
+    model: PreTrainedModel, prompt: Sequence[int], eos_ids: Sequence[int], config: SearchConfig
+) -> None:
+    """Reject what cannot be searched."""
+    limits = ModelLimits.of(model)
+    limits.check("prompt", prompt)
+    if not eos_ids:
+        raise InputError("`eos_ids` must hold at least one token, got none; nothing would end.")
+    limits.check("eos_ids", list(eos_ids))
+    total = len(prompt) + config.max_new_tokens
+    if limits.max_length is not None and total > limits.max_length:
+        raise InputError(
+            f"prompt of {len(prompt)} tokens + `max_new_tokens` {config.max_new_tokens} must fit "
+            f"the model's context of {limits.max_length}; lower `max_new_tokens`."
+        )
+    if torch.finfo(model.dtype).bits < 32:
+        raise InputError(
+            f"`scorer` must hold an fp32 or fp64 model, got {model.dtype}; load it with "
+            "dtype='float32'."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,14 +240,17 @@ class _Node:
 
 @dataclass
 class Tree:
-    """Prefixes from the empty one on.
+    """Prefixes from the empty one on: what is open, what is finished, what can still win.
+
+    A heap holds one entry per expanded prefix, for its best child that was not yet taken; children
+    are sorted once, so a large vocabulary costs one array a prefix and no heap of its own.
 
     Attributes:
         eos_ids: Tokens that finish a sequence.
         depth: A sequence of so many tokens without EOS is cut.
-        gamma: See `SearchConfig`, as the next two.
-        above: Or None.
-        tolerance: In nats.
+        gamma: As in `SearchConfig`.
+        above: As in `SearchConfig`.
+        tolerance: As in `SearchConfig`.
         finished_mass: Probability of all finished sequences met.
         cut_mass: Probability of all cut sequences met.
         cut_bound: Largest log-prob of a cut sequence met.
@@ -167,215 +355,19 @@ class Tree:
             self._push(len(self._nodes) - 1, 0 if self._dive is None else 1)
 
     def _push(self, index: int, rank: int) -> None:
+        """Open the child of that rank, if the node has one."""
         logprob_C = self._nodes[index].logprobs
         if rank < len(logprob_C):
             heapq.heappush(self._heap, (-float(logprob_C[rank]), index, rank))
 
     def _finish(self, ids: Ids, total: np.ndarray) -> None:
+        """Take in the completions that end right after the prefix."""
         for eos in self.eos_ids:
             logprob = float(total[eos])
             if logprob == -math.inf:
                 continue
             self.finished_mass += math.exp(logprob)
-            self._best_two = tuple(sorted((*self._best_two, logprob))[1:])  # pyright: ignore[reportAttributeAccessIssue]
+            second, best = self._best_two
+            self._best_two = max(second, min(best, logprob)), max(best, logprob)
             if logprob >= self._floor:
                 self._finished.append((logprob, (*ids, eos)))
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How far to search.
-
-    Attributes:
-        max_new_tokens: T; a completion of T tokens without EOS is cut.
-        gamma: List also every completion of at least (1 - gamma) times the best probability.
-        above: List also every completion of at least this log-prob, in nats; None for none.
-        max_expansions: Give up, unproved, after this many prefixes.
-        batch: Most prefixes in one forward; those beyond the best are a bet.
-        max_tokens: Budget of one forward, in padded tokens.
-        tolerance: Log-probs closer than this, in nats, are not told apart by the search: what
-            comes so near the end of the list is kept, and settled by the scorer. At 0,
-            rounding stands against every proof.
-    """
-
-    max_new_tokens: int = 256
-    gamma: float = 0.0
-    above: float | None = None
-    max_expansions: int = 100_000
-    batch: int = 8
-    max_tokens: int = 16384
-    tolerance: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be searched.
-
-        Raises:
-            InputError: If a value is out of its range.
-        """
-        rules = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("gamma", 0 <= self.gamma < 1, "in [0, 1)"),
-            ("above", self.above is None or self.above <= 0, "at most 0 nats"),
-            ("max_expansions", self.max_expansions >= 1, "at least 1"),
-            ("batch", self.batch >= 1, "at least 1"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("tolerance", 0 <= self.tolerance < math.inf, "at least 0 and finite"),
-        ]
-        for name, holds, wanted in rules:
-            if not holds:
-                raise InputError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What a search found.
-
-    Attributes:
-        sequences: Completions as ids with their EOS, most probable first (equal ones by ids): at
-            least the two best found, and all that `gamma` and `above` ask for.
-        logprobs: Of each, in nats, by the scorer.
-        bound: No completion outside `sequences` has a larger log-prob.
-        proved: Nothing outside `sequences` comes up to the first of them: it is y*.
-        complete: The list is complete: the runner-up and every sum over the list are exact too.
-        n_expanded: Prefixes whose next tokens were computed.
-        finished_mass: Probability of every completion met, listed or not: a lower bound of what
-            ends within T tokens.
-        cut_mass: Probability of what was met at T tokens without EOS: a lower bound too.
-        cut_bound: No cut completion met has a larger log-prob; if below that of a proved y*, a
-            larger T has the same y*.
-        rounding: Largest difference, in nats, between the search's log-prob of a listed completion
-            and the scorer's.
-    """
-
-    sequences: list[Ids]
-    logprobs: list[float]
-    bound: float
-    proved: bool
-    complete: bool
-    n_expanded: int
-    finished_mass: float
-    cut_mass: float
-    cut_bound: float
-    rounding: float
-
-    @property
-    def logprob(self) -> float:
-        """Log pi(y*|x) in nats; -inf if nothing was found."""
-        return self.logprobs[0] if self.logprobs else -math.inf
-
-    @property
-    def runner_up(self) -> float:
-        """Log-prob of the second best completion in nats; -inf if there is none."""
-        return self.logprobs[1] if len(self.logprobs) > 1 else -math.inf
-
-
-def find_mode(
-    scorer: Scorer,
-    prompt: Sequence[int],
-    eos_ids: Sequence[int],
-    config: SearchConfig = SearchConfig(),
-) -> Mode:
-    r"""The most probable completion of `prompt`, with a proof or an honest "not proved".
-
-    Prefixes are read whole in padded batches; what is listed is scored once more by `scorer`.
-
-    Args:
-        scorer: Of an fp32 or fp64 model; in half precision a log-prob depends on its batch.
-        prompt: Token ids, with their BOS if the model has one.
-        eos_ids: Tokens that end a completion.
-        config: How far to search.
-
-    Raises:
-        InputError: If the model cannot read the prompt and `max_new_tokens` more, an EOS id is not
-            in its vocabulary, there is none, or it is in half precision.
-
-    Source:
-        y* is Eq. (2) of Huang et al. 2024, arXiv:2412.01951. The search is A* without a heuristic:
-        Hart, Nilsson and Raphael 1968.
-
-    Example:
-        >>> scorer = Scorer("game24")
-        >>> prompt = scorer.tokenizer("Numbers: 4 4 6 8 Target: 24\n")["input_ids"]
-        >>> mode = find_mode(scorer, prompt, [2], SearchConfig(max_new_tokens=48))
-        >>> mode.proved, scorer.tokenizer.decode(mode.sequences[0]).splitlines()[0]
-        (True, '6 - 4 = 2 left: 2 4 8')
-    """
-    model = scorer.model
-    _check(model, prompt, eos_ids, config)
-    tree = Tree(
-        # named twice, a token would end every completion twice
-        eos_ids=tuple(dict.fromkeys(eos_ids)),
-        depth=config.max_new_tokens,
-        gamma=config.gamma,
-        above=config.above,
-        tolerance=config.tolerance,
-    )
-    n_expanded = 0
-    with torch.no_grad(), evaluating(model):
-        while wanted := tree.take(min(config.batch, config.max_expansions - n_expanded)):
-            tree.grow(wanted, next_logprobs(model, prompt, wanted, config.max_tokens))
-            n_expanded += len(wanted)
-    found = tree.listed()
-    logprobs = _scored(scorer, prompt, list(found))
-    ranked = sorted(zip(logprobs, found, strict=True), key=lambda x: (-x[0], x[1]))
-    rounding = max((abs(x - found[ids]) for x, ids in ranked), default=0.0)
-    best = ranked[0][0] if ranked else -math.inf
-    bound, margin = tree.bound, config.tolerance / 2
-    return Mode(
-        sequences=[ids for _, ids in ranked],
-        logprobs=[logprob for logprob, _ in ranked],
-        bound=bound,
-        proved=rounding <= margin and bound < best - margin if ranked else tree.complete,
-        complete=tree.complete,
-        n_expanded=n_expanded,
-        finished_mass=tree.finished_mass,
-        cut_mass=tree.cut_mass,
-        cut_bound=tree.cut_bound,
-        rounding=rounding,
-    )
-
-
-def _scored(scorer: Scorer, prompt: Sequence[int], found: Sequence[Ids]) -> list[float]:
-    """Log-prob of each completion by the scorer, in nats."""
-    if not found:
-        return []
-    scores = scorer.score([list(prompt)], [[list(ids) for ids in found]])
-    assert scores.tokens.logprob is not None
-    token_S, bounds = scores.tokens.logprob.double(), scores.offsets.diff().tolist()
-    return [part.sum().item() for part in token_S.split(bounds)]
-
-
-def _check(
-    model: PreTrainedModel, prompt: Sequence[int], eos_ids: Sequence[int], config: SearchConfig
-) -> None:
-    limits = ModelLimits.of(model)
-    limits.check("prompt", prompt)
-    if not eos_ids:
-        raise InputError("`eos_ids` must hold at least one token, got none; nothing would end.")
-    limits.check("eos_ids", list(eos_ids))
-    total = len(prompt) + config.max_new_tokens
-    if limits.max_length is not None and total > limits.max_length:
-        raise InputError(
-            f"prompt of {len(prompt)} tokens + `max_new_tokens` {config.max_new_tokens} must fit "
-            f"the model's context of {limits.max_length}; lower `max_new_tokens`."
-        )
-    if torch.finfo(model.dtype).bits < 32:
-        raise InputError(
-            f"`scorer` must hold an fp32 or fp64 model, got {model.dtype}; load it with "
-            "dtype='float32'."
-        )
-
-
-def next_logprobs(
-    model: PreTrainedModel, prompt: Sequence[int], prefixes: Sequence[Ids], max_tokens: int
-) -> Float64[Tensor, "B V"]:
-    """Log-prob in nats of every next token after each prefix, on the CPU."""
-    # the completion is one token that is predicted and never read
-    pairs = [([*prompt, *prefix], [0]) for prefix in prefixes]
-    device, boundary = input_device(model), rope_boundary(model)
-    rows, places = [], []
-    for batch in make_batches(pairs, max_tokens, boundary=boundary):
-        logits_BV = logit_rows(model, batch.to(device))
-        rows.append(logits_BV.double().log_softmax(dim=1).cpu())
-        places.append(batch.place)
-    return torch.cat(rows)[inverse_of(places)]

@@ -1,16 +1,15 @@
-"""A figure of a study: panels side by side, lines on logarithmic axes, one SVG file.
+"""What a small study is: cases, what is measured of each, how the rows are read, and their figure.
 
-Text stays text, and the same lines give the same bytes.
-
-What a small study is: cases, what is measured of each, and how the rows are read.
-
-A row is a function of its case and the seed alone, so a study that was killed goes on.
+A row is a function of its case and the seed alone, so a study that was killed goes on. A figure is
+panels side by side, lines on logarithmic axes, in one SVG file: text stays text, and the same lines
+give the same bytes.
 """
 
 import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import style
@@ -43,45 +42,6 @@ class Panel:
     linear_x: bool = False
 
 
-def chart_svg(panels: Sequence[Panel], name: str) -> str:
-    """The figure as an SVG document.
-
-    Args:
-        panels: From left to right.
-        name: Seed of the ids inside the file.
-    """
-    width, height = SIZE_INCHES
-    with style.context([RC, {"svg.hashsalt": name}]):
-        figure = Figure(
-            figsize=(width * len(panels), height), layout="constrained", facecolor="white"
-        )
-        for axes, panel in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            colors = iter(zip(SERIES * 2, MARKERS * 2, strict=True))
-            for line in panel.lines:
-                color, marker = (INK, None) if line.dashed else next(colors)
-                axes.plot(
-                    line.x, line.y, label=line.name or None, color=color, marker=marker, ms=4.5,
-                    ls="--" if line.dashed else "-", lw=1.0 if line.dashed else 1.6,
-                )  # fmt: skip
-            axes.set(yscale="log", xscale="linear" if panel.linear_x else "log")
-            for axis in (axes.yaxis,) if panel.linear_x else (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(LogLocator(numticks=7))
-                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
-                axis.set_minor_formatter(NullFormatter())
-            axes.set_xticks(sorted({x for line in panel.lines for x in line.x}))
-            axes.minorticks_off()
-            axes.tick_params(labelsize=8)
-            axes.set_xlabel(panel.xlabel)
-            axes.set_title(panel.ylabel, loc="left", fontsize=10)
-            axes.grid(color=RULE, lw=0.6)
-            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return re.sub(r"[ \t]+\n", "\n", buffer.getvalue())
-
-
 @dataclass(frozen=True)
 class Study:
     """One study.
@@ -110,12 +70,12 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(x: object) -> str:
-    if x is None:
-        return "never"
-    if not isinstance(x, float):
-        return f"{x:,}" if isinstance(x, int) else str(x)
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+def rows_by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    """The rows of each value that they have under `key`, values in the order of the rows."""
+    grouped: dict[Any, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row[key], []).append(row)
+    return grouped
 
 
 def slope(x: Sequence[float | int], y: Sequence[float | int]) -> float:
@@ -126,3 +86,55 @@ def slope(x: Sequence[float | int], y: Sequence[float | int]) -> float:
         2.0
     """
     return float(np.polyfit(np.asarray(x), np.asarray(y), 1)[0])
+
+
+def chart_svg(panels: Sequence[Panel], name: str) -> str:
+    """The figure as an SVG document.
+
+    Args:
+        panels: From left to right.
+        name: Seed of the ids inside the file.
+    """
+    width, height = SIZE_INCHES
+    with style.context([RC, {"svg.hashsalt": name}]):
+        figure = Figure(
+            figsize=(width * len(panels), height), layout="constrained", facecolor="white"
+        )
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, panel in zip(row, panels, strict=True):
+            colors = iter(zip(SERIES * 2, MARKERS * 2, strict=True))
+            for line in panel.lines:
+                color, marker = (INK, None) if line.dashed else next(colors)
+                axes.plot(
+                    line.x,
+                    line.y,
+                    label=line.name or None,
+                    color=color,
+                    marker=marker,
+                    ms=4.5,
+                    ls="--" if line.dashed else "-",
+                    lw=1.0 if line.dashed else 1.6,
+                )
+            axes.set(yscale="log", xscale="linear" if panel.linear_x else "log")
+            for axis in (axes.yaxis,) if panel.linear_x else (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(numticks=7))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
+                axis.set_minor_formatter(NullFormatter())
+            axes.set_xticks(sorted({x for line in panel.lines for x in line.x}))
+            axes.minorticks_off()
+            axes.tick_params(labelsize=8)
+            axes.set_xlabel(panel.xlabel)
+            axes.set_title(panel.ylabel, loc="left", fontsize=10)
+            axes.grid(color=RULE, lw=0.6)
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(r"[ \t]+\n", "\n", buffer.getvalue())
+
+
+def _cell(x: object) -> str:
+    if x is None:
+        return "never"
+    if not isinstance(x, float):
+        return f"{x:,}" if isinstance(x, int) else str(x)
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"

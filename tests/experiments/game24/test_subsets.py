@@ -7,15 +7,21 @@ import pytest
 import torch
 
 from sharpen.evaluation.metrics import best_of_k
-from sharpen.experiments.game24.pools import Choice, expected_choice, subset_of
-from sharpen.experiments.game24.selectors import selectors
+from sharpen.experiments.game24.selectors import (
+    SubsetChoice,
+    expected_choice,
+    selectors,
+    subset_of,
+)
 from sharpen.selection import best_of_n
 from sharpen.training.groups import chosen_weights
 
 
 def by_logprob(subset, generator):
     chosen_P = best_of_n(subset.scores, subset.reward["logprob"])
-    return Choice(chosen_weights(subset.scores.groups, chosen_P), {"k": torch.full((5,), subset.k)})
+    return SubsetChoice(
+        chosen_weights(subset.scores.groups, chosen_P), {"k": torch.full((5,), subset.k)}
+    )
 
 
 def test_a_subset_holds_the_samples_that_its_indices_name(make_outcome):
@@ -67,7 +73,7 @@ def test_the_same_seed_gives_the_same_figures_and_another_others(make_outcome):
 
 def test_the_sets_of_an_order_share_no_sample(make_outcome):
     def at_random(subset, generator):
-        return Choice(torch.full((5 * subset.k,), 1 / subset.k, dtype=torch.float64), {})
+        return SubsetChoice(torch.full((5 * subset.k,), 1 / subset.k, dtype=torch.float64), {})
 
     weight_PG, _ = expected_choice(make_outcome(), at_random, 2, seed=0, n_orders=1)
     np.testing.assert_allclose(weight_PG, 1 / 6)

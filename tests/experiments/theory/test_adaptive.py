@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sharpen.errors import InputError
-from sharpen.experiments.theory.adaptive import certified_by, mu_of, stopping
+from sharpen.experiments.theory.best_of_n import certified_by, mu_of, stopping
 
 LAWS = {
     "unique": [0.5, 0.3, 0.15, 0.05],

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sharpen.experiments.theory.adaptive import mu_of, stopping
-from sharpen.experiments.theory.best_of_n import fixed_n, necessary_n
+from sharpen.experiments.theory.best_of_n import fixed_n, mu_of, necessary_n, stopping
 from sharpen.experiments.theory.findings import Known, findings, format_table
 
 

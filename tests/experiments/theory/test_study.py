@@ -9,7 +9,7 @@ import pytest
 
 from sharpen.experiments.theory.error_shape import error_bound, spread_prompts
 from sharpen.experiments.theory.lower_bound import HardFamily
-from sharpen.experiments.theory.studies import STUDIES
+from sharpen.experiments.theory.run import STUDIES
 from sharpen.experiments.theory.study import Line, Panel, Study, chart_svg, markdown
 
 DOCS = Path(__file__).parents[3] / "docs" / "algorithms"

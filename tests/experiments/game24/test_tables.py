@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from sharpen.experiments.game24.pools import Pool
-from sharpen.experiments.game24.rows import (
-    Entry,
-    Measured,
+from sharpen.experiments.game24.selectors import Selected, selectors
+from sharpen.experiments.game24.tables import (
+    MethodResult,
+    SeedResult,
     best_of_n_bound,
     of_choice,
     of_power,
     of_samples,
     table_rows,
 )
-from sharpen.experiments.game24.selectors import Selected, selectors
 
 
 def measured(accuracy, **more):
-    return Measured(np.array(accuracy), logprob=-2.0, length=25.0, tokens=25.0, **more)
+    return SeedResult(np.array(accuracy), logprob=-2.0, length=25.0, tokens=25.0, **more)
 
 
 def entries():
@@ -28,10 +28,10 @@ def entries():
     best = [0.6, 0.4, 1.0, 0.4]
     fitted = [0.4, 0.4, 0.8, 0.2]
     return [
-        Entry("decoding", "T = 1", None, [measured(sample), measured(sample)], ["pool"]),
-        Entry("selection", "best-of-N, logprob", 5, [measured(best)] * 2, ["pool"]),
-        Entry("power", "particles", 5, [measured(fitted)], ["smc"], tokens_as=5),
-        Entry(
+        MethodResult("decoding", "T = 1", None, [measured(sample), measured(sample)], ["pool"]),
+        MethodResult("selection", "best-of-N, logprob", 5, [measured(best)] * 2, ["pool"]),
+        MethodResult("power", "particles", 5, [measured(fitted)], ["smc"], tokens_as=5),
+        MethodResult(
             "training", "sft, T = 1", None, [measured(fitted, kl=0.5), measured(best, kl=1.5)],
             ["sft-0", "sft-1"], {"seconds": 3.0},
         ),
@@ -58,9 +58,9 @@ def test_figures_by_hand():
 
 def test_no_gap_no_share():
     worse = [
-        Entry("decoding", "T = 1", None, [measured([0.5, 0.5])], ["pool"]),
-        Entry("selection", "best-of-N, logprob", 5, [measured([0.5, 0.4])], ["pool"]),
-        Entry("training", "sft, T = 1", None, [measured([0.5, 0.6])], ["sft"], {}),
+        MethodResult("decoding", "T = 1", None, [measured([0.5, 0.5])], ["pool"]),
+        MethodResult("selection", "best-of-N, logprob", 5, [measured([0.5, 0.4])], ["pool"]),
+        MethodResult("training", "sft, T = 1", None, [measured([0.5, 0.6])], ["sft"], {}),
     ]
     assert table_rows(worse, target_n=5, n_resamples=50)[2]["gap_closed"] is None
 
