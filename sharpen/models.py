@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from .errors import InputError
 
@@ -154,7 +148,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """A causal language model in eval mode.
 
     Args:
@@ -167,6 +161,8 @@ def load_model(
     Raises:
         InputError: If there is no such model, or it is not readable under these rules.
     """
+    import transformers  # slow, and scoring a loaded model does without
+
     target = resolve_model(name)
     device = _device(device)
     if isinstance(dtype, str):
@@ -176,7 +172,7 @@ def load_model(
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             target,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
@@ -187,15 +183,20 @@ def load_model(
     return model.eval().to(device)  # type: ignore[arg-type] (decorated `to` hides its self)
 
 
-def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, trust_remote_code: bool = False
+) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer that belongs to `name`.
 
     Raises:
         InputError: If there is none.
     """
+    import transformers
+
     target = resolve_model(name)
+    auto = transformers.AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)
+        return auto.from_pretrained(target, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_why(name, error, "tokenizer")) from error
 

@@ -29,7 +29,7 @@ PLACES = {
     "datasets": [],
     "pyarrow": ["sharpen/commands/export.py"],
 }
-IMPORTERS = {"import_module", "__import__", "find_spec", "importorskip"}
+IMPORTERS = {"import_module", "__import__", "find_spec", "importorskip", "require"}
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
 
@@ -80,7 +80,7 @@ def roots(tree, importers):
     yield from (text.split(".")[0] for text in dotted - told)
 
 
-PATHS = [parameter.values[1] for parameter in MODULES]
+PATHS = list(MODULES.values())
 TREES = {path: ast.parse(path.read_text()) for path in PATHS}
 ALL_IMPORTERS = IMPORTERS | {name for tree in TREES.values() for name in helpers(tree)}
 FOUND = {
