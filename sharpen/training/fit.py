@@ -272,6 +272,14 @@ def last_complete(folder: Path) -> Path | None:
 class Progress(ProgressCallback):
     """The Trainer's progress bar, on stderr, with the last loss beside it."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open it, with its name."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("train")
+
     def on_log(
         self,
         args: TrainingArguments,

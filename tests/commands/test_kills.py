@@ -31,7 +31,8 @@ KILLS = {
     "sft": [
         (JOURNAL, 1),  # samples drawn, none written
         (OPTIMIZER, 2),  # a checkpoint half there
-        (MODEL, 1),  # trained, and the model not yet in its place
+        # three checkpoints are flushed before it
+        (MODEL, 4),  # trained, and the model not yet in its place
     ],
     "rlhf": [(SEAL, 3)],  # a whole checkpoint without its mark
     "xpo": [

@@ -86,7 +86,9 @@ class SharedStats:
         rows = scored_rows(ids, mask, labels)
         limits = ModelLimits.of(self.model)
         pairs = pair_up(limits, rows.prompts, rows.completions)
-        needed = dict.fromkeys(stat for name in self.outputs for stat in NEEDS[name])
+        needed: dict[Statistic, None] = {
+            stat: None for name in self.outputs for stat in NEEDS[name]
+        }
         tokens = routed_stats(
             self.model,
             pairs,
