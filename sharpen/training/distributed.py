@@ -1,4 +1,10 @@
-"""Several processes that fit one model: which of their ways there are, and what they agree on.
+"""Several processes that fit one model, by DDP or FSDP: what is supported, and what they agree on.
+
+    is_for_cpu, asks_for_shards                   what the launcher and the arguments ask for
+    check_way, check_device, check_started        everything else is rejected
+    keep_log_probs                                FSDP in half precision returns fp32 log-probs
+    broadcast_from_first, most, in_any            one answer in all processes
+    average_gradients                             as DDP averages them
 
 Each process has a share of every batch, and holds the whole model (DDP) or a part of each of its
 weights (FSDP). Its loss is a mean over its own share, and the gradient is the mean of all: that of
@@ -36,12 +42,7 @@ def is_for_cpu(model: nn.Module) -> bool:
 
 
 def check_way(args: "TrainingArguments", model: nn.Module) -> None:
-    """Refuse ways to spread a model or a batch that the losses cannot follow.
-
-    Raises:
-        InputError: If they are neither DDP nor FSDP, one process is to use several GPUs, or the
-            model comes in parts.
-    """
+    """Reject all but DDP and FSDP, several GPUs in one process, and a model that comes in parts."""
     for name in REFUSED:
         if value := getattr(args, name, None):
             raise _refused(f"`{name}`", f"unset, got {value!r}")
@@ -59,11 +60,7 @@ def check_way(args: "TrainingArguments", model: nn.Module) -> None:
 
 
 def asks_for_shards(args: "TrainingArguments") -> bool:
-    """Whether the arguments or the launcher ask for FSDP.
-
-    Raises:
-        InputError: If the arguments do, and no launcher started this process.
-    """
+    """Whether the arguments or the launcher ask for FSDP, which needs a launcher."""
     is_launched = args.parallel_mode.value == "distributed"
     if args.fsdp and not is_launched:
         raise InputError(
@@ -75,21 +72,13 @@ def asks_for_shards(args: "TrainingArguments") -> bool:
 
 
 def check_device(args: "TrainingArguments") -> None:
-    """Refuse to shard where accelerate does not, before there is an accelerator.
-
-    Raises:
-        InputError: If FSDP is asked for on a CPU, or without a launcher.
-    """
+    """Reject FSDP on a CPU, where accelerate does not shard, before there is an accelerator."""
     if asks_for_shards(args) and args.device.type == "cpu":
         raise _no_shards("CPU processes")
 
 
 def check_started(accelerator: "Accelerator", args: "TrainingArguments") -> None:
-    """Refuse what the launcher asked for and `check_way` could not see.
-
-    Raises:
-        InputError: If processes are to do anything but DDP or FSDP, or DDP where FSDP was asked.
-    """
+    """Reject what the launcher asked for and `check_way` could not see, and DDP instead of FSDP."""
     way = str(accelerator.distributed_type).rpartition(".")[2]
     if way == "FSDP":
         # accelerate has no types of its own
@@ -118,6 +107,7 @@ def keep_log_probs(accelerator: "Accelerator") -> None:
 
 
 def _refused(name: str, wanted: str) -> InputError:
+    """Another way to spread a model."""
     return InputError(
         f"{name} must be {wanted}: a group of completions must stay whole; run DDP, or FSDP where "
         "memory is short."
@@ -125,13 +115,14 @@ def _refused(name: str, wanted: str) -> InputError:
 
 
 def _no_shards(got: str) -> InputError:
+    """FSDP where accelerate does not shard."""
     return InputError(
         f"FSDP must run on GPUs, got {got}, where accelerate shards nothing; unset `fsdp`."
     )
 
 
-def of_the_first(find: Callable[[], T]) -> T:
-    """What the first process finds, or raises, in all of them; all must ask.
+def broadcast_from_first(find: Callable[[], T]) -> T:
+    """What `find` returns or raises in rank 0, in all processes; all must call it.
 
     The others may hold a model without weights: they get them when it is sharded.
     """

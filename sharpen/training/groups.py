@@ -1,28 +1,35 @@
 """What a step sees: the completions of one prompt together, and batches of such groups.
 
-N completions of all prompts of a batch, Q pairs. A group is never cut, so its prompt is computed
-once for all of its completions, and pairs stay within a batch.
+    Group, Batch                           the data of a step
+    weighted_groups, paired_group          completions with their weights, or pairs, to groups
+    chosen_weights, tilted_weights         choices or rewards to weights
+    choose_pairs                           which completions of a prompt are compared with which
+    standardise                            rewards on another scale
 
-Which completions of a prompt are compared with which.
+A group is never split, so its prompt is computed once for all of its completions, and pairs stay
+within a batch.
 
-G completions of one prompt, Q pairs.
-
-Rewards on another scale, and weights from rewards.
-
-N completions of all prompts together. Prompt p owns the completions groups[p] ... groups[p+1] - 1.
+N completions of all prompts, Q pairs, G completions of one prompt. Prompt p owns the completions
+groups[p] ... groups[p + 1] - 1.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 from math import isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
+
+PairKind = Literal["random", "all", "best_worst"]
+Pairs = list[tuple[int, int]]
+Standardise = Literal["none", "all", "prompt"]
+# some units in the last place of fp32; chosen
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -168,14 +175,6 @@ def paired_group(
     )
 
 
-def _end_to_end(parts: Sequence[Sequence[float]]) -> Float64[Tensor, " n"]:
-    return torch.tensor([x for part in parts for x in part], dtype=torch.float64)
-
-
-PairKind = Literal["random", "all", "best_worst"]
-Pairs = list[tuple[int, int]]
-
-
 def choose_pairs(
     kind: PairKind,
     reward: Sequence[float],
@@ -217,8 +216,7 @@ def choose_pairs(
         >>> choose_pairs("all", [-2.0, -1.0, -5.0], [True, True, True], generator)
         [(1, 0), (0, 2), (1, 2)]
     """
-    if kind not in get_args(PairKind):
-        raise InputError(f"`pairs` must be one of {', '.join(get_args(PairKind))}, got {kind!r}.")
+    check_choice("pairs", kind, PairKind)
     said = range(len(reward)) if completions is None else completions
     if not len(reward) == len(eligible) == len(said):
         raise InputError(
@@ -249,11 +247,6 @@ def choose_pairs(
         for i, j in found
         if said[i] != said[j]
     ]
-
-
-Standardise = Literal["none", "all", "prompt"]
-# some units in the last place of fp32; chosen
-ROUNDING = 1e-6
 
 
 def standardise(
@@ -291,10 +284,7 @@ def standardise(
         >>> standardise(reward, groups, eligible, "prompt").tolist()
         [-1.0, -3.0, -5.0, -7.0]
     """
-    if over not in get_args(Standardise):
-        raise InputError(
-            f"`standardise` must be one of {', '.join(get_args(Standardise))}, got {over!r}."
-        )
+    check_choice("standardise", over, Standardise)
     if over == "none":
         return reward
     centred_N = torch.zeros_like(reward)
@@ -341,8 +331,8 @@ def tilted_weights(
         >>> tilted_weights(reward, torch.tensor([0, 3]), eligible, 1.0).round(decimals=4).tolist()
         [0.3333, 0.6667, 0.0]
     """
-    if not 0 < temperature < torch.inf:
-        raise InputError(f"`soft_temperature` must be above 0 and finite, got {temperature}.")
+    is_good = 0 < temperature < torch.inf
+    check_value("soft_temperature", temperature, is_good, "above 0 and finite")
     weight_N = torch.zeros_like(reward)
     for first, last in pairwise(groups.tolist()):
         ok_G = eligible[first:last]
@@ -352,9 +342,21 @@ def tilted_weights(
     return weight_N
 
 
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Reject what is not one of a `Literal`."""
+    known = get_args(choices)
+    check_value(name, repr(value), value in known, f"one of {', '.join(known)}")
+
+
+def _end_to_end(parts: Sequence[Sequence[float]]) -> Float64[Tensor, " n"]:
+    """One vector of all parts."""
+    return torch.tensor([x for part in parts for x in part], dtype=torch.float64)
+
+
 def _deviation(
     centred: Float64[Tensor, " n"], reward: Float64[Tensor, " n"]
 ) -> Float64[Tensor, ""]:
+    """The standard deviation; 1 where it is no more than rounding."""
     sigma = centred.square().mean().sqrt()
     # rewards of equal completions differ by the model's own rounding, which must not become 1
     return sigma if sigma > ROUNDING * reward.abs().max() else torch.ones_like(sigma)

@@ -1,135 +1,33 @@
-"""What a loss refuses: numbers out of their range, and tensors that do not belong together.
+"""What a step lowers: losses of log-probabilities, and the objectives that apply them to a batch.
 
-Numbers are checked. Of tensors the shapes are, and the values where the tensor is on the CPU: on a
-GPU each look at them would wait for the device, so there a bad value goes through.
-
-Losses of log-probabilities: pure functions, in nats, differentiable, summed over fp64.
-
-S scored tokens, N completions of all prompts of a batch, Q pairs of completions (y, y').
+    nll, square_loss, xpo_loss, dpo_loss     pure functions, in nats, differentiable, summed in fp64
+    Likelihood, Square, Dpo                  token log-probs of a batch to one of these losses
+    check_*                                  what has no optimum or no mean is rejected
 
 A loss sees a completion through l(y) = log pi(y | x), the sum of its tokens' log-probs under the
-policy, and l0(y) = log pi_base(y | x), which is constant.
+policy, and l0(y) = log pi_base(y | x), which is constant. The values of a tensor are checked on the
+CPU only: on a GPU each look at them would wait for the device.
 
-What has no optimum or no mean is refused: see `checks`, also for what is not looked at on a GPU.
-
-An objective: from the token log-probs of a batch to the scalar that a step lowers.
+S scored tokens, N completions of all prompts of a batch, Q pairs of completions (y, y').
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 
-from .groups import Batch
-
-
-def check_beta(beta: float) -> None:
-    """Refuse a beta without an optimum.
-
-    Raises:
-        InputError: If it is not above 0 and finite.
-    """
-    if not 0 < beta < math.inf:
-        raise InputError(f"`beta` must be above 0 and finite, got {beta}; try 1.")
-
-
-def check_optimism(name: str, value: float) -> None:
-    """Refuse pessimism.
-
-    Raises:
-        InputError: If it is not at least 0 and finite.
-    """
-    if not 0 <= value < math.inf:
-        raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")
-
-
-def check_rounds(rounds: int) -> None:
-    """Refuse a count that is none.
-
-    Raises:
-        InputError: If it is not a whole number of at least 1.
-    """
-    if not isinstance(rounds, Integral) or rounds < 1:
-        raise InputError(f"`rounds` must be a whole number of at least 1, got {rounds}.")
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse what is not one of a `Literal`.
-
-    Raises:
-        InputError: If it is none of them.
-    """
-    if value not in get_args(choices):
-        raise InputError(f"`{name}` must be one of {', '.join(get_args(choices))}, got {value!r}.")
-
-
-def check_lengths(**tensors: Tensor) -> None:
-    """Refuse tensors that are not one number a completion, of the same completions.
-
-    Raises:
-        InputError: If one is not a vector, or not as long as the first.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    first = next(iter(shapes.values()))
-    if len(first) != 1 or any(shape != first for shape in shapes.values()):
-        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise InputError(
-            f"{', '.join(f'`{x}`' for x in shapes)} must hold one number a completion, got {got}."
-        )
-
-
-def check_pairs(pairs: Tensor, n: int) -> None:
-    """Refuse pairs of nothing: their mean would be NaN.
-
-    Args:
-        pairs: Indices.
-        n: Completions.
-
-    Raises:
-        InputError: If it is not [Q, 2] with Q at least 1, or an index on the CPU is not in [0, n).
-    """
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
-        raise InputError(
-            f"`pairs` must be of shape [Q, 2] with Q at least 1, got {list(pairs.shape)}; "
-            "leave out a batch that has none."
-        )
-    if pairs.device.type == "cpu":
-        low, high = pairs.min().item(), pairs.max().item()
-        if low < 0 or high >= n:
-            raise InputError(
-                f"`pairs` must hold indices in [0, {n}), got {low if low < 0 else high}."
-            )
-
-
-def check_weights(weight: Tensor, offsets: Tensor) -> None:
-    """Refuse weights that have no mean.
-
-    Raises:
-        InputError: If there is not one for each completion, or, on the CPU, one is negative, NaN
-            or infinite, or none is above 0.
-    """
-    if weight.ndim != 1 or len(weight) != len(offsets) - 1:
-        raise InputError(
-            f"`weight` must hold one number for each of N={len(offsets) - 1} completions, got "
-            f"shape {list(weight.shape)}."
-        )
-    if weight.device.type == "cpu":
-        good = weight.isfinite() & (weight >= 0)
-        if not bool(good.all()):
-            got = weight[~good][0].item()
-            raise InputError(f"`weight` must be finite and at least 0, got {got}; leave that out.")
-        if not bool(torch.any(weight > 0)):
-            raise InputError("`weight` must be above 0 somewhere, got 0 everywhere.")
-
+from .groups import Batch, check_choice
 
 Per = Literal["token", "sequence"]
+# log-probs [S] of a batch under the policy, and the batch
+Objective = Callable[[Tensor, Batch], Tensor]
 
 
 def sequence_sums(
@@ -250,7 +148,7 @@ def xpo_loss(
         sum beta l(y') + beta / (alpha (V + R)^2) sum e^2,
 
     which, multiplied by alpha (V + R)^2 / beta, is this loss with optimism = alpha (V + R)^2: see
-    `optimism.optimism_weight`.
+    `xpo.optimism_weight`.
 
     Args:
         logprob: l of each completion.
@@ -309,17 +207,6 @@ def dpo_loss(
     return -torch.nn.functional.logsigmoid(beta * _differences(log_ratio, pairs)).mean()
 
 
-def _differences(
-    values: Float64[Tensor, " N"], pairs: Int64[Tensor, "Q 2"]
-) -> Float64[Tensor, " Q"]:
-    first_Q, second_Q = pairs.to(values.device).unbind(1)
-    return values[first_Q] - values[second_Q]
-
-
-# log-probs [S] of a batch under the policy, and the batch
-Objective = Callable[[Tensor, Batch], Tensor]
-
-
 @dataclass(frozen=True)
 class Likelihood:
     """Fit the weighted completions: SFT-Sharpening, power self-distillation. See `nll`."""
@@ -327,7 +214,7 @@ class Likelihood:
     per: Per = "token"
 
     def __post_init__(self) -> None:
-        """Refuse what is no mean."""
+        """Reject an unknown mean."""
         check_choice("per", self.per, Per)
 
     def __call__(self, logprob: Float[Tensor, " S"], batch: Batch) -> Float64[Tensor, ""]:
@@ -343,7 +230,7 @@ class Square:
     optimism: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what has no optimum."""
+        """Reject what has no optimum."""
         check_beta(self.beta)
         check_optimism("optimism", self.optimism)
 
@@ -354,9 +241,13 @@ class Square:
             log_ratio_N = logprob_N - batch.reference.to(logprob_N)
             return square_loss(log_ratio_N, batch.reward, batch.pairs, beta=self.beta)
         return xpo_loss(
-            logprob_N, batch.reference, batch.reward, batch.pairs,
-            beta=self.beta, optimism=self.optimism,
-        )  # fmt: skip
+            logprob_N,
+            batch.reference,
+            batch.reward,
+            batch.pairs,
+            beta=self.beta,
+            optimism=self.optimism,
+        )
 
 
 @dataclass(frozen=True)
@@ -366,10 +257,76 @@ class Dpo:
     beta: float
 
     def __post_init__(self) -> None:
-        """Refuse what has no optimum."""
+        """Reject what has no optimum."""
         check_beta(self.beta)
 
     def __call__(self, logprob: Float[Tensor, " S"], batch: Batch) -> Float64[Tensor, ""]:
         """The loss of a batch."""
         logprob_N = sequence_sums(logprob, batch.offsets)
         return dpo_loss(logprob_N - batch.reference.to(logprob_N), batch.pairs, beta=self.beta)
+
+
+def check_beta(beta: float) -> None:
+    """Reject a beta without an optimum."""
+    check_value("beta", beta, 0 < beta < math.inf, "above 0 and finite")
+
+
+def check_optimism(name: str, value: float) -> None:
+    """Reject a negative, NaN or infinite weight of optimism, or factor of one."""
+    check_value(name, value, 0 <= value < math.inf, "at least 0 and finite")
+
+
+def check_rounds(rounds: int) -> None:
+    """Reject a number of rounds that is not a positive integer."""
+    holds = isinstance(rounds, Integral) and rounds >= 1
+    check_value("rounds", rounds, holds, "a whole number of at least 1")
+
+
+def check_lengths(**tensors: Tensor) -> None:
+    """Reject tensors that do not hold one number for each of the same completions."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    first = next(iter(shapes.values()))
+    if len(first) != 1 or any(shape != first for shape in shapes.values()):
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise InputError(
+            f"{', '.join(f'`{x}`' for x in shapes)} must hold one number a completion, got {got}."
+        )
+
+
+def check_pairs(pairs: Tensor, n: int) -> None:
+    """Reject what is not [Q, 2] indices into n completions; no pairs have no mean."""
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
+        raise InputError(
+            f"`pairs` must be of shape [Q, 2] with Q at least 1, got {list(pairs.shape)}; "
+            "leave out a batch that has none."
+        )
+    if pairs.device.type == "cpu":
+        low, high = pairs.min().item(), pairs.max().item()
+        if low < 0 or high >= n:
+            raise InputError(
+                f"`pairs` must hold indices in [0, {n}), got {low if low < 0 else high}."
+            )
+
+
+def check_weights(weight: Tensor, offsets: Tensor) -> None:
+    """Reject weights that have no mean: not one a completion, not finite, negative, or all 0."""
+    if weight.ndim != 1 or len(weight) != len(offsets) - 1:
+        raise InputError(
+            f"`weight` must hold one number for each of N={len(offsets) - 1} completions, got "
+            f"shape {list(weight.shape)}."
+        )
+    if weight.device.type == "cpu":
+        good = weight.isfinite() & (weight >= 0)
+        if not bool(good.all()):
+            got = weight[~good][0].item()
+            raise InputError(f"`weight` must be finite and at least 0, got {got}; leave that out.")
+        if not bool(torch.any(weight > 0)):
+            raise InputError("`weight` must be above 0 somewhere, got 0 everywhere.")
+
+
+def _differences(
+    values: Float64[Tensor, " N"], pairs: Int64[Tensor, "Q 2"]
+) -> Float64[Tensor, " Q"]:
+    """The first of each pair less the second."""
+    first_Q, second_Q = pairs.to(values.device).unbind(1)
+    return values[first_Q] - values[second_Q]

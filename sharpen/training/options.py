@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 
 from .distributed import check_device
 
@@ -78,11 +78,7 @@ class FitOptions:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be fitted.
-
-        Raises:
-            InputError: If a value is out of its range.
-        """
+        """Check the ranges."""
         rules = [
             ("lr", 0 < self.lr < float("inf"), "above 0 and finite"),
             ("epochs", 0 < self.epochs < float("inf"), "above 0 and finite"),
@@ -90,9 +86,7 @@ class FitOptions:
             ("lora_rank", self.lora_rank >= 0, "at least 0"),
             ("save_every", self.save_every >= 1, "at least 1"),
         ]
-        for name, holds, wanted in rules:
-            if not holds:
-                raise InputError(f"`{name}` must be {wanted}, got {getattr(self, name)}.")
+        check_fields(self, rules)
 
 
 def more_arguments(pairs: Sequence[str]) -> dict[str, Any]:

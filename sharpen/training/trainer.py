@@ -1,20 +1,22 @@
-"""Gradients of a batch that is cut into micro-batches, by processes that run equally many of them.
-
-S scored tokens of the batch.
-
-A `transformers.Trainer` whose batches are whole prompt groups and whose loss sees log-probs.
+"""A `transformers.Trainer` whose batches are whole prompt groups and whose loss sees log-probs.
 
 Everything that a Trainer does comes with it: accelerate, checkpoints and resuming, schedules, mixed
 precision, LoRA through peft, `report_to`. Log-probs come from a `Scorer`: a prompt is computed once
 for its completions and no [tokens, vocabulary] tensor is made.
 
-A batch that fits `max_tokens` runs as one graph. A larger one runs in bounded memory: slopes of the
-loss first, then the completions in batches of `max_tokens`, each forgotten before the next, at the
-price of one more forward. So memory does not grow with the number of completions.
+A step runs in one of three ways:
 
-Several processes run DDP or FSDP (`processes.py`). Where the batch of any is too large, all of them
-run in bounded memory. DDP does not see that: gradients are averaged once, when the last piece is
-done. Under FSDP all run as many forwards, of the same modules (`scoring/lockstep.py`).
+    one graph      a batch that fits `max_tokens`
+    bounded        a larger one: first the slopes of the loss, then completions in batches of
+                   `max_tokens`, each forgotten before the next, at the price of one more forward;
+                   memory does not grow with the number of completions
+    micro-batches  the same under FSDP, where all processes run equally many forwards of the same
+                   modules (`scoring/gradients.py`)
+
+Where the batch of any process is too large, all of them run bounded. DDP does not see those
+forwards: gradients are averaged once, when the last completion is done.
+
+S scored tokens of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,6 @@ import torch
 from accelerate.utils import AutocastKwargs
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from sharpen.errors import InputError
@@ -38,51 +39,15 @@ from sharpen.scoring.probe import find_route, take_route
 from .distributed import (
     asks_for_shards,
     average_gradients,
+    broadcast_from_first,
     check_started,
     check_way,
     in_any,
     keep_log_probs,
     most,
-    of_the_first,
 )
 from .groups import Batch, Group
 from .losses import Objective
-
-
-def accumulate(
-    model: nn.Module,
-    run: Callable[[MicroBatch], Tensor],
-    parts: Sequence[MicroBatch],
-    fillers: Sequence[MicroBatch],
-    loss: Callable[[Float[Tensor, " S"]], Tensor],
-) -> None:
-    """Add the gradient of a loss of the log-probs to `.grad`, one micro-batch in memory at a time.
-
-    Each is run twice: all of them for the slopes of the loss, then one by one for the gradient.
-
-    Args:
-        model: Whose dropout must be off.
-        run: Log-probs of a micro-batch, through the wrapped model.
-        parts: The batch.
-        fillers: Run after them, so that all processes run equally many; they change nothing.
-        loss: Of the log-probs [S], in input order, to a scalar.
-
-    Raises:
-        InputError: If dropout is on: slopes would be those of other log-probs.
-    """
-    refuse_dropout(model)
-    with torch.no_grad():
-        found = [run(part) for part in parts]
-        for filler in fillers:
-            run(filler)
-    inverse_S = inverse_of([part.place for part in parts])
-    logprob_S = torch.cat(found)[inverse_S.to(found[0].device)].requires_grad_()
-    (slope_S,) = torch.autograd.grad(loss(logprob_S), logprob_S)
-    for part in parts:
-        (run(part) * slope_S[part.place.to(slope_S.device)]).sum().backward()
-    for filler in fillers:
-        (run(filler) * 0.0).sum().backward()
-
 
 # Any: what a Trainer passes from its data to its steps
 Inputs = dict[str, Any]
@@ -126,10 +91,12 @@ class GroupTrainer(Trainer):
         self.objective = objective
         config: Any = model.config
         uses_cache = getattr(config, "use_cache", None)
+        # PyTorch takes any sequence, and is typed as if it did not
+        dataset: Any = list(groups)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Groups(groups),
+            train_dataset=dataset,
             data_collator=_collate,
             callbacks=callbacks,
         )
@@ -192,8 +159,9 @@ class GroupTrainer(Trainer):
         return (loss, {"logprobs": logprob_S}) if return_outputs else loss
 
     def _bounded_step(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Slopes first, then batches of completions by the scorer."""
         model.train()
-        loss = _Found(self, batch)
+        loss = _BatchLoss(self, batch)
         # a weight that was cast without a graph must not be met again with one
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             self.scorer.backward(batch.prompts, batch.completions, loss)
@@ -203,19 +171,22 @@ class GroupTrainer(Trainer):
         return loss.found
 
     def _lockstep_step(self, model: nn.Module, batch: Batch, parts: list[MicroBatch]) -> Tensor:
+        """Slopes first, then as many micro-batches as any process has."""
         assert self.lockstep is not None
         model.train()
         n_more = most(len(parts), self.accelerator) - len(parts)
         fillers = [self.lockstep.filler(batch.prompts[0])] * n_more
-        loss = _Found(self, batch)
-        accumulate(model, partial(self._run, model), parts, fillers, loss)
+        loss = _BatchLoss(self, batch)
+        _accumulate(model, partial(self._run, model), parts, fillers, loss)
         return loss.found
 
     def _run(self, model: nn.Module, part: MicroBatch) -> Tensor:
+        """Log-probs of a micro-batch, through the wrapped model."""
         assert self.lockstep is not None
         return model(sharpen_call=partial(self.lockstep.logprob, part, self.args.device))
 
     def _graph_tokens(self, batch: Batch) -> int:
+        """Tokens that one graph of the batch reads."""
         if self.shares_prompts:
             return batch.n_tokens
         again = zip(batch.prompts, batch.completions, strict=True)
@@ -227,23 +198,13 @@ class GroupTrainer(Trainer):
         return 6 * self._graph_tokens(inputs["batch"]) * model.num_parameters()
 
 
-class _Groups(Dataset):
-    def __init__(self, groups: Sequence[Group]):
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> Group:
-        return self.groups[index]
-
-
 def _collate(groups: list[Group]) -> Inputs:
+    """Groups to the inputs of a step."""
     return {"batch": Batch.of(groups)}
 
 
-class _Found:
-    """The loss of a batch as it is differentiated; `found` is what it was."""
+class _BatchLoss:
+    """The loss of a batch as it is differentiated; `found` keeps its value."""
 
     def __init__(self, trainer: GroupTrainer, batch: Batch):
         self.trainer, self.batch = trainer, batch
@@ -257,8 +218,41 @@ class _Found:
         return value if scaler is None else scaler.scale(value)
 
 
+def _accumulate(
+    model: nn.Module,
+    run: Callable[[MicroBatch], Tensor],
+    parts: Sequence[MicroBatch],
+    fillers: Sequence[MicroBatch],
+    loss: Callable[[Float[Tensor, " S"]], Tensor],
+) -> None:
+    """Add the gradient of a loss of the log-probs to `.grad`, one micro-batch in memory at a time.
+
+    Each is run twice: all of them for the slopes of the loss, then one by one for the gradient.
+
+    Args:
+        model: Dropout must be off, or slopes would be those of other log-probs.
+        run: Log-probs of a micro-batch, through the wrapped model.
+        parts: The batch.
+        fillers: Run after them, so that all processes run equally many; they change nothing.
+        loss: Of the log-probs [S], in input order, to a scalar.
+    """
+    refuse_dropout(model)
+    with torch.no_grad():
+        found = [run(part) for part in parts]
+        for filler in fillers:
+            run(filler)
+    inverse_S = inverse_of([part.place for part in parts])
+    logprob_S = torch.cat(found)[inverse_S.to(found[0].device)].requires_grad_()
+    (slope_S,) = torch.autograd.grad(loss(logprob_S), logprob_S)
+    for part in parts:
+        (run(part) * slope_S[part.place.to(slope_S.device)]).sum().backward()
+    for filler in fillers:
+        (run(filler) * 0.0).sum().backward()
+
+
 def _lockstep(model: Any, max_tokens: int) -> Lockstep:
-    route, head = of_the_first(lambda: find_route(model, "auto"))
+    """How a model that is to be sharded is run; rank 0 alone may have its weights to try it."""
+    route, head = broadcast_from_first(lambda: find_route(model, "auto"))
     take_route(model, route)
     return Lockstep(model, route, head, max_tokens)
 

@@ -1,8 +1,8 @@
-"""How much optimism: the weight of XPO's second term, and the algorithm's own alpha.
+"""Numbers of XPO beside its loss (`losses.xpo_loss`).
 
-On the scale of the squared loss the weight is alpha (V + R)^2: see `losses.xpo_loss`.
-
-What KL-regularised sharpening maximises, estimated from a policy's own samples.
+    optimism_weight      the weight of the loss's second term, alpha (V + R)^2
+    proof_alpha          the alpha of the proof
+    regularised_value    what KL-regularised sharpening maximises, from a policy's own samples
 
 N completions.
 """
@@ -35,10 +35,9 @@ def optimism_weight(alpha: float, value_bound: float, reward_bound: float) -> fl
         >>> optimism_weight(0.001, 4.0, 6.0)
         0.1
     """
-    for name, value in zip(
-        ("alpha", "value_bound", "reward_bound"), (alpha, value_bound, reward_bound), strict=True
-    ):
-        check_optimism(name, value)
+    check_optimism("alpha", alpha)
+    check_optimism("value_bound", value_bound)
+    check_optimism("reward_bound", reward_bound)
     return alpha * (value_bound + reward_bound) ** 2
 
 
@@ -50,10 +49,10 @@ def proof_alpha(
         alpha = beta / (V + R)  c / sqrt(T),     c = sqrt(log(2 |Pi| T / rho) / SEC(Pi))
 
     so that alpha (V + R)^2 = beta (V + R) c / sqrt(T). Of a linear softmax of d dimensions log |Pi|
-    and SEC are both near d log T, and c near 1 (`evaluation.theory.linear_softmax.optimism_of`). Of
-    a neural network neither is known. The proof draws one pair a round. Where a round draws m, its
-    argument goes through with log |Pi| / m + 1 in place of log |Pi|, and many pairs a round ask for
-    a c that is smaller, down to 1 / sqrt(SEC). With few rounds c = 1 outweighs the squares.
+    and SEC are both near d log T, and c near 1 (`experiments.theory`). Of a neural network neither
+    is known. The proof draws one pair a round. Where a round draws m, its argument goes through
+    with log |Pi| / m + 1 in place of log |Pi|, and many pairs a round ask for a c that is smaller,
+    down to 1 / sqrt(SEC). With few rounds c = 1 outweighs the squares.
 
     Args:
         exploration: c, at least 0 and finite.

@@ -16,7 +16,7 @@ COMMON = [
     "--max-tokens", "2000", "--device", "cpu", "--batch", "1", "--save-every", "1",
     "--trainer", "logging_steps=1",
 ]  # fmt: skip
-JOURNAL, SEAL = "sharpen.runs:Journal.append", "sharpen.training.fit:Seal.on_save"
+JOURNAL, SEAL = "sharpen.runs:Journal.append", "sharpen.training.fit:CompleteMarker.on_save"
 OPTIMIZER = "transformers.trainer:Trainer._save_optimizer_and_scheduler"
 MODEL, STAGE = "sharpen.training.fit:flush", "sharpen.commands.xpo:Stage"
 ARGV = {
@@ -31,7 +31,8 @@ KILLS = {
     "sft": [
         (JOURNAL, 1),  # samples drawn, none written
         (OPTIMIZER, 2),  # a checkpoint half there
-        (MODEL, 1),  # trained, and the model not yet in its place
+        # three checkpoints are flushed before it
+        (MODEL, 4),  # trained, and the model not yet in its place
     ],
     "rlhf": [(SEAL, 3)],  # a whole checkpoint without its mark
     "xpo": [

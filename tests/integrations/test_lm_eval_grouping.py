@@ -1,12 +1,12 @@
-"""Requests cut, regrouped and dealt out: each once, whatever their order."""
+"""Requests cut, ordered and dealt out: each once, whatever their order."""
 
 import random
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 
 from sharpen.errors import InputError
-from sharpen.integrations.lm_eval.grouping import fitted, grouped, stretches
+from sharpen.integrations.lm_eval.grouping import chunks, fitted
 
 
 @pytest.mark.parametrize(
@@ -43,31 +43,41 @@ def requests(n):
     return [([*draw.choice(shots), draw.randrange(3)], [draw.randrange(9)]) for _ in range(n)]
 
 
-def test_every_request_is_in_the_group_of_its_context():
+def by_context(asked, numbers):
+    """Runs of requests of one context."""
+    return [list(run) for _, run in groupby(numbers, key=lambda i: asked[i][0])]
+
+
+def size(asked, run):
+    """Tokens of requests of one context."""
+    return len(asked[run[0]][0]) + sum(len(asked[i][1]) for i in run)
+
+
+def test_every_request_is_beside_those_of_its_context():
     asked = requests(60)
-    groups = grouped(asked)
-    seen = [i for group in groups for i in group.requests]
-    assert sorted(seen) == list(range(60))
-    for group in groups:
-        assert [asked[i] for i in group.requests] == [
-            (group.context, continuation) for continuation in group.continuations
-        ]
-    contexts = [tuple(group.context) for group in groups]
-    assert contexts == sorted(set(contexts))
+    (numbers,) = chunks(asked, 10**6)
+    assert sorted(numbers) == list(range(60))
+    runs = by_context(asked, numbers)
+    # in their own order
+    assert all(run == sorted(run) for run in runs)
+    contexts = [asked[run[0]][0] for run in runs]
+    assert contexts == sorted(contexts)
+    assert len(set(map(tuple, contexts))) == len(contexts)
 
 
-def test_stretches_hold_neighbours_up_to_the_budget():
-    groups = grouped(requests(60))
-    found = list(stretches(groups, 40))
-    assert [group for stretch in found for group in stretch] == groups
+def test_chunks_hold_neighbours_up_to_the_budget():
+    asked = requests(60)
+    found = list(chunks(asked, 40))
+    assert [[i for chunk in found for i in chunk]] == list(chunks(asked, 10**6))
     assert len(found) > 1
-    for stretch, following in pairwise(found):
-        held = sum(group.tokens for group in stretch)
-        assert held <= 40 or len(stretch) == 1
-        assert held + following[0].tokens > 40
+    for chunk, following in pairwise(found):
+        runs = by_context(asked, chunk)
+        held = sum(size(asked, run) for run in runs)
+        assert held <= 40 or len(runs) == 1
+        assert held + size(asked, by_context(asked, following)[0]) > 40
 
 
-def test_a_group_above_the_budget_goes_alone():
-    groups = grouped([([1] * 50, [2]), ([1], [2]), ([3], [4])])
-    assert [len(stretch) for stretch in stretches(groups, 10)] == [1, 1, 1]
-    assert list(stretches([], 10)) == []
+def test_a_context_above_the_budget_goes_alone():
+    asked = [([1] * 50, [2]), ([1], [2]), ([3], [4])]
+    assert list(chunks(asked, 10)) == [[1], [0], [2]]
+    assert list(chunks([], 10)) == []

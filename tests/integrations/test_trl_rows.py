@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sharpen.errors import InputError
-from sharpen.integrations.trl.batches import scattered, scored_rows
+from sharpen.integrations.trl.shared_stats import scattered, scored_rows
 
 # left padding, right padding, a label left out, a row of no label
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [3, 4, 5, 6, 0, 0], [9, 8, 7, 6, 5, 0], [1, 2, 3, 0, 0, 0]])

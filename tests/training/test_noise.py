@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.tiny import CONTEXT, V, tiny
 from helpers.tiny_groups import compared, fitted, losses
-from sharpen.training.fit import without_noise
+from sharpen.training.fit import dropout_disabled
 from sharpen.training.losses import Dpo
 
 COMMON = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -43,7 +43,7 @@ def test_no_rate_is_left_and_each_comes_back(name):
     one, other = twice()
     assert not torch.equal(one, other), "nothing to turn off: the test proves nothing"
     before = model.config.to_dict()
-    with without_noise(model):
+    with dropout_disabled(model):
         one, other = twice()
         assert torch.equal(one, other)
     one, other = twice()
@@ -53,7 +53,7 @@ def test_no_rate_is_left_and_each_comes_back(name):
 
 def test_rates_come_back_after_an_error():
     model = noisy("falcon")
-    with pytest.raises(KeyError), without_noise(model):
+    with pytest.raises(KeyError), dropout_disabled(model):
         raise KeyError
     assert model.config.hidden_dropout == 0.5
 

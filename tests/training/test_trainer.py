@@ -13,10 +13,8 @@ from helpers.tiny_groups import likelihood as likelihood_groups
 from sharpen import Scorer
 from sharpen.errors import InputError, TrainingError
 from sharpen.models import load_model
-from sharpen.training import fit as callbacks
 from sharpen.training import fit as fit_module
-from sharpen.training import fit as saving
-from sharpen.training.fit import SEAL, fit, last_sealed
+from sharpen.training.fit import COMPLETE, fit, last_complete
 from sharpen.training.groups import Batch
 from sharpen.training.losses import Dpo, Likelihood, Square
 from sharpen.training.trainer import GroupTrainer
@@ -131,21 +129,20 @@ def test_a_killed_run_ends_with_the_same_bits(
 def test_a_kill_while_something_is_saved_costs_no_bit(tmp_path, compared, monkeypatch, place):
     """Of the last of all: every step is done, and nothing is left but to save."""
     want = fitted(tmp_path / "whole", compared, Square(1.0))
-    module = saving if place == "model" else callbacks
     with monkeypatch.context() as patch:
         flushed = []
 
         def killed(folder):
             flushed.append(folder)
-            if len(flushed) == {"checkpoint": 3, "model": 1}[place]:
+            if len(flushed) == {"checkpoint": 3, "model": 4}[place]:
                 raise Killed
 
-        patch.setattr(module, "flush", killed)
+        patch.setattr(fit_module, "flush", killed)
         with pytest.raises(Killed):
             fitted(tmp_path / "cut", compared, Square(1.0))
     assert not (tmp_path / "cut" / "model").exists()
     sealed = {"checkpoint": "checkpoint-4", "model": "checkpoint-6"}[place]
-    assert last_sealed(tmp_path / "cut" / "checkpoints").name == sealed
+    assert last_complete(tmp_path / "cut" / "checkpoints").name == sealed
     got = fitted(tmp_path / "cut", compared, Square(1.0))
     assert torch.equal(bits(got), bits(want))
     whole, again = (tmp_path / x / "losses.jsonl" for x in ("whole", "cut"))
@@ -158,7 +155,7 @@ def test_a_checkpoint_is_sealed_once_its_bytes_are_on_disk(tmp_path, likelihood,
 
     def seen(handle):
         path = os.readlink(f"/proc/self/fd/{handle}")
-        if os.path.basename(path).startswith(f".{SEAL}"):
+        if os.path.basename(path).startswith(f".{COMPLETE}"):
             folder = os.path.dirname(path)
             names = {os.path.join(folder, name) for name in os.listdir(folder)} - {path}
             assert len(names) > 5
@@ -172,13 +169,13 @@ def test_a_checkpoint_is_sealed_once_its_bytes_are_on_disk(tmp_path, likelihood,
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
-    assert last_sealed(tmp_path) is None
+    assert last_complete(tmp_path) is None
     for step in (2, 10, 9, 30):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert last_sealed(tmp_path) is None
+    assert last_complete(tmp_path) is None
     for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}" / SEAL).touch()
-    assert last_sealed(tmp_path).name == "checkpoint-10"
+        (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert last_complete(tmp_path).name == "checkpoint-10"
 
 
 @pytest.mark.filterwarnings("ignore:.*non-finite")

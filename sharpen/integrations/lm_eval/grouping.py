@@ -1,43 +1,19 @@
-"""Requests to the scorer's calls: cut to the context, regrouped by equal context, in stretches.
+"""Requests of the harness in the order and the chunks in which the scorer reads them.
 
     request = (context ids, continuation ids)
 
-Requests of one context stand side by side in one call, so that it is read once for all of them.
-Contexts go in the order of their ids: those with a beginning in common, such as the worked examples
-before every question of a task, are neighbours and meet in the scorer's tree.
+The scorer reads what its requests begin with once, for all requests of one call. So contexts go in
+the order of their ids: equal ones, and those with a beginning in common, such as the worked
+examples before every question of a task, are neighbours and meet in one call. lm-eval is not
+needed here.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import groupby
 
 from sharpen.errors import InputError
 
 Ids = list[int]
-
-
-@dataclass(frozen=True)
-class Group:
-    """One context and the continuations asked for.
-
-    Attributes:
-        context: Token ids.
-        continuations: Token ids of each.
-        requests: Which request each continuation is.
-    """
-
-    context: Ids
-    continuations: list[Ids] = field(default_factory=list)
-    requests: list[int] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are read at most for it."""
-        return len(self.context) + sum(map(len, self.continuations))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of its longest sequence that are read."""
-        return len(self.context) + max(map(len, self.continuations)) - 1
 
 
 def fitted(name: str, context: Ids, continuation: Ids, max_length: int) -> Ids:
@@ -73,30 +49,26 @@ def fitted(name: str, context: Ids, continuation: Ids, max_length: int) -> Ids:
     return context[-(max_length + 1 - len(continuation)) :]
 
 
-def grouped(requests: Sequence[tuple[Ids, Ids]]) -> list[Group]:
-    """Every request once, those of equal context together, contexts in the order of their ids.
+def chunks(requests: Sequence[tuple[Ids, Ids]], max_tokens: int) -> Iterator[list[int]]:
+    """Numbers of requests, contexts in the order of their ids, up to `max_tokens` at a time.
+
+    Requests of one context stay together, in their order, and count it once; where they alone are
+    more than `max_tokens` they make a chunk of their own.
 
     Example:
-        >>> [group.requests for group in grouped([([1, 2], [3]), ([1], [4]), ([1, 2], [5])])]
+        >>> list(chunks([([1, 2], [3]), ([1], [4]), ([1, 2], [5])], max_tokens=4))
         [[1], [0, 2]]
     """
-    groups: dict[tuple[int, ...], Group] = {}
-    for i, (context, continuation) in enumerate(requests):
-        group = groups.setdefault(tuple(context), Group(context))
-        group.continuations.append(continuation)
-        group.requests.append(i)
-    return [groups[key] for key in sorted(groups)]
-
-
-def stretches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
-    """Neighbouring groups of up to `max_tokens` tokens together; a larger group goes alone."""
-    stretch: list[Group] = []
+    order = sorted(range(len(requests)), key=lambda i: requests[i][0])
+    chunk: list[int] = []
     held = 0
-    for group in groups:
-        if stretch and held + group.tokens > max_tokens:
-            yield stretch
-            stretch, held = [], 0
-        stretch.append(group)
-        held += group.tokens
-    if stretch:
-        yield stretch
+    for context, run in groupby(order, key=lambda i: requests[i][0]):
+        numbers = list(run)
+        tokens = len(context) + sum(len(requests[i][1]) for i in numbers)
+        if chunk and held + tokens > max_tokens:
+            yield chunk
+            chunk, held = [], 0
+        chunk += numbers
+        held += tokens
+    if chunk:
+        yield chunk

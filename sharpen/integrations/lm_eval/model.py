@@ -24,7 +24,7 @@ from sharpen.errors import InputError
 from sharpen.models import SHIPPED, ModelLimits
 from sharpen.scoring import Scorer, Scores
 
-from .grouping import Group, Ids, fitted, grouped, stretches
+from .grouping import Ids, chunks, fitted
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +141,14 @@ class SharpenLM(HFLM):
             (fitted(_named(text, i), context, continuation, self.max_length), continuation)
             for i, (text, context, continuation) in enumerate(requests)
         ]
-        _tell_of_cuts(requests, pairs, self.max_length)
+        _warn_of_cuts(requests, pairs, self.max_length)
         self._scorer.max_tokens = self._budget(pairs)
         hidden = disable_tqdm or self.rank != 0
         label = "Running loglikelihood requests"
         with tqdm(total=len(requests), disable=hidden, desc=label) as bar:
-            for stretch in stretches(grouped(pairs), FORWARDS * self._scorer.max_tokens):
-                numbers = [i for group in stretch for i in group.requests]
-                for i, answer in zip(numbers, _answers(self._scores(stretch)), strict=True):
+            for numbers in chunks(pairs, FORWARDS * self._scorer.max_tokens):
+                scores = self._scores([pairs[i] for i in numbers])
+                for i, answer in zip(numbers, _answers(scores), strict=True):
                     answers[i] = answer
                     text = requests[i][0]
                     if text is not None:
@@ -157,19 +157,18 @@ class SharpenLM(HFLM):
         return answers
 
     def _budget(self, pairs: list[tuple[Ids, Ids]]) -> int:
+        """Tokens of one forward."""
         if self._given_tokens is not None:
             return self._given_tokens
         if self.batch_size == "auto":
             return AUTO
-        longest = max((len(context) + len(end) - 1 for context, end in pairs), default=0)
-        return max(FLOOR, int(self.batch_size) * longest)
+        return max(FLOOR, int(self.batch_size) * _longest(pairs))
 
-    def _scores(self, groups: list[Group]) -> Scores:
+    def _scores(self, pairs: list[tuple[Ids, Ids]]) -> Scores:
         """Scores of all continuations; with `batch_size=auto`, in less memory where it runs out."""
         scorer, dtype = self._scorer, self.mixed_precision_dtype
-        contexts = [group.context for group in groups]
-        continuations = [group.continuations for group in groups]
-        longest = max(group.longest for group in groups)
+        contexts = [context for context, _ in pairs]
+        continuations = [[continuation] for _, continuation in pairs]
         # probes judge the model's own arithmetic, so they come before mixed precision
         logger.debug("%s", scorer.route)
         while True:
@@ -178,11 +177,16 @@ class SharpenLM(HFLM):
                     return scorer.score(contexts, continuations, stats=("logprob", "is_greedy"))
             except torch.OutOfMemoryError:
                 # a sequence above the budget runs alone: less would change nothing for it
-                if self.batch_size != "auto" or scorer.max_tokens <= longest:
+                if self.batch_size != "auto" or scorer.max_tokens <= _longest(pairs):
                     raise
             scorer.max_tokens //= 2
             torch.cuda.empty_cache()
             logger.warning("out of memory: %d tokens a forward from now on.", scorer.max_tokens)
+
+
+def _longest(pairs: list[tuple[Ids, Ids]]) -> int:
+    """Tokens that are read of the longest request."""
+    return max((len(context) + len(end) - 1 for context, end in pairs), default=0)
 
 
 def _answers(scores: Scores) -> list[Answer]:
@@ -196,20 +200,24 @@ def _answers(scores: Scores) -> list[Answer]:
 
 
 def _named(text: tuple[str, str] | None, number: int) -> str:
+    """What an error calls a request."""
     if text is None:
         return f"window {number}"
     end = text[1] if len(text[1]) <= 40 else text[1][:40] + "..."
     return f"request {number} (continuation {end!r})"
 
 
-def _tell_of_cuts(requests: list[Request], pairs: list[tuple[Ids, Ids]], max_length: int) -> None:
-    cut = sum(
+def _warn_of_cuts(requests: list[Request], pairs: list[tuple[Ids, Ids]], max_length: int) -> None:
+    """Log how many contexts were too long."""
+    n_cut = sum(
         len(context) < len(request[1])
         for request, (context, _) in zip(requests, pairs, strict=True)
     )
-    if cut:
+    if n_cut:
         logger.warning(
             "%d of %d requests are longer than `max_length` of %d tokens: cut from the left, and "
             "contexts cut at different places share nothing.",
-            cut, len(requests), max_length,
-        )  # fmt: skip
+            n_cut,
+            len(requests),
+            max_length,
+        )

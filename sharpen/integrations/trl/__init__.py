@@ -6,7 +6,6 @@ What needs TRL itself is imported when it is asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .batches import use_reference_columns as use_reference_columns
 from .ops import entropy_from_logits as entropy_from_logits
 from .ops import selective_log_softmax as selective_log_softmax
 from .ops import selective_log_softmax_and_entropy as selective_log_softmax_and_entropy
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from .trainers import SharedPrefixKTOTrainer as SharedPrefixKTOTrainer
     from .trainers import SharedPrefixMixin as SharedPrefixMixin
     from .trainers import SharedPrefixRLOOTrainer as SharedPrefixRLOOTrainer
+    from .trainers import use_reference_columns as use_reference_columns
 
 _OF_HOST = {
     "add_fused_lm_head": "fused_head",
@@ -28,6 +28,7 @@ _OF_HOST = {
     "SharedPrefixGRPOTrainer": "trainers",
     "SharedPrefixKTOTrainer": "trainers",
     "SharedPrefixRLOOTrainer": "trainers",
+    "use_reference_columns": "trainers",
 }
 
 

@@ -1,41 +1,64 @@
-"""Prompts as a trainer hands them to rewards, to the token ids that the policy was given.
+"""What a trainer hands to a reward function: token ids, log-probs that its sampler kept, groups.
 
-TRL tells a reward function the text or messages of a prompt, not its ids, so they are made here as
-TRL makes them: messages by the chat template with `add_generation_prompt`, text by the tokenizer
-with its special tokens. Ids that come with the call are taken as they are.
-
-A padded batch with labels, as trainers build it, to prompts and completions, and back.
-
-B sequences, L padded length, S labels that are scored.
-
-A row holds padding on either side of one run of tokens. What stands before its first scored label
-is its prompt, what follows up to the last one its completion; labels in between may be left out.
-
-Completions end to end to groups of one prompt, and group statistics of their rewards.
+    completion_tokens, given_prompt_tokens    ids that come with the call are taken as they are
+    prompt_tokens                             the others are made as TRL makes them: messages by the
+                                              chat template with `add_generation_prompt`, text by
+                                              the tokenizer with its special tokens
+    sampler_logprobs                          where they are all that a reward needs, no forward is
+    group_sizes, cut                          equal prompts that follow one another
+    normalised, group_deviation               rewards within their group
 
 N completions, P groups.
-
-Reference log-probs that come with the data of a DPOTrainer, instead of a reference model.
-
-TRL's collator carries the columns `ref_chosen_logps` and `ref_rejected_logps` (nats, summed over a
-completion) into each batch, and TRL 1.15 and 1.16 read them there only where
-`precompute_ref_logps` is set, which its own option sets and then fails on data that has the columns
-already. So it is set here, on the finished trainer: an attribute that TRL names without underscore.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from sharpen.errors import InputError
 
 # of a rollout's extra fields, or of the data
-NAMES = ("prompt_ids", "prompt_token_ids")
+PROMPT_IDS = ("prompt_ids", "prompt_token_ids")
+# of a rollout's extra fields
+LOGPROBS = ("completion_logprobs", "sampler_logprobs", "logprobs")
+# added to a group's deviation, as TRL does for its advantages
+EPSILON = 1e-4
+
+
+def completion_tokens(completion_ids: Sequence[Sequence[int]] | None, N: int) -> list[list[int]]:
+    """Token ids of each completion; they must come along."""
+    if completion_ids is None:
+        raise InputError(
+            "`completion_ids` must come with the completions, got none; text that is tokenised "
+            "again need not be the tokens that were sampled."
+        )
+    if len(completion_ids) != N:
+        raise InputError(
+            f"`completion_ids` must hold one list for each of {N} prompts, "
+            f"got {len(completion_ids)}."
+        )
+    return [list(ids) for ids in completion_ids]
+
+
+# whatever a trainer passes
+def given_prompt_tokens(given: Mapping[str, Any], N: int) -> list[list[int]] | None:
+    """Token ids of each prompt, where they came along: lists, or arrays and tensors."""
+    for name in PROMPT_IDS:
+        rows = given.get(name)
+        # the truth of a tensor is an error, and an empty column says nothing
+        if rows is None or len(rows) == 0:
+            continue
+        if len(rows) != N:
+            raise InputError(
+                f"`{name}` must hold one list for each of {N} completions, got {len(rows)}."
+            )
+        return [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
+    return None
 
 
 # text, messages, and what a tokenizer or template takes
@@ -71,6 +94,7 @@ def prompt_tokens(
 
 
 def _check_messages(prompt: Any) -> None:
+    """Reject what is not messages of text."""
     is_messages = isinstance(prompt, list) and all(
         isinstance(message, Mapping) and "role" in message for message in prompt
     )
@@ -85,111 +109,43 @@ def _check_messages(prompt: Any) -> None:
             raise InputError("`prompts` must be text alone, got a message with an image or more.")
 
 
-IGNORED = -100
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredRows:
-    """What a scorer is given, and where its answers go.
-
-    Attributes:
-        prompts: Token ids before the first scored label of each row that has one.
-        completions: Token ids from there to the last scored label; one a prompt.
-        asked: Which completion tokens are scored labels, all completions end to end.
-        place: Where each scored label stands in the labels [B, L - 1] that were shifted left by
-            one, flattened, in the order of the tokens.
-    """
-
-    prompts: list[list[int]]
-    completions: list[list[list[int]]]
-    asked: Bool[Tensor, " tokens"]
-    place: Int64[Tensor, " S"]
-
-
-def scored_rows(
-    ids: Int64[Tensor, "B L"],
-    mask: Tensor | None,
-    labels: Int64[Tensor, "B L"],
-) -> ScoredRows:
-    """The rows of a batch whose labels are its own ids, or -100 where none is scored.
-
-    The first column predicts nothing and is predicted by nothing, as in every causal loss.
+# whatever else a trainer passes to a reward
+def sampler_logprobs(
+    given: Mapping[str, Any], completion_ids: Sequence[Sequence[int]]
+) -> list[list[float]] | None:
+    """Nats of each token of each completion, NaN where the sampler has none; None if not given.
 
     Args:
-        ids: Token ids, padded on the left, the right or both.
-        mask: 1 on tokens, 0 on padding; None for no padding.
-        labels: `ids`, or -100.
+        given: What the reward function was called with; the first of `LOGPROBS` counts.
+        completion_ids: Token ids of each completion.
 
     Raises:
-        InputError: If shapes disagree, padding stands between tokens, a label is another id or
-            stands on padding, or the first token of a row that begins late is scored.
+        InputError: If there is not one number for each token.
+
+    Example:
+        >>> sampler_logprobs({"completion_logprobs": [[-0.5, None]]}, [[7, 2]])
+        [[-0.5, nan]]
     """
-    mask = torch.ones_like(ids) if mask is None else mask
-    if not ids.shape == mask.shape == labels.shape or ids.ndim != 2:
+    name = next((name for name in LOGPROBS if given.get(name) is not None), None)
+    if name is None:
+        return None
+    rows = given[name]
+    if len(rows) != len(completion_ids):
         raise InputError(
-            f"`input_ids`, `attention_mask` and `labels` must be of one shape [B, L], got "
-            f"{tuple(ids.shape)}, {tuple(mask.shape)} and {tuple(labels.shape)}."
+            f"`{name}` must hold one list for each of {len(completion_ids)} completions, "
+            f"got {len(rows)}."
         )
-    is_token_BL = mask.bool()
-    is_asked_BL = labels != IGNORED
-    is_asked_BL[:, :1] = False
-    _check(ids, is_token_BL, labels, is_asked_BL)
-    L = ids.shape[1]
-    prompts, completions, asked, place = [], [], [], []
-    tokens, kept = is_token_BL.tolist(), is_asked_BL.tolist()
-    for b, row in enumerate(ids.tolist()):
-        columns = [t for t, ask in enumerate(kept[b]) if ask]
-        if not columns:
-            continue
-        begin, first, last = tokens[b].index(True), columns[0], columns[-1]
-        if first == begin:
+    found = []
+    for i, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
+        row = [] if row is None else row
+        numbers = all(x is None or isinstance(x, (int, float)) for x in row)
+        if len(row) != len(ids) or not numbers:
             raise InputError(
-                f"`labels`[{b}] must begin after the first token of its row, got a scored label at "
-                f"column {first}, which nothing predicts; begin the prompt with BOS or EOS."
+                f"`{name}`[{i}] must hold one number or None for each of {len(ids)} tokens, got "
+                f"{len(row) if numbers else 'lists'}; hand over those of the sampled tokens."
             )
-        prompts.append(row[begin:first])
-        completions.append([row[first : last + 1]])
-        asked += kept[b][first : last + 1]
-        place += [b * (L - 1) + t - 1 for t in columns]
-    return ScoredRows(
-        prompts,
-        completions,
-        torch.tensor(asked, dtype=torch.bool),
-        torch.tensor(place, dtype=torch.int64),
-    )
-
-
-def scattered(rows: ScoredRows, values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Values of all completion tokens [tokens] as [B, L - 1], 0 where none is scored.
-
-    Differentiable, and of the dtype and device of `values`.
-    """
-    B, L = shape
-    asked_S = values[rows.asked.to(values.device)]
-    place_S = rows.place.to(values.device)
-    return values.new_zeros(B * (L - 1)).index_put((place_S,), asked_S).view(B, L - 1)
-
-
-def _check(ids: Tensor, is_token: Tensor, labels: Tensor, is_asked: Tensor) -> None:
-    edges_BL = is_token.long().diff(dim=1, prepend=is_token.new_zeros(len(ids), 1).long())
-    if bool((edges_BL == 1).sum(dim=1).gt(1).any()):
-        raise InputError(
-            "`attention_mask` must mark one run of tokens a row, got padding between tokens; "
-            "remove it, or leave the tokens there and their labels at -100."
-        )
-    if bool((is_asked & ~is_token).any()):
-        raise InputError(
-            "`labels` must be -100 on padding, got a scored label where `attention_mask` is 0."
-        )
-    if bool((is_asked & (labels != ids)).any()):
-        raise InputError(
-            "`labels` must be the ids of `input_ids` or -100, got other ids; they cannot be scored "
-            "as a continuation."
-        )
-
-
-# added to a group's deviation, as TRL does for its advantages
-EPSILON = 1e-4
+        found.append([math.nan if x is None else float(x) for x in row])
+    return found
 
 
 # prompts are texts, messages or ids
@@ -240,57 +196,9 @@ def group_deviation(reward: Float32[Tensor, " N"], groups: Int64[Tensor, " bound
 
 
 def _standard(reward: Tensor) -> Tensor:
+    """Finite rewards of one group less their mean, over their deviation."""
     finite = reward[reward.isfinite()]
     if len(finite) == 0:
         return reward
     std = finite.std() if len(finite) > 1 else torch.tensor(0.0)
     return (reward - finite.mean()) / (std + EPSILON)
-
-
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-
-
-def use_reference_columns(trainer: Any, *, optional: bool = False) -> bool:
-    """Let a finished `DPOTrainer` read its reference from the columns of its data.
-
-    A reference model that the trainer holds is let go: its memory is free for the first step. In
-    evaluation the same columns are read, so every evaluation set must have them.
-
-    Args:
-        trainer: A `trl.DPOTrainer` after its construction.
-        optional: Do nothing where no set has the columns.
-
-    Returns:
-        Whether the columns are used.
-
-    Raises:
-        InputError: If a set lacks a column, or the reference is not fixed (`sync_ref_model`).
-    """
-    sets = {"train_dataset": trainer.train_dataset}
-    own = trainer.eval_dataset
-    sets |= own if isinstance(own, dict) else {"eval_dataset": own}
-    names = {name: _names(data) for name, data in sets.items() if data is not None}
-    # the trainer has computed them itself
-    if trainer.precompute_ref_logps and optional:
-        return False
-    if optional and not any(set(COLUMNS) & found for found in names.values()):
-        return False
-    for name, found in names.items():
-        missing = [column for column in COLUMNS if column not in found]
-        if missing:
-            raise InputError(
-                f"`{name}` must have the columns {' and '.join(COLUMNS)}, got none called "
-                f"{missing[0]}; add both to every set, or to none."
-            )
-    if trainer.args.sync_ref_model:
-        raise InputError(
-            "`sync_ref_model` must be False with reference columns, got True: they are of one "
-            "fixed model."
-        )
-    trainer.precompute_ref_logps = True
-    trainer.ref_model = None
-    return True
-
-
-def _names(data: Any) -> set[str]:
-    return set(data.column_names or next(iter(data)))

@@ -1,6 +1,4 @@
-"""A model's own forward, under what a trainer wrapped around it.
-
-TRL's fused head, over prompts that are computed once.
+"""TRL's fused head, over prompts that are computed once.
 
 `trl.trainer.add_fused_lm_head` gives `model(..., labels=labels, fused_lm_head=True)`, from which
 all of TRL's trainers read per-token log-probs, entropies and more. This one answers the same call
@@ -25,22 +23,6 @@ from .shared_stats import SharedStats
 
 if TYPE_CHECKING:
     import transformers
-
-
-@contextmanager
-def bare_forward(model: nn.Module) -> Iterator[None]:
-    """While open the forward is the class's own, outside what a trainer wrapped around it.
-
-    accelerate's wrapper turns autocast on: probed through it, a head would seem to be another.
-    """
-    is_placed = hasattr(model, "_hf_hook")  # by device_map, whose wrapper moves tensors
-    wrapped = None if is_placed else vars(model).pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped
-
 
 # what a trainer hands over beside ids, mask and labels, and means nothing here
 HARMLESS = ("use_cache", "num_items_in_batch", "return_dict")
@@ -75,31 +57,22 @@ def add_fused_lm_head(
 
 
 @dataclass
-class Calls:
-    """How often a head was asked.
-
-    Attributes:
-        n: Calls with `fused_lm_head=True`.
-    """
+class HeadCalls:
+    """How often a head was called with `fused_lm_head=True`."""
 
     n: int = 0
 
 
-# arguments as of `add_fused_lm_head`
 def put_head(
     model: "transformers.PreTrainedModel",
     temperature: float,
     cast_lm_head_to_fp32: bool,
     outputs: Sequence[str],
     max_tokens: int,
-) -> Calls:
-    """`add_fused_lm_head`, with a count of the calls that the head will get.
-
-    Raises:
-        InputError: As there.
-    """
+) -> HeadCalls:
+    """`add_fused_lm_head`, with a count of the calls that the head will get."""
     output_class = host("trl.trainer.utils").FusedCausalLMOutput
-    calls = Calls()
+    calls = HeadCalls()
     if cast_lm_head_to_fp32:
         raise InputError(
             "`cast_lm_head_to_fp32` must be False with shared prompts, got True; leave it out: "
@@ -112,7 +85,7 @@ def put_head(
     @torch.compiler.disable
     # what the model takes, and what TRL adds
     def fused(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, **rest: Any) -> Any:
-        _refuse(rest)
+        _check_rest(rest)
         n_items = rest.get("num_items_in_batch")
         labels = labels.to(input_ids.device)
         found = stats(input_ids, attention_mask, labels)
@@ -138,7 +111,8 @@ def put_head(
     return calls
 
 
-def _refuse(rest: dict[str, Any]) -> None:
+def _check_rest(rest: dict[str, Any]) -> None:
+    """Reject arguments that would change the log-probs."""
     odd = [name for name, x in rest.items() if name not in HARMLESS and x is not None]
     if "output_router_logits" in odd and not rest["output_router_logits"]:
         odd.remove("output_router_logits")
@@ -147,3 +121,18 @@ def _refuse(rest: dict[str, Any]) -> None:
             f"the shared head must be given token ids, a mask and labels alone, got "
             f"`{odd[0]}`; images, packed rows and router losses need TRL's own trainer."
         )
+
+
+@contextmanager
+def bare_forward(model: nn.Module) -> Iterator[None]:
+    """While open the forward is the class's own, outside what a trainer wrapped around it.
+
+    accelerate's wrapper turns autocast on: probed through it, a head would seem to be another.
+    """
+    is_placed = hasattr(model, "_hf_hook")  # by device_map, whose wrapper moves tensors
+    wrapped = None if is_placed else vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped

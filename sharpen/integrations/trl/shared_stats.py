@@ -1,16 +1,19 @@
-"""Log-probs that a sampler kept: where they say all that a reward asks, no forward is needed.
+"""What a fused head returns, from prompts that are computed once: no TRL in here.
 
-What a fused head returns, from prompts that are computed once: no host in here.
+    padded batch with labels -> prompts and completions -> token statistics -> outputs, padded
 
-B sequences, L padded length.
+A row holds padding on either side of one run of tokens. What stands before its first scored label
+is its prompt, what follows up to the last one its completion; labels in between may be left out.
+
+B sequences, L padded length, S labels that are scored.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from sharpen.errors import InputError
@@ -20,54 +23,10 @@ from sharpen.scoring.probe import find_route, routed_stats
 from sharpen_kernels import TokenStats
 from sharpen_kernels.linear_logprob import Statistic
 
-from .batches import scattered, scored_rows
-
 if TYPE_CHECKING:
     import transformers
 
-# of a rollout's extra fields
-NAMES = ("completion_logprobs", "sampler_logprobs", "logprobs")
-
-
-# whatever else a trainer passes to a reward
-def sampler_logprobs(
-    given: Mapping[str, Any], completion_ids: Sequence[Sequence[int]]
-) -> list[list[float]] | None:
-    """Nats of each token of each completion, NaN where the sampler has none; None if not given.
-
-    Args:
-        given: What the reward function was called with; the first of `NAMES` that is there counts.
-        completion_ids: Token ids of each completion.
-
-    Raises:
-        InputError: If there is not one number for each token.
-
-    Example:
-        >>> sampler_logprobs({"completion_logprobs": [[-0.5, None]]}, [[7, 2]])
-        [[-0.5, nan]]
-    """
-    name = next((name for name in NAMES if given.get(name) is not None), None)
-    if name is None:
-        return None
-    rows = given[name]
-    if len(rows) != len(completion_ids):
-        raise InputError(
-            f"`{name}` must hold one list for each of {len(completion_ids)} completions, "
-            f"got {len(rows)}."
-        )
-    found = []
-    for i, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
-        row = [] if row is None else row
-        numbers = all(x is None or isinstance(x, (int, float)) for x in row)
-        if len(row) != len(ids) or not numbers:
-            raise InputError(
-                f"`{name}`[{i}] must hold one number or None for each of {len(ids)} tokens, got "
-                f"{len(row) if numbers else 'lists'}; hand over those of the sampled tokens."
-            )
-        found.append([math.nan if x is None else float(x) for x in row])
-    return found
-
-
+IGNORED = -100
 # which statistics each output of TRL's head is made of
 NEEDS: dict[str, tuple[Statistic, ...]] = {
     "log_probs": ("logprob",),
@@ -125,24 +84,30 @@ class SharedStats:
             InputError: As `scored_rows`, and if the model cannot read a row.
         """
         rows = scored_rows(ids, mask, labels)
-        pairs = pair_up(ModelLimits.of(self.model), rows.prompts, rows.completions)
-        names: dict[Statistic, None] = {stat: None for name in self.outputs for stat in NEEDS[name]}
+        limits = ModelLimits.of(self.model)
+        pairs = pair_up(limits, rows.prompts, rows.completions)
+        needed: dict[Statistic, None] = {
+            stat: None for name in self.outputs for stat in NEEDS[name]
+        }
         tokens = routed_stats(
             self.model,
             pairs,
-            tuple(names),
+            tuple(needed),
             route=self.route,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
         )
-        V = ModelLimits.of(self.model).vocab_size
-        found = {n: scattered(rows, _of(n, tokens, V), ids.shape) for n in self.outputs}
+        found = {
+            name: scattered(rows, _output(name, tokens, limits.vocab_size), ids.shape)
+            for name in self.outputs
+        }
         if not pairs and torch.is_grad_enabled():
             found["log_probs"] = found["log_probs"] + _zero(self.model)
         return found
 
 
-def _of(name: str, tokens: TokenStats, n_columns: int) -> Tensor:
+def _output(name: str, tokens: TokenStats, n_columns: int) -> Tensor:
+    """An output of TRL's head, of the statistics that it is made of."""
     if name == "log_sum_sq_probs":
         assert tokens.sum_p2 is not None
         return tokens.sum_p2.log()
@@ -163,3 +128,104 @@ def _zero(model: nn.Module) -> Tensor:
     """0 that every trained parameter is in: a step without a label is a step of no gradient."""
     parts = [p.flatten()[:1].sum() * 0 for p in model.parameters() if p.requires_grad]
     return torch.stack([x.float() for x in parts]).sum() if parts else torch.zeros(())
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """What a scorer is given, and where its answers go.
+
+    Attributes:
+        prompts: Token ids before the first scored label of each row that has one.
+        completions: Token ids from there to the last scored label; one a prompt.
+        asked: Which completion tokens are scored labels, all completions end to end.
+        place: Where each scored label stands in the labels [B, L - 1] that were shifted left by
+            one, flattened, in the order of the tokens.
+    """
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]
+    asked: Bool[Tensor, " tokens"]
+    place: Int64[Tensor, " S"]
+
+
+def scored_rows(
+    ids: Int64[Tensor, "B L"],
+    mask: Tensor | None,
+    labels: Int64[Tensor, "B L"],
+) -> ScoredRows:
+    """The rows of a batch whose labels are its own ids, or -100 where none is scored.
+
+    The first column predicts nothing and is predicted by nothing, as in every causal loss.
+
+    Args:
+        ids: Token ids, padded on the left, the right or both.
+        mask: 1 on tokens, 0 on padding; None for no padding.
+        labels: `ids`, or -100.
+
+    Raises:
+        InputError: If shapes disagree, padding stands between tokens, a label is another id or
+            stands on padding, or the first token of a row that begins late is scored.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not ids.shape == mask.shape == labels.shape or ids.ndim != 2:
+        raise InputError(
+            f"`input_ids`, `attention_mask` and `labels` must be of one shape [B, L], got "
+            f"{tuple(ids.shape)}, {tuple(mask.shape)} and {tuple(labels.shape)}."
+        )
+    is_token_BL = mask.bool()
+    is_asked_BL = labels != IGNORED
+    is_asked_BL[:, :1] = False
+    _check_labels(ids, is_token_BL, labels, is_asked_BL)
+    L = ids.shape[1]
+    prompts, completions, asked, place = [], [], [], []
+    tokens, kept = is_token_BL.tolist(), is_asked_BL.tolist()
+    for b, row in enumerate(ids.tolist()):
+        columns = [t for t, ask in enumerate(kept[b]) if ask]
+        if not columns:
+            continue
+        begin, first, last = tokens[b].index(True), columns[0], columns[-1]
+        if first == begin:
+            raise InputError(
+                f"`labels`[{b}] must begin after the first token of its row, got a scored label at "
+                f"column {first}, which nothing predicts; begin the prompt with BOS or EOS."
+            )
+        prompts.append(row[begin:first])
+        completions.append([row[first : last + 1]])
+        asked += kept[b][first : last + 1]
+        place += [b * (L - 1) + t - 1 for t in columns]
+    return ScoredRows(
+        prompts,
+        completions,
+        torch.tensor(asked, dtype=torch.bool),
+        torch.tensor(place, dtype=torch.int64),
+    )
+
+
+def scattered(rows: ScoredRows, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Values of all completion tokens [tokens] as [B, L - 1], 0 where none is scored.
+
+    Differentiable, and of the dtype and device of `values`.
+    """
+    B, L = shape
+    asked_S = values[rows.asked.to(values.device)]
+    place_S = rows.place.to(values.device)
+    return values.new_zeros(B * (L - 1)).index_put((place_S,), asked_S).view(B, L - 1)
+
+
+def _check_labels(ids: Tensor, is_token: Tensor, labels: Tensor, is_asked: Tensor) -> None:
+    """Reject padding between tokens, and labels that are no continuation of their row."""
+    edges_BL = is_token.long().diff(dim=1, prepend=is_token.new_zeros(len(ids), 1).long())
+    if bool((edges_BL == 1).sum(dim=1).gt(1).any()):
+        raise InputError(
+            "`attention_mask` must mark one run of tokens a row, got padding between tokens; "
+            "remove it, or leave the tokens there and their labels at -100."
+        )
+    if bool((is_asked & ~is_token).any()):
+        raise InputError(
+            "`labels` must be -100 on padding, got a scored label where `attention_mask` is 0."
+        )
+    if bool((is_asked & (labels != ids)).any()):
+        raise InputError(
+            "`labels` must be the ids of `input_ids` or -100, got other ids; they cannot be scored "
+            "as a continuation."
+        )

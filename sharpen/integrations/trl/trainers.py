@@ -13,7 +13,6 @@ from transformers import ProcessorMixin
 
 from sharpen.errors import InputError
 
-from .batches import use_reference_columns
 from .fused_head import put_head
 from .host import host, trainer_class
 
@@ -21,10 +20,11 @@ from .host import host, trainer_class
 _GRPO, _RLOO = trainer_class("GRPOTrainer"), trainer_class("RLOOTrainer")
 _DPO, _KTO = trainer_class("DPOTrainer"), trainer_class("KTOTrainer")
 
-
 # of GRPO and RLOO in TRL 1.15 and 1.16: private, and held on to by a test and at construction
 PER_TOKEN = "_get_per_token_logps_and_entropies"
 TAKES = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+# of a data set for DPO
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 OTHER_TRL = "take TRL 1.15 or 1.16, a newer sharpen, or TRL's own trainer"
 
 
@@ -47,7 +47,7 @@ class SharedPrefixMixin:
         super().__init__(*args, **kwargs)
         # attributes of the trainer that this is mixed into
         trainer: Any = self
-        _refuse(trainer)
+        _check_supported(trainer)
         temperature = getattr(trainer, "temperature", 1.0)
         models = [(trainer.accelerator.unwrap_model(trainer.model), self.shared_outputs)]
         reference = getattr(trainer, "ref_model", None)
@@ -103,6 +103,7 @@ class _WholeGroups:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """TRL's own, of the whole batch."""
         own: Any = super()
         batch = model, input_ids, attention_mask, logits_to_keep, None
         return own._get_per_token_logps_and_entropies(*batch, *args, **kwargs)
@@ -135,7 +136,61 @@ class SharedPrefixKTOTrainer(SharedPrefixMixin, _KTO):
     shared_outputs = ("log_probs", "entropy", "mean_logits")
 
 
-def _refuse(trainer: Any) -> None:
+def use_reference_columns(trainer: Any, *, optional: bool = False) -> bool:
+    """Let a finished `DPOTrainer` read its reference log-probs from the columns of its data.
+
+    TRL's collator carries the columns `ref_chosen_logps` and `ref_rejected_logps` (nats, summed
+    over a completion) into each batch, and TRL 1.15 and 1.16 read them there only where
+    `precompute_ref_logps` is set, which its own option sets and then fails on data that has the
+    columns already. So it is set here, on the finished trainer: an attribute that TRL names without
+    underscore.
+
+    A reference model that the trainer holds is let go: its memory is free for the first step. In
+    evaluation the same columns are read, so every evaluation set must have them.
+
+    Args:
+        trainer: A `trl.DPOTrainer` after its construction.
+        optional: Do nothing where no set has the columns.
+
+    Returns:
+        Whether the columns are used.
+
+    Raises:
+        InputError: If a set lacks a column, or the reference is not fixed (`sync_ref_model`).
+    """
+    sets = {"train_dataset": trainer.train_dataset}
+    own = trainer.eval_dataset
+    sets |= own if isinstance(own, dict) else {"eval_dataset": own}
+    names = {name: _column_names(data) for name, data in sets.items() if data is not None}
+    # the trainer has computed them itself
+    if trainer.precompute_ref_logps and optional:
+        return False
+    if optional and not any(set(COLUMNS) & found for found in names.values()):
+        return False
+    for name, found in names.items():
+        missing = [column for column in COLUMNS if column not in found]
+        if missing:
+            raise InputError(
+                f"`{name}` must have the columns {' and '.join(COLUMNS)}, got none called "
+                f"{missing[0]}; add both to every set, or to none."
+            )
+    if trainer.args.sync_ref_model:
+        raise InputError(
+            "`sync_ref_model` must be False with reference columns, got True: they are of one "
+            "fixed model."
+        )
+    trainer.precompute_ref_logps = True
+    trainer.ref_model = None
+    return True
+
+
+def _column_names(data: Any) -> set[str]:
+    """Of a data set, or of rows."""
+    return set(data.column_names or next(iter(data)))
+
+
+def _check_supported(trainer: Any) -> None:
+    """Reject what the shared head cannot do."""
     name, args = type(trainer).__name__, trainer.args
     sharded = [x for x in ("is_fsdp_enabled", "is_deepspeed_enabled") if getattr(trainer, x, False)]
     if sharded:
