@@ -8,10 +8,9 @@ Writes into its run directory: `samples.jsonl` (every completion, as it is drawn
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +24,10 @@ from sharpen.runs import Journal, Run
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.base import render_all
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.scoring.rewards import stats_needed
 from sharpen.selection import best_of_n
 
-from .engines import SamplingOptions, check_engine, opened
+from .engines import check_engine, opened, sampling_config
 from .inputs import (
     Source,
     check_reward,
@@ -38,7 +37,7 @@ from .inputs import (
     open_source,
     source_settings,
 )
-from .options import DrawOptions, PromptOptions, option, required
+from .options import BonConfig
 from .stages import (
     json_numbers,
     kept_scores,
@@ -53,23 +52,10 @@ SUMMARY, REPORT, TIMINGS = "summary.json", "report.html", "timings.jsonl"
 SCORES = "scores.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class BonConfig(DrawOptions, PromptOptions, SamplingOptions):
-    """Best-of-N: sample, score, choose, report."""
-
-    out: str = required("run directory; the same command again goes on where it stopped")
-    reward: str = option(f"what to choose by: {', '.join(REWARDS)}", "logprob")
-    scores: Literal["sampler", "scorer"] = option(
-        "sampler: the log-probs kept while drawing, which cost nothing; "
-        "scorer: an exact forward pass over all samples",
-        "sampler",
-    )
-
-
 def run(config: BonConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    draws = config.sampling()
+    draws = sampling_config(config)
     out = Path(config.out)
     outputs = [out / name for name in (SAMPLES, GREEDY, CHOSEN, SUMMARY, REPORT, SCORES)]
     greedy = None

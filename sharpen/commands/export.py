@@ -33,7 +33,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -56,7 +56,7 @@ from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.training.groups import PairKind, choose_pairs
 from sharpen_kernels import TokenStats
 
-from .options import option, required
+from .options import ExportConfig
 from .score import completion_text
 from .stages import settings_beside
 
@@ -433,38 +433,6 @@ OWN = {
     "unique": ("sft", "dpo", "kto", "tokens"),
     "cut": ("sft", "dpo", "kto", "tokens"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Scored samples to TRL's data sets."""
-
-    input: str = required("JSON lines file of `sharpen score`, or of `sharpen sample`")
-    shape: Literal["sft", "dpo", "kto", "prompt", "tokens"] = required(
-        "sft: the best completions; dpo: pairs; kto: good and bad ones; prompt: prompts alone; "
-        "tokens: the best as token ids"
-    )
-    out: str = required("file to write: .jsonl, or .parquet")
-    reward: str | None = option(
-        f"what to choose by: one that the records hold, or {', '.join(REWARDS)}"
-    )
-    top: int = option("sft, tokens: completions a prompt, best first", 1)
-    pairs: Literal["best_worst", "all", "random"] = option(
-        "dpo: best_worst: one pair a prompt; all: every two; random: each completion in one pair",
-        "best_worst",
-    )
-    margin: float = option("dpo: only pairs whose rewards differ by more", 0.0)
-    seed: int = option("dpo: fixes random pairs", 0)
-    threshold: float | None = option("kto: good are those of at least this reward, bad all others")
-    share: float | None = option(
-        "kto: good are the best SHARE of a prompt's completions, bad as many of the worst"
-    )
-    unique: bool = option("equal completions of a prompt count once", False)
-    cut: bool = option("take completions that were cut at the token limit too", False)
-    prompts: str | None = option(
-        "the file that the samples were drawn from: its prompts, such as messages, go out instead "
-        "of the text that a template made of them"
-    )
 
 
 def run(config: ExportConfig) -> None:

@@ -9,9 +9,8 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -36,32 +35,13 @@ from sharpen.records import read_rows, write_text
 from sharpen.sampling.vllm_engine import VllmEngine
 from sharpen.scoring import Scorer
 
-from .engines import EndpointOptions, VllmOptions, llm_arguments
+from .engines import endpoint_client, llm_arguments
 from .inputs import load, model_settings
-from .options import ModelOptions, option, required
+from .options import ParityConfig
 from .score import Record, read_records
 
 # sequences rated together
 CHUNK = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityConfig(VllmOptions, EndpointOptions, ModelOptions):
-    """Compare two engines."""
-
-    samples: str = required("JSON lines file of `sharpen sample`, or as `sharpen score` reads it")
-    against: Literal["hf", "vllm", "server", "sampler"] = required(
-        "hf: a plain forward of transformers; vllm: in this environment; server: --endpoint, by "
-        "echo; sampler: the log-probs kept in the file"
-    )
-    out: str | None = option("JSON file to write the report to; it must not exist")
-    tolerance: float = option("nats; more is exit code 1", 1e-3)
-    measure: Literal["max", "mean", "p99"] = option(
-        "of the differences a token, what the tolerance bounds", "max"
-    )
-    clip: float = option("PPO's epsilon, for the share of ratios outside it", 0.2)
-    worst: int = option("tokens to show, those furthest apart", 10)
-    limit: int | None = option("only the first LIMIT records")
 
 
 def run(config: ParityConfig) -> None:
@@ -156,7 +136,7 @@ def check(config: ParityConfig) -> None:
     if config.endpoint is not None:
         if not config.endpoint_model:
             raise InputError("`endpoint_model` must be given with `--endpoint`: its name there.")
-        config.client()
+        endpoint_client(config)
     if config.vllm and config.against != "vllm":
         raise InputError("`--vllm` must come with `--against vllm`; leave one out.")
     llm_arguments(config.vllm)
@@ -186,7 +166,7 @@ def rate(
     if config.against == "server":
         with tqdm(total=sum(map(len, completions)), desc="server", unit="completion") as bar:
             return server_logprobs(
-                config.client(),
+                endpoint_client(config),
                 config.endpoint_model,
                 prompts,
                 completions,

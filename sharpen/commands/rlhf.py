@@ -9,11 +9,10 @@ rewards and the reference), `losses.jsonl`, `checkpoints/`, `model/` and `summar
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,33 +21,10 @@ from sharpen.records import Row, write_rows
 from sharpen.training.groups import Pairs, choose_pairs, paired_group, standardise
 from sharpen.training.losses import Dpo, Square, check_beta
 
-from .options import option
-from .train import PAIRS, Choice, Drawn, OnceConfig, check_law, fit_once
+from .options import RlhfConfig
+from .train import PAIRS, Choice, Drawn, check_law, fit_once
 
 OWN = ("beta", "pairs", "standardise", "loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RlhfConfig(OnceConfig):
-    """RLHF-Sharpening: sample, score, pair, fit."""
-
-    n: int = option("completions per prompt, at least 2", 8, ("-n",))
-    beta: float = option(
-        "weight of the KL term; of logprob the optimum is the power 1 + 1/beta of the base", 1.0
-    )
-    pairs: Literal["random", "all", "best_worst"] = option(
-        "random: each completion in one pair; all: every two; best_worst: one pair a prompt",
-        "random",
-    )
-    standardise: Literal["none", "all", "prompt"] = option(
-        "divide rewards by their deviation within prompts: one for all prompts, or one a prompt; "
-        "changes the optimum",
-        "none",
-    )
-    loss: Literal["square", "dpo"] = option(
-        "square: the paper's; dpo: a logistic loss of which is better, the common baseline",
-        "square",
-    )
 
 
 def run(config: RlhfConfig) -> None:

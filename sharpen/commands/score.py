@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,28 +34,13 @@ from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.scoring.token_stats import check_temperature
 
 from .inputs import load, model_settings
-from .options import ModelOptions, option, required
+from .options import ScoreConfig
 from .stages import json_numbers, nested_stats, settings_beside
 
 log = logging.getLogger("sharpen")
 
 # records scored and written together; a crash loses at most these
 CHUNK = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig(ModelOptions):
-    """Rate given completions."""
-
-    input: str = required("JSON lines file with `prompt` and `completion` or `completions`")
-    out: str = required("JSON lines file to write; the same command again goes on with it")
-    rewards: list[str] = field(
-        default_factory=lambda: ["logprob", "mean_logprob"],
-        metadata={"help": "rewards to compute, one or more"},
-    )
-    token_stats: bool = option("also write every token's statistics", False)
-    add_eos: bool = option("end completions given as text with the end-of-sequence token", False)
-    temperature: float = option("divides the model's logits: what sampling at it draws from", 1.0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,34 +16,9 @@ from sharpen.server.metrics import Metrics
 from sharpen.server.schemas import ServerLimits, needed
 from sharpen.server.text import Texts
 
-from .options import ModelOptions, option
+from .options import ServeConfig
 
 log = logging.getLogger("sharpen")
-
-DEFAULT = ServerLimits()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig(ModelOptions):
-    """Score over HTTP."""
-
-    host: str = option(
-        "address to listen on; any but this machine's own needs a key in SHARPEN_API_KEY",
-        "127.0.0.1",
-    )
-    port: int = option("port to listen on; 0 takes a free one", 8000)
-    name: str | None = option("what requests call the model; default: as `--model` says")
-    reward: str = option("what trainers get that ask for one number", "logprob")
-    unscorable_reward: float | None = option(
-        "what they get for a sample that is empty, too long or has no finite log-prob; "
-        "default: an error"
-    )
-    wait_ms: float = option("how long the newest request waits for others to share a batch", 5.0)
-    max_queue: int = option("prompts that may wait; more get 429", DEFAULT.max_queue)
-    max_n: int = option("completions or prompts of one request", DEFAULT.max_n)
-    max_request_tokens: int = option("tokens of one request", DEFAULT.max_request_tokens)
-    max_request_bytes: int = option("bytes of one request", DEFAULT.max_request_bytes)
-    drain_seconds: float = option("how long to answer what was accepted, at the end", 60.0)
 
 
 def run(config: ServeConfig) -> None:

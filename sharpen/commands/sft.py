@@ -7,9 +7,8 @@ its run directory: `samples.jsonl`, `scores.jsonl` (log-probs under the base mod
 `checkpoints/`, `model/` and `summary.json`.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -20,25 +19,10 @@ from sharpen.selection import best_of_n
 from sharpen.training.groups import chosen_weights, tilted_weights, weighted_groups
 from sharpen.training.losses import Likelihood
 
-from .options import option
-from .train import Choice, Drawn, OnceConfig, check_law, fit_once
+from .options import SftConfig
+from .train import Choice, Drawn, check_law, fit_once
 
 OWN = ("weights", "soft_temperature", "per")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig(OnceConfig):
-    """SFT-Sharpening: sample, score, choose, fit."""
-
-    weights: Literal["best", "soft", "equal"] = option(
-        "best: the best of N alone; soft: all, by exp(reward / soft_temperature), which is power "
-        "self-distillation; equal: all alike, for samples of the target itself",
-        "best",
-    )
-    soft_temperature: float = option(
-        "lambda of soft weights; of logprob towards the power 1 + 1/lambda", 1.0
-    )
-    per: Literal["token", "sequence"] = option("what a step's likelihood is a mean over", "token")
 
 
 def run(config: SftConfig) -> None:

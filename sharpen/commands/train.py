@@ -51,12 +51,13 @@ from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.metropolis import Metropolis
 from sharpen.sampling.smc import ParticleFilter
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.scoring.rewards import stats_needed
 from sharpen.training.fit import LOSSES, MODEL, fit, require_train
 from sharpen.training.groups import Group
 from sharpen.training.losses import Objective
-from sharpen.training.options import FitOptions, trainer_arguments
+from sharpen.training.options import FitOptions, more_arguments, trainer_arguments
 
+from .engines import sampling_config
 from .inputs import (
     Source,
     check_reward,
@@ -67,7 +68,7 @@ from .inputs import (
     read_samples,
     source_settings,
 )
-from .options import DrawOptions, ModelOptions, PromptOptions, TrainOptions, option, required
+from .options import OfflineConfig, PromptOptions, TrainConfig
 from .stages import kept_scores, sample_into, score_samples, settings_beside
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def read_law(path: str) -> Law | None:
     return law_of(_settings(place), next((row for _, row in rows), None))
 
 
-def check_law(config: "OnceConfig", plain: Literal["must", "should", "any"], by: str) -> None:
+def check_law(config: OfflineConfig, plain: Literal["must", "should", "any"], by: str) -> None:
     """Refuse samples of another law than a training is made for, or warn of them.
 
     Samples that the command is to draw itself are looked at as well as given ones. A file of which
@@ -329,21 +330,6 @@ SAMPLES, SCORES, PAIRS = "samples.jsonl", "scores.jsonl", "pairs.jsonl"
 SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainOptions, DrawOptions, PromptOptions, ModelOptions):
-    """What every training command is told."""
-
-    out: str = required("run directory; the same command again goes on where it stopped")
-
-    def fit_options(self) -> FitOptions:
-        """How to fit.
-
-        Raises:
-            InputError: If a value is out of its range.
-        """
-        return self.fitting(seed=self.seed, max_tokens=self.max_tokens)
-
-
 @dataclass(frozen=True)
 class Drawn:
     """Samples of every prompt, and what the base model thinks of them.
@@ -376,7 +362,7 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
             computed.
     """
     check_source(config)
-    options = config.fit_options()
+    options = fit_options(config)
     samples = getattr(config, "samples", None)
     if samples is not None and not Path(samples).is_file():
         raise InputError(f"cannot read {samples!r}: no such file; check `--samples`.")
@@ -393,6 +379,13 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
         # else processes of a launcher take GPUs where there are some
         options = replace(options, more={**options.more, "use_cpu": True})
     return options
+
+
+def fit_options(config: TrainConfig) -> FitOptions:
+    """The options of training as `fit` takes them."""
+    names = ("lr", "epochs", "batch", "lora_rank", "save_every", "seed", "max_tokens")
+    given = {name: getattr(config, name) for name in names}
+    return FitOptions(**given, more=more_arguments(config.trainer))
 
 
 def load_base(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -451,7 +444,7 @@ def draw(
         return read_samples(given, prompts, config.n)
     timings = Journal(out / TIMINGS)
     return sample_into(
-        out / SAMPLES, sampler, prompts, config.sampling(), label="sample", timings=timings
+        out / SAMPLES, sampler, prompts, sampling_config(config), label="sample", timings=timings
     )
 
 
@@ -524,22 +517,6 @@ def outputs_of(out: Path) -> list[Path]:
     return [out / name for name in (SAMPLES, SCORES, PAIRS, LOSSES, MODEL, SUMMARY)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnceConfig(TrainConfig):
-    """What a command that samples once is told."""
-
-    split: str = option("split of the task, or several as A+B", "sharpen")
-    reward: str = option(f"self-reward: {', '.join(REWARDS)}", "logprob")
-    samples: str | None = option(
-        "a file of `sharpen sample`, of which the first N a prompt are used instead of drawing"
-    )
-    scores: Literal["scorer", "sampler"] = option(
-        "log-probs of the base: scorer: a forward pass over all samples; "
-        "sampler: those kept while drawing, which cost nothing",
-        "scorer",
-    )
-
-
 @dataclass(frozen=True)
 class Choice:
     """What is fitted.
@@ -558,7 +535,7 @@ class Choice:
 
 
 def fit_once(
-    command: str, config: OnceConfig, own: dict[str, Any], choose: Callable[[Drawn], Choice]
+    command: str, config: OfflineConfig, own: dict[str, Any], choose: Callable[[Drawn], Choice]
 ) -> None:
     """Run a command that samples once, or go on with it.
 
@@ -574,13 +551,13 @@ def fit_once(
 
 def _lead(
     command: str,
-    config: OnceConfig,
+    config: OfflineConfig,
     own: dict[str, Any],
     choose: Callable[[Drawn], Choice],
     options: FitOptions,
     crew: Crew,
 ) -> None:
-    draws = config.sampling()
+    draws = sampling_config(config)
     model, tokenizer = load_base(config)
     source = open_source(config, tokenizer)
     prompts = render_all(source.records, tokenizer)
@@ -607,7 +584,7 @@ def _lead(
 
 def settings(
     command: str,
-    config: OnceConfig,
+    config: OfflineConfig,
     own: dict[str, Any],
     device: torch.device,
     n_processes: int = 1,

@@ -43,8 +43,9 @@ from sharpen.training.losses import Square, check_beta, check_optimism, square_l
 from sharpen.training.options import FitOptions
 from sharpen.training.xpo import optimism_weight, proof_alpha, regularised_value
 
+from .engines import sampling_config
 from .inputs import Source, open_source
-from .options import option
+from .options import TrainConfig, XpoConfig
 from .stages import sample_into, score_samples
 from .train import (
     SAMPLES,
@@ -52,7 +53,6 @@ from .train import (
     Crew,
     Drawn,
     Task,
-    TrainConfig,
     check_training,
     finish,
     fit_into,
@@ -206,7 +206,7 @@ class Stage:
 
     def judge(self, folder: Path, policy: PreTrainedModel, prompts: list[Prompt]) -> float | None:
         """J_beta on prompts that are not fitted; None where no sample was finished."""
-        draws = replace(self.config.sampling(), n=N_JUDGE)
+        draws = replace(sampling_config(self.config), n=N_JUDGE)
         drawn = self.draw(folder / VALIDATION, policy, prompts, draws)
         own = [math.fsum(_numbers(x)) for row in drawn.rows for x in row["logprobs"]]
         log_ratio_N = torch.tensor(own, dtype=torch.float64) - drawn.reference
@@ -265,30 +265,6 @@ ROUNDS, AUTO = "rounds.jsonl", "auto"
 REWARDS = tuple(name for name in EVERY_REWARD if not options_needed(name))
 
 
-@dataclass(frozen=True, kw_only=True)
-class XpoConfig(TrainConfig):
-    """XPO: rounds of sampling from the model being trained, and fitting."""
-
-    split: str = option("split of the task, or several as A+B", "sharpen")
-    n: int = option("pairs per prompt and round", 2, ("-n",))
-    rounds: int = option("T: rounds of sampling and fitting", 3)
-    reward: str = option(f"self-reward: {', '.join(REWARDS)}", "logprob")
-    beta: float = option(
-        "weight of the KL term; of logprob the optimum is the power 1 + 1/beta of the base", 1.0
-    )
-    alpha: str = option(
-        "optimism; the loss gets alpha (V + R)^2 times the log-prob of base samples; a number, or "
-        "auto: beta / (V + R) times exploration / sqrt(rounds), as in the proof",
-        "1e-4",
-    )
-    exploration: float = option(
-        "c of `--alpha auto`: 1 is the proof's for a linear softmax, and outweighs the squares "
-        "where rounds are few",
-        1.0,
-    )
-    validation: int = option("prompts held out to choose the round by", 32)
-
-
 def run(config: XpoConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
@@ -297,7 +273,7 @@ def run(config: XpoConfig) -> None:
 
 
 def _lead(config: XpoConfig, options: FitOptions, crew: Crew) -> None:
-    draws = config.sampling()
+    draws = sampling_config(config)
     base, tokenizer = load_base(config)
     source = open_source(config, tokenizer)
     prompts = render_all(source.records, tokenizer)

@@ -7,14 +7,13 @@ its figures. A killed study goes on with the stage it was in; a finished one run
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sharpen.commands.inputs import model_settings
-from sharpen.commands.options import ModelOptions, option, required
 from sharpen.errors import InputError
 from sharpen.experiments.game24.page import figure_files, format_page, headline
+from sharpen.experiments.options import TASKS, StudyConfig
 from sharpen.records import write_text
 from sharpen.runs import Run
 from sharpen.training.fit import require_train
@@ -24,28 +23,6 @@ from .results import tables
 from .stages import STAGES, run_stages
 
 STUDY, PAGE = "study.json", "study.md"
-TASKS = ("game24",)
-# the first argument needs no flag
-POSITIONAL = "task"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig(ModelOptions):
-    """Compare everything on one task."""
-
-    task: str = required(f"what to study: {', '.join(TASKS)}")
-    out: str = required("run directory; the same command again goes on where it stopped")
-    model: str = option("the base: game24 (ships with sharpen), or a model folder", "game24")
-    quick: bool = option("the same study in small: a few minutes, and no figure to rely on", False)
-    seeds: int | None = option("runs of everything that is random; 3, quick 1")
-    train_seeds: int | None = option("runs of each training; 3, quick 1")
-    limit: int | None = option("only the first LIMIT test prompts; quick 24")
-    n: int | None = option("samples of a test prompt to choose from; 50, quick 10", None, ("-n",))
-    few: int | None = option("samples of low temperature, and chains; 8, quick 2")
-    train_limit: int | None = option("only the first TRAIN_LIMIT training prompts; quick 24")
-    train_n: int | None = option("samples of a training prompt; 25, quick 4")
-    max_new_tokens: int = option("cut completions here; a cut one is never chosen", 48)
-    jobs: int = option("stages side by side, each in a process with its share of the threads", 1)
 
 
 def run(config: StudyConfig) -> None:

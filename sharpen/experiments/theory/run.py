@@ -14,16 +14,15 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sharpen.commands.inputs import check_source, load, model_settings, open_source, source_settings
-from sharpen.commands.options import ModelOptions, PromptOptions, option, required
 from sharpen.commands.stages import CHUNK, sample_into
 from sharpen.errors import InputError
+from sharpen.experiments.options import TheoryConfig
 from sharpen.experiments.theory.coverage import check_share
 from sharpen.experiments.theory.findings import Known, findings, format_table
 from sharpen.experiments.theory.search import Mode, SearchConfig, find_mode
@@ -62,25 +61,6 @@ def run_study(name: str, out: Path, *, seed: int, quick: bool) -> None:
 
 MODES, GREEDY, POLICY = "modes.jsonl", "greedy.jsonl", "policy.jsonl"
 THEORY, TIMINGS = "theory.json", "timings.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TheoryConfig(PromptOptions, ModelOptions):
-    """The exact theory of sharpening on a small model."""
-
-    model: str = option("game24 (ships with sharpen), a model folder, or a hub id", "")
-    out: str = required("run directory; the same command again goes on where it stopped")
-    max_new_tokens: int = option("completions end within so many tokens", 256)
-    gamma: float = option("y*_gamma: completions within 1 - gamma of the best", 0.0)
-    max_expansions: int = option("give up on a prompt, unproved, after so many prefixes", 20000)
-    deltas: list[float] = field(
-        default_factory=lambda: [0.5, 0.1, 0.05, 0.01],
-        metadata={"help": "miss rates at which to say what best-of-N needs"},
-    )
-    policy: str | None = option("a second model, judged by its mass on the first one's y*")
-    study: str | None = option("without a model: lower-bound, linear-softmax or error-shape")
-    seed: int = option("of a study", 0)
-    quick: bool = option("a study with few and small cases", False)
 
 
 def run(config: TheoryConfig) -> None:
