@@ -16,6 +16,7 @@ from typing import Any
 from .errors import InputError, RecordError
 
 Row = dict[str, Any]
+Messages = list[dict[str, str]]
 
 
 def dump(row: Row) -> str:
@@ -103,7 +104,7 @@ def check_text(place: str, field: str, value: object) -> str:
     return value
 
 
-def check_prompt(place: str, row: Row) -> str | list[dict[str, str]]:
+def check_prompt(place: str, row: Row) -> str | Messages:
     """The `prompt` of a record: non-empty text, or a non-empty list of messages.
 
     Raises:
@@ -121,7 +122,7 @@ def check_prompt(place: str, row: Row) -> str | list[dict[str, str]]:
     return prompt
 
 
-def _check_messages(place: str, messages: list[object]) -> list[dict[str, str]]:
+def _check_messages(place: str, messages: list[object]) -> Messages:
     if not messages:
         raise RecordError(f"{place}: `prompt` must hold at least one message, got an empty list.")
     checked = []
@@ -134,6 +135,14 @@ def _check_messages(place: str, messages: list[object]) -> list[dict[str, str]]:
             check_text(place, key, message[key])
         checked.append(message)
     return checked
+
+
+def completion_as(prompt: str | Messages, text: str) -> str | Messages:
+    """A completion in the form of its prompt: text, or an assistant's turn beside messages.
+
+    A chat template is then applied once, by TRL.
+    """
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def check_ids(place: str, field: str, value: object) -> list[int]:
@@ -153,7 +162,7 @@ class PromptRecord:
 
     place: str
     id: str
-    prompt: str | list[dict[str, str]]
+    prompt: str | Messages
 
 
 def content_id(value: object) -> str:

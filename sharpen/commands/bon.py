@@ -19,7 +19,7 @@ from sharpen.errors import InputError
 from sharpen.evaluation import Outcome, Texts, summarize
 from sharpen.evaluation.outcome import MAJORITY
 from sharpen.evaluation.report import format_table, render_report
-from sharpen.records import Row, write_rows, write_text
+from sharpen.records import Messages, Row, completion_as, write_rows, write_text
 from sharpen.runs import Journal, Run
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.base import render_all
@@ -181,20 +181,16 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def chosen_row(prompt: str | list[dict[str, str]], samples: Row, index: int) -> Row:
+def chosen_row(prompt: str | Messages, samples: Row, index: int) -> Row:
     """The chosen completion as a training record: TRL's `prompt` and `completion`, and ids."""
     text, has_ids = samples["completions"][index], "completion_ids" in samples
     return {
         "prompt_id": samples["prompt_id"],
         "prompt": prompt,
-        "completion": text if isinstance(prompt, str) else [_assistant(text)],
+        "completion": completion_as(prompt, text),
         **({"completion_ids": samples["completion_ids"][index]} if has_ids else {}),
         "sample_id": index,
     }
-
-
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def _numbered(keys: list[tuple[int | str, ...]]) -> list[int]:

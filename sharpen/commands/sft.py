@@ -14,40 +14,33 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import check_value
 from sharpen.selection import best_of_n
 from sharpen.training.groups import chosen_weights, tilted_weights, weighted_groups
 from sharpen.training.losses import Likelihood
 
+from .inputs import check_provenance
 from .options import SftConfig
-from .train import Choice, Drawn, check_law, fit_once
-
-OWN = ("weights", "soft_temperature", "per")
+from .train import Choice, Drawn, train_offline
 
 
 def run(config: SftConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    fit_once("sft", config, own(config), partial(choose, config))
+    train_offline("sft", config, own(config), partial(choose, config))
+
+
+def check(config: SftConfig) -> None:
+    """Reject soft weights that cannot be, or that are no such thing on the samples they get."""
+    soft = config.soft_temperature
+    check_value("soft_temperature", soft, 0 < soft < float("inf"), "above 0 and finite")
+    plain = "must" if config.weights == "soft" else "any"
+    check_provenance(config, plain, "`--weights soft`")
 
 
 def own(config: SftConfig) -> dict[str, Any]:
     """The options that no other training command has."""
-    return {name: getattr(config, name) for name in OWN}
-
-
-def check(config: SftConfig) -> None:
-    """Refuse weights that cannot be.
-
-    Raises:
-        InputError: If the temperature of soft weights is not above 0 and finite, or samples to be
-            weighted so are not the model's own.
-    """
-    if not 0 < config.soft_temperature < float("inf"):
-        raise InputError(
-            f"`soft_temperature` must be above 0 and finite, got {config.soft_temperature}."
-        )
-    check_law(config, "must" if config.weights == "soft" else "any", "`--weights soft`")
+    return {name: getattr(config, name) for name in ("weights", "soft_temperature", "per")}
 
 
 def choose(config: SftConfig, drawn: Drawn) -> Choice:
