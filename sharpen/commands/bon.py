@@ -27,7 +27,7 @@ from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import stats_needed
 from sharpen.selection import best_of_n
 
-from .engines import check_engine, opened, sampling_config
+from .engines import check_engine, load_engine, sampling_config
 from .inputs import (
     Source,
     check_reward,
@@ -60,7 +60,7 @@ def run(config: BonConfig) -> None:
     outputs = [out / name for name in (SAMPLES, GREEDY, CHOSEN, SUMMARY, REPORT, SCORES)]
     greedy = None
     with ExitStack() as stack:
-        with opened(config) as engine:
+        with load_engine(config) as engine:
             tokenizer, sampler = engine.tokenizer, engine.sampler
             source = open_source(config, tokenizer)
             prompts = render_all(source.records, tokenizer)
@@ -90,11 +90,7 @@ def run(config: BonConfig) -> None:
 
 
 def check(config: BonConfig) -> None:
-    """Refuse bad options before anything is loaded or written.
-
-    Raises:
-        InputError: If an option is out of range, or the reward cannot be computed.
-    """
+    """Reject bad options before anything is loaded or written."""
     check_source(config)
     check_reward(config.reward, config.task)
     check_engine(config)

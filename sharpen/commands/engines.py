@@ -1,6 +1,11 @@
-"""What draws the completions of a command: the model in transformers or vLLM, or an endpoint.
+"""What draws the completions of a command, made from its options.
 
-Which sampler a command draws with: the model's own law, or its power p^alpha in two ways.
+    load_engine         the model in transformers, in vLLM, or an endpoint: `Engine`
+    power_sampler       samplers of p^alpha, in transformers: Metropolis-Hastings and particles
+    sampling_config     how to draw
+
+Options that contradict each other are rejected by `check_engine` and `power_settings`, before
+anything is loaded.
 """
 
 import os
@@ -34,13 +39,27 @@ from .options import (
     OPENAI_KEY,
     DrawOptions,
     EndpointOptions,
+    ModelOptions,
     SamplerOptions,
     SamplingOptions,
 )
 
+# settings that only a sampler of p^alpha has, and whose they are
+POWER_OPTIONS = {
+    "alpha": ("mh", "smc"),
+    "steps": ("mh",),
+    "particles": ("smc",),
+    "ramp": ("smc",),
+    "resample_every": ("smc",),
+    "resample_threshold": ("smc",),
+    "proposal_temperature": ("mh", "smc"),
+}
+# those that the sampler's own settings call otherwise
+FIELDS = {"resample_every": "every", "resample_threshold": "threshold"}
+
 
 @dataclass(frozen=True)
-class Opened:
+class Engine:
     """A sampler that is ready.
 
     Attributes:
@@ -56,12 +75,30 @@ class Opened:
     model: PreTrainedModel | None = None
 
 
-def check_engine(options: SamplingOptions) -> None:
-    """Refuse contradictory options before anything is loaded.
+@contextmanager
+def load_engine(options: SamplingOptions) -> Iterator[Engine]:
+    """The sampler that `options` name; what only it needs is given back in the end."""
+    trust = options.trust_remote_code
+    if options.endpoint is not None:
+        tokenizer = None
+        if options.model:
+            tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
+        yield Engine(_endpoint_sampler(options), tokenizer, "endpoint")
+    elif options.engine == "vllm":
+        tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
+        engine = load_vllm(options, options.vllm)
+        try:
+            yield Engine(engine, tokenizer, "vllm")
+        finally:
+            engine.close()
+    else:
+        model, tokenizer = load(options)
+        sampler = TransformersSampler(model, tokenizer, max_tokens=options.max_tokens)
+        yield Engine(sampler, tokenizer, model.device.type, model)
 
-    Raises:
-        InputError: If so.
-    """
+
+def check_engine(options: SamplingOptions) -> None:
+    """Reject contradictory options before anything is loaded."""
     if options.endpoint is None:
         if not options.model:
             raise InputError("`model` must be given, or `--endpoint`, got neither.")
@@ -80,14 +117,52 @@ def check_engine(options: SamplingOptions) -> None:
         )
     if options.endpoint_prompts == "ids" and not options.model:
         raise InputError("`--endpoint-prompts ids` needs `--model`, whose tokenizer makes the ids.")
-    # everything that it refuses
-    _endpoint(options)
+    # everything that it rejects
+    _endpoint_sampler(options)
+
+
+def load_vllm(options: ModelOptions, arguments: list[str]) -> VllmEngine:
+    """VLLM with `--model`; `arguments` are further ones of vllm.LLM, as NAME=VALUE."""
+    return VllmEngine(
+        resolve_model(options.model),
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        options=llm_arguments(arguments),
+    )
+
+
+def llm_arguments(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as arguments; values are read as YAML.
+
+    Example:
+        >>> llm_arguments(["tensor_parallel_size=2", "enforce_eager=true"])
+        {'tensor_parallel_size': 2, 'enforce_eager': True}
+    """
+    arguments = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"`vllm` must be NAME=VALUE, got {text!r}.")
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"`vllm` {name} must be a YAML value, got {value!r}.") from error
+    return arguments
+
+
+def _endpoint_sampler(options: SamplingOptions) -> EndpointSampler:
+    return EndpointSampler(
+        endpoint_client(options),
+        options.endpoint_model,
+        form=options.endpoint_prompts,
+        concurrency=options.endpoint_concurrency,
+        choices=options.endpoint_choices,
+    )
 
 
 def endpoint_client(options: EndpointOptions) -> EndpointClient:
     """The endpoint that `options` name, not yet called."""
     assert options.endpoint is not None
-    check_url(options.endpoint)
     patience = Patience(
         timeout_s=options.endpoint_timeout,
         tries=options.endpoint_tries,
@@ -115,84 +190,6 @@ def _endpoint_key(options: EndpointOptions) -> str | None:
     return key
 
 
-def _endpoint(options: SamplingOptions) -> EndpointSampler:
-    return EndpointSampler(
-        endpoint_client(options),
-        options.endpoint_model,
-        form=options.endpoint_prompts,
-        concurrency=options.endpoint_concurrency,
-        choices=options.endpoint_choices,
-    )
-
-
-@contextmanager
-def opened(options: SamplingOptions) -> Iterator[Opened]:
-    """The sampler that `options` name; what only it needs is given back in the end.
-
-    Raises:
-        InputError: If anything cannot be loaded.
-    """
-    trust = options.trust_remote_code
-    if options.endpoint is not None:
-        tokenizer = None
-        if options.model:
-            tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
-        yield Opened(_endpoint(options), tokenizer, "endpoint")
-        return
-    if options.engine == "vllm":
-        tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
-        engine = VllmEngine(
-            resolve_model(options.model),
-            dtype=options.dtype,
-            trust_remote_code=trust,
-            options=llm_arguments(options.vllm),
-        )
-        try:
-            yield Opened(engine, tokenizer, "vllm")
-        finally:
-            engine.close()
-        return
-    model, tokenizer = load(options)
-    sampler = TransformersSampler(model, tokenizer, max_tokens=options.max_tokens)
-    yield Opened(sampler, tokenizer, model.device.type, model)
-
-
-def llm_arguments(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as arguments; values are read as YAML.
-
-    Raises:
-        InputError: If one is malformed.
-
-    Example:
-        >>> llm_arguments(["tensor_parallel_size=2", "enforce_eager=true"])
-        {'tensor_parallel_size': 2, 'enforce_eager': True}
-    """
-    arguments = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"`vllm` must be NAME=VALUE, got {text!r}.")
-        try:
-            arguments[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"`vllm` {name} must be a YAML value, got {value!r}.") from error
-    return arguments
-
-
-# settings that only a sampler of p^alpha has, and whose they are
-OF = {
-    "alpha": ("mh", "smc"),
-    "steps": ("mh",),
-    "particles": ("smc",),
-    "ramp": ("smc",),
-    "resample_every": ("smc",),
-    "resample_threshold": ("smc",),
-    "proposal_temperature": ("mh", "smc"),
-}
-# those that the sampler's own settings call otherwise
-FIELDS = {"resample_every": "every", "resample_threshold": "threshold"}
-
-
 def sampling_config(options: DrawOptions) -> SamplingConfig:
     """How to draw, as a sampler takes it."""
     return SamplingConfig(**options.draw_settings())
@@ -202,10 +199,10 @@ def power_settings(options: SamplerOptions) -> Metropolis | ParticleFilter | Non
     """The settings of a sampler of p^alpha; None for the model's own distribution."""
     given = options.given()
     for name in given:
-        if options.sampler not in OF[name]:
+        if options.sampler not in POWER_OPTIONS[name]:
             flag = name.replace("_", "-")
             raise InputError(
-                f"`--{flag}` must come with `--sampler` {' or '.join(OF[name])}, got "
+                f"`--{flag}` must come with `--sampler` {' or '.join(POWER_OPTIONS[name])}, got "
                 f"{options.sampler}; leave one out."
             )
     if options.sampler == "model":
@@ -214,15 +211,13 @@ def power_settings(options: SamplerOptions) -> Metropolis | ParticleFilter | Non
     return kind(**{FIELDS.get(name, name): value for name, value in given.items()})
 
 
-def open_sampler(
-    power: Metropolis | ParticleFilter | None,
+def power_sampler(
+    power: Metropolis | ParticleFilter,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> TransformersSampler:
-    """The sampler that has these settings."""
-    if power is None:
-        return TransformersSampler(model, tokenizer, max_tokens=max_tokens)
+    """The sampler of p^alpha that has these settings."""
     if isinstance(power, Metropolis):
         return MetropolisSampler(model, tokenizer, power, max_tokens=max_tokens)
     return ParticleSampler(model, tokenizer, power, max_tokens=max_tokens)

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.evaluation.parity import (
     Pairs,
     compare,
@@ -30,12 +30,11 @@ from sharpen.evaluation.parity import (
     server_logprobs,
     worst,
 )
-from sharpen.models import ModelLimits, resolve_model
+from sharpen.models import ModelLimits
 from sharpen.records import read_rows, write_text
-from sharpen.sampling.vllm_engine import VllmEngine
 from sharpen.scoring import Scorer
 
-from .engines import endpoint_client, llm_arguments
+from .engines import endpoint_client, llm_arguments, load_vllm
 from .inputs import load, model_settings
 from .options import ParityConfig
 from .score import Record, read_records
@@ -45,11 +44,7 @@ CHUNK = 32
 
 
 def run(config: ParityConfig) -> None:
-    """Run the command.
-
-    Raises:
-        SystemExit: With code 1 if the engines are further apart than the tolerance.
-    """
+    """Run the command."""
     check(config)
     next(read_rows(config.samples), None)
     ours = rated_by_us(config)
@@ -117,20 +112,14 @@ def free() -> None:
 
 
 def check(config: ParityConfig) -> None:
-    """Refuse bad options before anything is loaded.
-
-    Raises:
-        InputError: If one is out of range, or the other engine is not named.
-    """
+    """Reject bad options before anything is loaded."""
     rules = [
         ("tolerance", 0 <= config.tolerance < float("inf"), "at least 0 and finite"),
         ("clip", 0 < config.clip < float("inf"), "positive and finite"),
         ("worst", config.worst >= 0, "at least 0"),
         ("limit", config.limit is None or config.limit >= 1, "at least 1"),
     ]
-    for name, holds, wanted in rules:
-        if not holds:
-            raise InputError(f"`{name}` must be {wanted}, got {getattr(config, name)}.")
+    check_fields(config, rules)
     if (config.against == "server") != (config.endpoint is not None):
         raise InputError("`--against server` and `--endpoint` must come together; got one.")
     if config.endpoint is not None:
@@ -173,12 +162,7 @@ def rate(
                 concurrency=config.endpoint_concurrency,
                 progress=bar.update,
             )
-    engine = VllmEngine(
-        resolve_model(config.model),
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        options=llm_arguments(config.vllm),
-    )
+    engine = load_vllm(config, config.vllm)
     try:
         return engine.logprobs(prompts, completions)
     finally:

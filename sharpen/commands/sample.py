@@ -7,7 +7,7 @@ from sharpen.errors import InputError
 from sharpen.runs import Run
 from sharpen.sampling.base import render_all
 
-from .engines import check_engine, open_sampler, opened, power_settings, sampling_config
+from .engines import check_engine, load_engine, power_sampler, power_settings, sampling_config
 from .inputs import check_source, model_settings, open_source, source_settings
 from .options import SampleConfig
 from .stages import sample_into, settings_beside
@@ -23,13 +23,13 @@ def run(config: SampleConfig) -> None:
             f"`--sampler` {config.sampler} must run in transformers; leave out `--endpoint` and "
             "`--engine`."
         )
-    with opened(config) as engine:
+    with load_engine(config) as engine:
         prompts = render_all(open_source(config, engine.tokenizer).records, engine.tokenizer)
         sampler = engine.sampler
         if power is not None:
             assert engine.model is not None
             assert engine.tokenizer is not None
-            sampler = open_sampler(power, engine.model, engine.tokenizer, config.max_tokens)
+            sampler = power_sampler(power, engine.model, engine.tokenizer, config.max_tokens)
         sampler.check(prompts, draws)
         out = Path(config.out)
         settings = {

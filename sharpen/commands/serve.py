@@ -5,7 +5,7 @@ import sys
 
 from transformers import PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
@@ -69,22 +69,18 @@ def run(config: ServeConfig) -> None:
 
 
 def check(config: ServeConfig) -> None:
-    """Refuse options that no server can have.
-
-    Raises:
-        InputError: If one is out of its range.
-    """
+    """Reject options that no server can have."""
     if config.reward not in REWARDS:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
     if options_needed(config.reward):
         raise InputError(f"`reward` {config.reward} needs answers, which only `/score` can get.")
-    if config.max_tokens < 1:
-        raise InputError(f"`max_tokens` must be at least 1, got {config.max_tokens}.")
+    rules = [
+        ("max_tokens", config.max_tokens >= 1, "at least 1"),
+        ("wait_ms", 0 <= config.wait_ms < float("inf"), "at least 0 and finite"),
+        ("drain_seconds", 0 <= config.drain_seconds < float("inf"), "at least 0 and finite"),
+    ]
+    check_fields(config, rules)
     Unscorable(config.unscorable_reward)
-    for name in ("wait_ms", "drain_seconds"):
-        value = getattr(config, name)
-        if not 0 <= value < float("inf"):
-            raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")
 
 
 def _tokenizer(config: ServeConfig) -> PreTrainedTokenizerBase | None:

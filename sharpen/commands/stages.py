@@ -1,10 +1,15 @@
-"""Stages that commands share: sample or score into a journal, with progress and resume."""
+"""Stages that commands share, each a journal that a killed run goes on with, and their records.
+
+sample_into         draw completions into a file, one prompt a line
+score_samples       token statistics of samples into a file, one prompt a line
+samples_row, ...    between records and what samplers and scorers take and give
+"""
 
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +47,7 @@ def sample_into(
     rows = {row["prompt_id"]: row for row in journal.rows}
     by_id = {prompt.id: prompt for prompt in prompts}
     started = time.monotonic()
-    bar = tqdm(total=len(prompts), initial=len(rows), desc=label, unit="prompt")
-    with bar:
+    with tqdm(total=len(prompts), initial=len(rows), desc=label, unit="prompt") as bar:
         for finished in sampler.sample(prompts, config, done=set(rows)):
             fresh = [samples_row(by_id[samples.prompt_id], samples) for samples in finished]
             journal.append(fresh)
@@ -94,12 +98,7 @@ def score_samples(
     lengths = [[len(ids) for ids in row["completion_ids"]] for row in samples]
     columns = {
         name: torch.tensor(
-            [
-                float("nan") if x is None else x
-                for row in rows
-                for tokens in row[name]
-                for x in tokens
-            ],
+            [x for row in rows for tokens in row[name] for x in numbers(tokens)],
             dtype=torch.float32,
         )
         for name in stats
@@ -135,21 +134,23 @@ def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     if "prompt_ids" not in row:
         found["prompt_ids"] = tokenizer(row["prompt"])["input_ids"]
     if "completion_ids" not in row:
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        texts = zip(row["completions"], is_finished(row), strict=True)
         found["completion_ids"] = [
-            [*tokenizer(text, add_special_tokens=False)["input_ids"], *(eos if ended else [])]
-            for text, ended in texts
+            completion_ids(tokenizer, text, add_eos=ended)
+            for text, ended in zip(row["completions"], is_finished(row), strict=True)
         ]
     return row | found
 
 
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_eos: bool) -> list[int]:
+    """A completion's token ids; with the end-of-sequence token where the tokenizer has one."""
+    eos = tokenizer.eos_token_id
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, eos] if add_eos and eos is not None else ids
+
+
 def kept_scores(samples: list[Row]) -> Scores:
-    """Scores without a forward: of the log-probs in the records of samples, null being NaN."""
-    logprobs = [
-        [[float("nan") if x is None else x for x in tokens] for tokens in row["logprobs"]]
-        for row in samples
-    ]
+    """Scores without a forward: of the log-probs in the records of samples."""
+    logprobs = [[numbers(tokens) for tokens in row["logprobs"]] for row in samples]
     return Scores.from_logprobs(logprobs, [is_finished(row) for row in samples])
 
 
@@ -185,6 +186,11 @@ def json_numbers(values: Sequence[float]) -> list[float | None]:
     ]
 
 
+def numbers(values: Iterable[float | None]) -> list[float]:
+    """Numbers of a record: null is NaN."""
+    return [float("nan") if x is None else float(x) for x in values]
+
+
 def nested_stats(scores: Scores, stats: Sequence[str]) -> dict[str, list[list[list[float | None]]]]:
     """Token statistics as lists: one a prompt, of one a completion, of one number a token."""
     bounds = scores.offsets.tolist()
@@ -208,8 +214,8 @@ def _warn_of_nan(prompt: Prompt, samples: Samples) -> None:
         log.warning(
             "%s: the model's logits are NaN for %d of %d samples (first: sample %d); "
             "they are kept as they are and never chosen.",
-            prompt.place, len(bad), len(samples.finish_reasons), bad[0],
-        )  # fmt: skip
+            *(prompt.place, len(bad), len(samples.finish_reasons), bad[0]),
+        )
 
 
 def settings_beside(path: Path) -> Path:

@@ -45,7 +45,7 @@ from sharpen.training.xpo import optimism_weight, proof_alpha, regularised_value
 from .engines import sampling_config
 from .inputs import RUN, SAMPLES, Source, open_source
 from .options import REWARDS, REWARDS_WITHOUT_ANSWERS, TrainConfig, XpoConfig
-from .stages import sample_into, score_samples
+from .stages import numbers, sample_into, score_samples
 from .train import (
     TIMINGS,
     Drawn,
@@ -236,7 +236,7 @@ class Rounds:
         """J_beta on prompts that are not fitted; None where no sample was finished."""
         draws = replace(sampling_config(self.config), n=N_JUDGE)
         drawn = self.draw(folder / VALIDATION, policy, prompts, draws)
-        own = [math.fsum(_numbers(x)) for row in drawn.rows for x in row["logprobs"]]
+        own = [math.fsum(numbers(x)) for row in drawn.rows for x in row["logprobs"]]
         log_ratio_N = torch.tensor(own, dtype=torch.float64) - drawn.reference
         eligible_N = drawn.usable & log_ratio_N.isfinite()
         if not eligible_N.any():
@@ -355,10 +355,6 @@ def _each(drawn: Drawn) -> list[Row]:
         row | {name: values[a:b] for name, values in columns.items()}
         for row, (a, b) in zip(drawn.rows, bounds, strict=True)
     ]
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if x is None else x for x in values]
 
 
 def divide(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
