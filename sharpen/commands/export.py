@@ -351,43 +351,56 @@ def _rated(place: str, row: Row, reward: str | None, cut: bool) -> Rated:
     prompt_id = content_id(prompt) if given is None else check_text(place, "prompt_id", given)
     if reward is None:
         return Rated(place, prompt_id, prompt, [], [], [])
-    single = "completion" in row
     texts = check_completions(place, row)
+    row = _with_lists(row)
     ids = None
     if row.get("completion_ids") is not None:
-        lists = _listed(place, "completion_ids", row["completion_ids"], single, len(texts))
+        lists = _listed(place, "completion_ids", row["completion_ids"], len(texts))
         ids = [check_ids(place, "completion_ids", x) for x in lists]
     prompt_ids = row.get("prompt_ids")
     if prompt_ids is not None:
         check_ids(place, "prompt_ids", prompt_ids)
-    rewards = _rewards(place, row, reward, single, len(texts))
+    rewards = _rewards(place, row, reward, len(texts))
     able = [bool(text) and isfinite(r) for text, r in zip(texts, rewards, strict=True)]
-    reasons = row.get("finish_reason" if single else "finish_reasons")
-    if reasons is not None and not cut:
-        ends = _listed(place, "finish_reasons", reasons, single, len(texts))
+    if row.get("finish_reasons") is not None and not cut:
+        ends = _listed(place, "finish_reasons", row["finish_reasons"], len(texts))
         able = [ok and end == "stop" for ok, end in zip(able, ends, strict=True)]
     return Rated(place, prompt_id, prompt, texts, rewards, able, prompt_ids, ids)
 
 
+def _with_lists(row: Row) -> Row:
+    """What a record of one `completion` holds of it as lists of one, as one of several has it."""
+    if "completion" not in row:
+        return row
+    names = {name: name for name in ("completion_ids", "logprobs")}
+    names["finish_reason"] = "finish_reasons"
+    lists: Row = {many: [row[one]] for one, many in names.items() if row.get(one) is not None}
+    for name in ("rewards", "token_stats"):
+        if isinstance(row.get(name), dict):
+            lists[name] = {key: [value] for key, value in row[name].items()}
+    return row | lists
+
+
 # a field of a record: whatever JSON holds
-def _listed(place: str, name: str, value: Any, single: bool, n: int | None = None) -> list[Any]:
-    """A field as a list of one entry a completion."""
-    values = [value] if single else value
-    if not isinstance(values, list) or (n is not None and len(values) != n):
-        wanted = "a list" if n is None else f"a list of {n} entries, one a completion"
+def _listed(place: str, name: str, values: Any, n: int) -> list[Any]:
+    """A field that must be a list of one entry a completion."""
+    if not isinstance(values, list) or len(values) != n:
         got = len(values) if isinstance(values, list) else type(values).__name__
-        raise RecordError(f"{place}: `{name}` must be {wanted}, got {got}.")
+        raise RecordError(
+            f"{place}: `{name}` must be a list of {n} entries, one a completion, got {got}."
+        )
     return values
 
 
-def _rewards(place: str, row: Row, reward: str, single: bool, n: int) -> list[float]:
+def _rewards(place: str, row: Row, reward: str, n: int) -> list[float]:
+    """The rewards that a record holds, or that follow from its token statistics."""
     known = row.get("rewards")
     if isinstance(known, dict) and reward in known:
-        values = _listed(place, f"rewards.{reward}", known[reward], single, n)
+        values = _listed(place, f"rewards.{reward}", known[reward], n)
         if not all(map(_is_number, values)):
             raise RecordError(f"{place}: `rewards.{reward}` must hold numbers or null.")
         return numbers(values)
-    stats = _statistics(place, row, single, n)
+    stats = _statistics(place, row, n)
     if (
         reward not in REWARDS
         or options_needed(reward)
@@ -418,13 +431,13 @@ def _rewards(place: str, row: Row, reward: str, single: bool, n: int) -> list[fl
     return Scores.of(TokenStats(**columns), [lengths]).reward(reward).tolist()
 
 
-def _statistics(place: str, row: Row, single: bool, n: int) -> dict[str, list[list[Any]]]:
+def _statistics(place: str, row: Row, n: int) -> dict[str, list[list[Any]]]:
     """The token statistics of a record, one list a completion."""
     kept = row.get("token_stats")
     found = dict(kept) if isinstance(kept, dict) else {}
     if "logprob" not in found and row.get("logprobs") is not None:
         found["logprob"] = row["logprobs"]
-    return {name: _listed(place, name, value, single, n) for name, value in found.items()}
+    return {name: _listed(place, name, value, n) for name, value in found.items()}
 
 
 def _is_number(x: object) -> bool:

@@ -27,12 +27,10 @@ from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.tasks import Example, Task, get_task
 
 from .options import ModelOptions, OfflineConfig, PromptOptions
-from .stages import first_samples, settings_beside, token_keys
+from .stages import RUN, SAMPLES, first_samples, settings_beside, token_keys
 
 log = logging.getLogger("sharpen")
 
-# of the draws in a run directory, and its settings
-SAMPLES, RUN = "samples.jsonl", "run.json"
 # what only a power sampler writes into a row
 POWER_COLUMNS = {"accepted": "mh", "log_z": "smc"}
 
@@ -72,7 +70,7 @@ class Source:
 
 
 def check_reward(reward: str, task: str | None) -> None:
-    """Refuse a reward that does not exist, or needs answers that nobody extracts."""
+    """Reject a reward that does not exist, or needs answers that nobody extracts."""
     if reward not in REWARDS:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")
     if options_needed(reward) and task is None:
@@ -101,7 +99,7 @@ def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def check_source(options: PromptOptions) -> None:
-    """Refuse contradictory options before anything is loaded."""
+    """Reject contradictory options before anything is loaded."""
     if (options.task is None) == (options.prompts is None):
         got = "neither" if options.task is None else "both"
         raise InputError(f"give one of `--task` and `--prompts`, got {got}.")

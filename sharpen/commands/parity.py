@@ -210,7 +210,7 @@ def _shown(
     record = records[place.p]
     ids = record.completion_ids[place.g]
     name = record.row.get("prompt_id", record.place)
-    told = in_context(
+    shown = in_context(
         pairs, index, record.prompt_ids, ids, lambda tokens: str(tokenizer.decode(tokens))
     )
-    return {"place": str(name), **told}
+    return {"place": str(name), **shown}

@@ -57,7 +57,7 @@ def run(config: ScoreConfig) -> None:
     """Run the command, or go on with it."""
     needs = check_rewards(config.rewards)
     check_temperature(config.temperature)
-    # a missing or unreadable file is told before a model is loaded
+    # a missing or unreadable file is reported before a model is loaded
     next(read_rows(config.input), None)
     model, tokenizer = load(config)
     limits = ModelLimits.of(model)

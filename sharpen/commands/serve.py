@@ -23,7 +23,7 @@ log = logging.getLogger("sharpen")
 
 def run(config: ServeConfig) -> None:
     """Serve until a signal."""
-    # everything that can be wrong is told before a model is loaded
+    # everything that can be wrong is reported before a model is loaded
     check(config)
     limits = ServerLimits(
         config.max_request_bytes, config.max_request_tokens, config.max_n, config.max_queue

@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ from sharpen_kernels import TokenStats
 
 log = logging.getLogger("sharpen")
 
+# files of a run directory
+RUN, SAMPLES, SCORES = "run.json", "samples.jsonl", "scores.jsonl"
+SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
 # prompts scored and written together; a crash loses at most these
 CHUNK = 16
 
@@ -106,6 +110,20 @@ def score_samples(
     return Scores.of(TokenStats(**columns), lengths, [is_finished(row) for row in samples])
 
 
+def seconds_of(*timings: Path) -> dict[str, float]:
+    """What each stage took, of all the times that it was gone on with."""
+    seconds: dict[str, float] = {}
+    for path in timings:
+        for row in Journal(path).rows:
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    return seconds
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Of what computed the numbers."""
+    return {name: metadata.version(name) for name in packages}
+
+
 def first_samples(row: Row, n: int) -> Row:
     """A record of samples without those after the first n.
 
@@ -124,7 +142,7 @@ def token_keys(row: Row) -> list[tuple[int | str, ...]]:
 
 
 def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """The record with token ids; text is tokenised where a server told none.
+    """The record with token ids; text is tokenised where a server gave none.
 
     The prompt gets the tokenizer's special tokens, a completion that its model ended the
     end-of-sequence token. They are tokens of this tokenizer, and need not be those that the
@@ -144,8 +162,8 @@ def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_eos: bool) -> list[int]:
     """A completion's token ids; with the end-of-sequence token where the tokenizer has one."""
     eos = tokenizer.eos_token_id
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, eos] if add_eos and eos is not None else ids
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, eos] if add_eos and isinstance(eos, int) else ids
 
 
 def kept_scores(samples: list[Row]) -> Scores:
@@ -169,7 +187,7 @@ def samples_row(prompt: Prompt, samples: Samples) -> Row:
 
 
 def _of_the_sampler(samples: Samples) -> Row:
-    """What a sampler tells beside its samples, such as log Z."""
+    """What a sampler gives beside its samples, such as log Z."""
     own = {field.name for field in dataclasses.fields(Samples)}
     return {
         name: json_numbers([value])[0] if isinstance(value, float) else value
@@ -186,7 +204,7 @@ def json_numbers(values: Sequence[float]) -> list[float | None]:
     ]
 
 
-def numbers(values: Iterable[float | None]) -> list[float]:
+def numbers(values: Iterable[float | int | None]) -> list[float]:
     """Numbers of a record: null is NaN."""
     return [float("nan") if x is None else float(x) for x in values]
 

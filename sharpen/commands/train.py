@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,8 +48,6 @@ from sharpen.training.options import FitOptions, more_arguments, trainer_argumen
 
 from .engines import sampling_config
 from .inputs import (
-    RUN,
-    SAMPLES,
     Source,
     check_reward,
     check_source,
@@ -61,12 +58,22 @@ from .inputs import (
     source_settings,
 )
 from .options import OfflineConfig, PromptOptions, TrainConfig
-from .stages import kept_scores, sample_into, score_samples
+from .stages import (
+    RUN,
+    SAMPLES,
+    SCORES,
+    SUMMARY,
+    TIMINGS,
+    kept_scores,
+    sample_into,
+    score_samples,
+    seconds_of,
+    versions_of,
+)
 
 log = logging.getLogger("sharpen")
 
-SCORES, PAIRS = "scores.jsonl", "pairs.jsonl"
-SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
+PAIRS = "pairs.jsonl"
 # how long rank 0 may take to draw
 WAIT = timedelta(days=30)
 
@@ -224,16 +231,11 @@ def rate(
 
 def finish(out: Path, config: TrainConfig, found: dict[str, Any], line: str) -> None:
     """Write the summary and say what there is now."""
-    seconds: dict[str, float] = {}
-    for path in sorted(out.glob(f"**/{TIMINGS}")):
-        for row in Journal(path).rows:
-            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    names = ("sharpen", "torch", "transformers", "accelerate")
     summary = {
         "setting": setting(config),
         **found,
-        "seconds": seconds,
-        "versions": {name: metadata.version(name) for name in names},
+        "seconds": seconds_of(*sorted(out.glob(f"**/{TIMINGS}"))),
+        "versions": versions_of("sharpen", "torch", "transformers", "accelerate"),
     }
     write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     sys.stdout.write(f"{line}\nmodel: {out / MODEL}\n")

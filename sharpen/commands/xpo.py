@@ -43,11 +43,10 @@ from sharpen.training.options import FitOptions
 from sharpen.training.xpo import optimism_weight, proof_alpha, regularised_value
 
 from .engines import sampling_config
-from .inputs import RUN, SAMPLES, Source, open_source
-from .options import REWARDS, REWARDS_WITHOUT_ANSWERS, TrainConfig, XpoConfig
-from .stages import numbers, sample_into, score_samples
+from .inputs import Source, open_source
+from .options import REWARDS, REWARDS_WITHOUT_ANSWERS, XpoConfig
+from .stages import RUN, SAMPLES, TIMINGS, numbers, sample_into, score_samples
 from .train import (
-    TIMINGS,
     Drawn,
     FitTask,
     WorkerGroup,
@@ -84,7 +83,7 @@ def _train(config: XpoConfig, options: FitOptions, workers: WorkerGroup) -> None
     claimed = settings(config, base.device, workers.size)
     with Run(out / RUN, claimed, [*outputs_of(out), out / ROUNDS]):
         scorer = Scorer(base, max_tokens=config.max_tokens)
-        rounds = Rounds(config, config.reward, config.beta, source, tokenizer, scorer, workers)
+        rounds = Rounds(config, source, tokenizer, scorer, workers)
         # one stream for y', whatever the rounds do
         base_drawn = rounds.draw(out, base, fitted, replace(draws, n=config.n * config.rounds))
         found: list[Row] = [{"round": 0, "value": rounds.judge(out, base, held_out)}]
@@ -122,7 +121,7 @@ def _train(config: XpoConfig, options: FitOptions, workers: WorkerGroup) -> None
         if not (out / MODEL).exists():
             save_whole(chosen, tokenizer, out / MODEL)
         summary = {"prompts": len(fitted), "held_out": len(held_out), "kept_round": best}
-        finish(out, config, summary | {"rounds": found}, said(found, best, len(held_out)))
+        finish(out, config, summary | {"rounds": found}, report_of(found, best, len(held_out)))
 
 
 def check(config: XpoConfig) -> None:
@@ -172,9 +171,7 @@ def settings(config: XpoConfig, device: torch.device, n_processes: int = 1) -> S
 class Rounds:
     """What every round does: draw, rate, fit and judge."""
 
-    config: TrainConfig
-    reward: str
-    beta: float
+    config: XpoConfig
     source: Source
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
@@ -190,7 +187,7 @@ class Rounds:
         rows = sample_into(
             folder / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
         )
-        return rate(folder, self.scorer, self.source, rows, self.reward)
+        return rate(folder, self.scorer, self.source, rows, self.config.reward)
 
     def logprobs(self, path: Path, policy: PreTrainedModel, rows: list[Row]) -> list[list[float]]:
         """Log pi of given completions of each prompt under `policy`, in nats; kept in `path`."""
@@ -222,7 +219,7 @@ class Rounds:
         found = self.logprobs(folder / "scores-fitted.jsonl", policy, rows)
         logprob_N = torch.tensor([x for group in found for x in group], dtype=torch.float64)
         square = square_loss(
-            logprob_N - batch.reference, batch.reward, batch.pairs, beta=self.beta
+            logprob_N - batch.reference, batch.reward, batch.pairs, beta=self.config.beta
         ).item()
         base = logprob_N[batch.pairs[:, 1]].mean().item()
         terms = {"square": square, "base_logprob": base, "optimism_term": optimism * base}
@@ -241,7 +238,7 @@ class Rounds:
         eligible_N = drawn.usable & log_ratio_N.isfinite()
         if not eligible_N.any():
             return None
-        return regularised_value(drawn.reward, log_ratio_N, eligible_N, beta=self.beta)
+        return regularised_value(drawn.reward, log_ratio_N, eligible_N, beta=self.config.beta)
 
     def fit(self, task: FitTask, policy: PreTrainedModel) -> PreTrainedModel:
         """The next policy, from the weights of this one."""
@@ -389,7 +386,7 @@ def best_round(found: list[Row]) -> int:
     return best
 
 
-def said(found: list[Row], best: int, n_held_out: int) -> str:
+def report_of(found: list[Row], best: int, n_held_out: int) -> str:
     """What the rounds came to, in lines: J_beta of all, and the terms of each."""
     values = [_shown(row["value"]) for row in found]
     lines = [

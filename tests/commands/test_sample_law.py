@@ -58,7 +58,11 @@ def test_the_law_is_read_beside_the_samples(pools, name):
         (None, {}, None),
         # `sharpen score` did not draw them
         ({"command": "score", "model": "game24"}, {}, None),
-        ({"command": "score", "model": "game24"}, {"accepted": [0.5]}, Provenance(None, None, "mh", None)),
+        (
+            {"command": "score", "model": "game24"},
+            {"accepted": [0.5]},
+            Provenance(None, None, "mh", None),
+        ),
         (PLAIN | {"sampler": "smc", "alpha": 1.0}, {}, Provenance("game24", None, "smc", 1.0)),
         (PLAIN | {"top_p": 0.9}, {}, Provenance("game24", top_p=0.9)),
         # the optimism of XPO
