@@ -1,35 +1,81 @@
 """The command line: `sharpen VERB --config FILE.yaml --flag value`.
 
-Flags are the fields of the verb's config dataclass. `--config` reads the same names from a
-YAML file; flags on the command line override it, and unknown names are refused. Exit codes:
+Flags are the fields of the verb's options (`commands/options.py`). `--config` reads the same names
+from a YAML file; flags on the command line override it, and unknown names are rejected. Exit codes:
 0 done, 2 bad input (one line on stderr), 130 interrupted.
+
+The code of a command, and with it PyTorch, is imported only once its flags are known to be good.
 """
 
+import argparse
 import importlib
 import sys
+import types
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from .commands import options
 from .console import log_to_stderr, quiet_libraries
 from .errors import InputError, SharpenError
+from .experiments.options import StudyConfig, TheoryConfig
 
+
+class Verb(NamedTuple):
+    """A command.
+
+    Attributes:
+        options: The dataclass of its flags; None for another program's command line.
+        summary: What it does, in a line.
+        module: Holds its `run(options)`, or `forward(argv)`; by default the verb's in `commands`.
+        positional: The option that may come first without its flag.
+    """
+
+    options: type | None
+    summary: str
+    module: str | None = None
+    positional: str | None = None
+
+
+STUDY, THEORY = "sharpen.experiments.game24.run", "sharpen.experiments.theory.run"
 VERBS = {
-    "bon": "sample N completions a prompt, keep what the model itself rates highest, report",
-    "export": "scored samples to the data sets that TRL's trainers take",
-    "lm-eval": "lm-evaluation-harness with the model type `sharpen`; takes lm-eval's arguments",
-    "parity": "how far another engine's log-probs of given completions are from ours",
-    "rlhf": "sample, pair, and fit reward differences: RLHF-Sharpening",
-    "sample": "draw completions into a JSON lines file",
-    "score": "rate given completions under a model",
-    "serve": "score over HTTP: OpenAI completions, rewards for trainers, metrics",
-    "sft": "sample, choose the best of N, and fit it: SFT-Sharpening",
-    "study": "compare every selector, sampler and trained model on one task",
-    "tasks": "list the tasks",
-    "theory": "prove the most probable completion of every prompt; coverage, margin, sample sizes",
-    "xpo": "rounds of sampling from the model being trained, and fitting: XPO",
+    "bon": Verb(
+        options.BonConfig,
+        "sample N completions a prompt, keep what the model itself rates highest, report",
+    ),
+    "export": Verb(
+        options.ExportConfig, "scored samples to the data sets that TRL's trainers take"
+    ),
+    "lm-eval": Verb(
+        None, "lm-evaluation-harness with the model type `sharpen`; takes lm-eval's arguments"
+    ),
+    "parity": Verb(
+        options.ParityConfig,
+        "how far another engine's log-probs of given completions are from ours",
+    ),
+    "rlhf": Verb(options.RlhfConfig, "sample, pair, and fit reward differences: RLHF-Sharpening"),
+    "sample": Verb(options.SampleConfig, "draw completions into a JSON lines file"),
+    "score": Verb(options.ScoreConfig, "rate given completions under a model"),
+    "serve": Verb(
+        options.ServeConfig, "score over HTTP: OpenAI completions, rewards for trainers, metrics"
+    ),
+    "sft": Verb(options.SftConfig, "sample, choose the best of N, and fit it: SFT-Sharpening"),
+    "study": Verb(
+        StudyConfig,
+        "compare every selector, sampler and trained model on one task",
+        STUDY,
+        positional="task",
+    ),
+    "tasks": Verb(options.TasksConfig, "list the tasks"),
+    "theory": Verb(
+        TheoryConfig,
+        "prove the most probable completion of every prompt; coverage, margin, sample sizes",
+        THEORY,
+    ),
+    "xpo": Verb(
+        options.XpoConfig, "rounds of sampling from the model being trained, and fitting: XPO"
+    ),
 }
 USAGE = "usage: sharpen VERB [--config FILE.yaml] [--flag value ...]"
 
@@ -45,17 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"sharpen {version('sharpen')}\n")
         return 0
-    verb, *rest = argv
-    if verb not in VERBS:
-        sys.stderr.write(f"sharpen: `VERB` must be one of {', '.join(VERBS)}, got {verb!r}.\n")
+    name, *rest = argv
+    if name not in VERBS:
+        sys.stderr.write(f"sharpen: `VERB` must be one of {', '.join(VERBS)}, got {name!r}.\n")
         return 2
+    verb = VERBS[name]
     log_to_stderr()
     try:
-        command = _command(verb)
-        if hasattr(command, "forward"):
-            # another program's command line: its own flags, its own exit code
-            return command.forward(rest)
-        config = parse(verb, rest)
+        if verb.options is None:
+            return _command(name).forward(rest)
+        config = parse(name, rest)
+        command = _command(name)
         quiet_libraries()
         command.run(config)
     except SharpenError as error:
@@ -67,39 +113,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command(verb: str) -> ModuleType:
-    return importlib.import_module(f"sharpen.commands.{verb.replace('-', '_')}")
+def _command(name: str) -> types.ModuleType:
+    return importlib.import_module(
+        VERBS[name].module or f"sharpen.commands.{name.replace('-', '_')}"
+    )
 
 
 def parse(verb: str, argv: Sequence[str]) -> Any:
-    """The config of `verb`, from flags over a YAML file.
+    """The options of `verb`, from flags over a YAML file.
 
     Raises:
         InputError: If the YAML file is unreadable or names an unknown option.
         SystemExit: With code 2 for an unknown or malformed flag, 0 for `--help`.
     """
-    from transformers import HfArgumentParser
-
-    command = _command(verb)
-    config_class = getattr(command, f"{verb.capitalize()}Config")
-    first = getattr(command, "POSITIONAL", None)
-    if first is not None and argv and not argv[0].startswith("-"):
-        argv = [f"--{first}", *argv]
-    types = {field: field.type for field in fields(config_class)}
-    parser = HfArgumentParser(
-        [config_class], prog=f"sharpen {verb}", description=VERBS[verb], allow_abbrev=False
-    )
-    # it strips `| None` from the dataclass itself, and so from every class that shares the field
-    for field, kind in types.items():
-        field.type = kind
-    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    config_class, positional = VERBS[verb].options, VERBS[verb].positional
+    assert config_class is not None, "another program's command line"
+    if positional is not None and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
+    parser = parser_of(verb)
     path, rest = _split_config(list(argv))
     names = {field.name for field in fields(config_class)}
     from_file = [] if path is None else _flags_of(path, names)
-    (config,) = parser.parse_args_into_dataclasses([*from_file, *rest], look_for_args_file=False)[
-        :1
-    ]
-    return config
+    given = vars(parser.parse_args([*from_file, *rest]))
+    return config_class(**{name: given[name] for name in names})
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """A flag for every field of the verb's options."""
+    config_class = VERBS[verb].options
+    assert config_class is not None, "another program's command line"
+    parser = argparse.ArgumentParser(
+        prog=f"sharpen {verb}",
+        description=VERBS[verb].summary,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in fields(config_class):
+        _add_flag(parser, field)
+    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
+    """`--a_b` and `--a-b` of a field: a value, one of its choices, a switch, or a list."""
+    names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+    given: dict[str, Any] = {"help": field.metadata["help"]}
+    if field.default is not MISSING:
+        given["default"] = field.default
+    elif field.default_factory is not MISSING:
+        given["default"] = field.default_factory()
+    else:
+        given["required"] = True
+    kind = field.type
+    if get_origin(kind) is types.UnionType:
+        (kind,) = [part for part in get_args(kind) if part is not types.NoneType]
+    if get_origin(kind) is Literal:
+        given["choices"] = get_args(kind)
+    elif kind is bool:
+        given |= {"type": _switch, "nargs": "?", "const": True}
+    elif get_origin(kind) is list:
+        given |= {"type": get_args(kind)[0], "nargs": "+"}
+    else:
+        given["type"] = kind
+    parser.add_argument(*names, *field.metadata.get("aliases", ()), **given)
+
+
+def _switch(text: str) -> bool:
+    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(words)}, got {text!r}")
+    return words[text.lower()]
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -144,7 +228,7 @@ def _flags_of(path: str, names: set[str]) -> list[str]:
 
 
 def _help() -> str:
-    lines = [f"  {verb:8s}{what}" for verb, what in VERBS.items()]
+    lines = [f"  {name:8s}{verb.summary}" for name, verb in VERBS.items()]
     return "\n".join([USAGE, "", *lines, "", "`sharpen VERB --help` lists the flags.", ""])
 
 

@@ -1,4 +1,8 @@
-"""JSON lines on disk: read them strictly, write them so that nothing is ever half there.
+"""Records on disk: read strictly, written so that a file is whole or not there.
+
+    read_rows, read_prompts     JSON lines to records
+    check_prompt, check_...     one field of a record, or an error that says FILE:LINE
+    write_rows, write_table     JSON lines; parquet too
 
 Field names are TRL's: `prompt` (text, or a list of messages), `completion`, and `completions`
 for all the samples of one prompt. Token ids travel beside the text (`prompt_ids`,
@@ -6,16 +10,24 @@ for all the samples of one prompt. Token ids travel beside the text (`prompt_ids
 """
 
 import hashlib
+import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, RecordError
+from .errors import InputError, RecordError, require
 
 Row = dict[str, Any]
+Messages = list[dict[str, str]]
+# how a data set can be written
+TABLES = (".jsonl", ".parquet")
+NO_PARQUET = (
+    "`out` as .parquet needs pyarrow, got {error}; "
+    'run `pip install "sharpen[data]"`, or write .jsonl.'
+)
 
 
 def dump(row: Row) -> str:
@@ -85,6 +97,37 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     write_text(path, "".join(map(dump, rows)))
 
 
+def check_table(path: Path) -> None:
+    """Reject a file that `write_table` could not write, before anything is computed.
+
+    Raises:
+        InputError: If its suffix is neither `.jsonl` nor `.parquet`, or parquet has no library.
+    """
+    if path.suffix not in TABLES:
+        raise InputError(f"`out` must end in {' or '.join(TABLES)}, got {str(path)!r}.")
+    if path.suffix == ".parquet":
+        require("pyarrow.parquet", NO_PARQUET)
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write a whole file or nothing; the same rows make the same bytes with one pyarrow.
+
+    Args:
+        path: Ends in `.jsonl` or `.parquet`, as `check_table` wants it.
+        rows: At least one: a column has the type that its values have.
+    """
+    if path.suffix == ".jsonl":
+        write_rows(path, rows)
+        return
+    arrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    neighbour = path.with_name(f".{path.name}.part")
+    parquet.write_table(arrow.Table.from_pylist(list(rows)), neighbour)
+    with open(neighbour, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(neighbour, path)
+
+
 def check_text(place: str, field: str, value: object) -> str:
     """`value` if it is text that can be written as UTF-8.
 
@@ -103,7 +146,7 @@ def check_text(place: str, field: str, value: object) -> str:
     return value
 
 
-def check_prompt(place: str, row: Row) -> str | list[dict[str, str]]:
+def check_prompt(place: str, row: Row) -> str | Messages:
     """The `prompt` of a record: non-empty text, or a non-empty list of messages.
 
     Raises:
@@ -121,7 +164,7 @@ def check_prompt(place: str, row: Row) -> str | list[dict[str, str]]:
     return prompt
 
 
-def _check_messages(place: str, messages: list[object]) -> list[dict[str, str]]:
+def _check_messages(place: str, messages: list[object]) -> Messages:
     if not messages:
         raise RecordError(f"{place}: `prompt` must hold at least one message, got an empty list.")
     checked = []
@@ -134,6 +177,41 @@ def _check_messages(place: str, messages: list[object]) -> list[dict[str, str]]:
             check_text(place, key, message[key])
         checked.append(message)
     return checked
+
+
+def check_completions(place: str, row: Row) -> list[str]:
+    """The texts of a record's `completions`, or of its one `completion`.
+
+    Raises:
+        RecordError: If it has neither or both, or one is neither text nor an assistant's turn.
+    """
+    if ("completion" in row) == ("completions" in row):
+        got = "both" if "completion" in row else f"only {', '.join(row)}"
+        raise RecordError(f"{place}: must have one of `completion` and `completions`, got {got}.")
+    values = [row["completion"]] if "completion" in row else row["completions"]
+    if not isinstance(values, list):
+        raise RecordError(
+            f"{place}: `completions` must be a list, got {type(values).__name__}; "
+            "a single one goes into `completion`."
+        )
+    return [_completion_text(place, value) for value in values]
+
+
+def _completion_text(place: str, value: object) -> str:
+    """Text, or the content of one message, which is TRL's conversational form."""
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or "content" not in value[0]:
+            raise RecordError(f"{place}: `completion` as messages must be one with `content`.")
+        value = value[0]["content"]
+    return check_text(place, "completion", value)
+
+
+def completion_as(prompt: str | Messages, text: str) -> str | Messages:
+    """A completion in the form of its prompt: text, or an assistant's turn beside messages.
+
+    A chat template is then applied once, by TRL.
+    """
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def check_ids(place: str, field: str, value: object) -> list[int]:
@@ -153,7 +231,7 @@ class PromptRecord:
 
     place: str
     id: str
-    prompt: str | list[dict[str, str]]
+    prompt: str | Messages
 
 
 def content_id(value: object) -> str:

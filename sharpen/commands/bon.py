@@ -7,11 +7,9 @@ Writes into its run directory: `samples.jsonl` (every completion, as it is drawn
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,15 +18,15 @@ from sharpen.errors import InputError
 from sharpen.evaluation import Outcome, Texts, summarize
 from sharpen.evaluation.outcome import MAJORITY
 from sharpen.evaluation.report import format_table, render_report
-from sharpen.records import Row, write_rows, write_text
-from sharpen.runs import Journal, Run
-from sharpen.sampling import Prompt, SamplingConfig
+from sharpen.records import Row, completion_as, write_rows, write_text
+from sharpen.runs import Journal, Run, Settings
+from sharpen.sampling import SamplingConfig
 from sharpen.sampling.base import render_all
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, stats_needed
+from sharpen.scoring.rewards import stats_needed
 from sharpen.selection import best_of_n
 
-from .engines import SamplingOptions, check_engine, opened
+from .engines import check_engine, load_engine, sampling_config
 from .inputs import (
     Source,
     check_reward,
@@ -38,48 +36,40 @@ from .inputs import (
     open_source,
     source_settings,
 )
-from .options import DrawOptions, PromptOptions, option, required
+from .options import BonConfig
 from .stages import (
+    RUN,
+    SAMPLES,
+    SCORES,
+    SUMMARY,
+    TIMINGS,
     json_numbers,
     kept_scores,
     sample_into,
     score_samples,
+    seconds_of,
     token_keys,
+    versions_of,
     with_ids,
 )
 
-SAMPLES, GREEDY, CHOSEN = "samples.jsonl", "greedy.jsonl", "chosen.jsonl"
-SUMMARY, REPORT, TIMINGS = "summary.json", "report.html", "timings.jsonl"
-SCORES = "scores.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BonConfig(DrawOptions, PromptOptions, SamplingOptions):
-    """Best-of-N: sample, score, choose, report."""
-
-    out: str = required("run directory; the same command again goes on where it stopped")
-    reward: str = option(f"what to choose by: {', '.join(REWARDS)}", "logprob")
-    scores: Literal["sampler", "scorer"] = option(
-        "sampler: the log-probs kept while drawing, which cost nothing; "
-        "scorer: an exact forward pass over all samples",
-        "sampler",
-    )
+GREEDY, CHOSEN, REPORT = "greedy.jsonl", "chosen.jsonl", "report.html"
 
 
 def run(config: BonConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    draws = config.sampling()
-    out = Path(config.out)
+    draws, out = sampling_config(config), Path(config.out)
     outputs = [out / name for name in (SAMPLES, GREEDY, CHOSEN, SUMMARY, REPORT, SCORES)]
     greedy = None
     with ExitStack() as stack:
-        with opened(config) as engine:
-            tokenizer, sampler = engine.tokenizer, engine.sampler
+        # sample
+        with load_engine(config) as engine:
+            tokenizer, sampler, model = engine.tokenizer, engine.sampler, engine.model
             source = open_source(config, tokenizer)
             prompts = render_all(source.records, tokenizer)
             sampler.check(prompts, draws)
-            stack.enter_context(Run(out / "run.json", settings(config, engine.device), outputs))
+            stack.enter_context(Run(out / RUN, settings(config, engine.device), outputs))
             timings = Journal(out / TIMINGS)
             samples = sample_into(
                 out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
@@ -88,8 +78,7 @@ def run(config: BonConfig) -> None:
             if source.task is not None:
                 once = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
                 greedy = sample_into(out / GREEDY, sampler, prompts, once, label="greedy")
-            model = engine.model
-        # an engine that is not the model itself has given its memory back by now
+        # score; an engine that is not the model itself has given its memory back by now
         if config.scores == "scorer":
             if model is None or tokenizer is None:
                 model, tokenizer = load(config)
@@ -100,15 +89,36 @@ def run(config: BonConfig) -> None:
             routes["scoring"] = scorer.route.sharing
         else:
             scores = kept_scores(samples)
-        finish(config, source, prompts, samples, greedy, scores, routes)
+        # choose
+        reward_N = scores.reward(config.reward, **source.reward_options(config.reward, samples))
+        outcome = outcome_of(config, source, samples, greedy, scores, reward_N)
+        write_rows(out / CHOSEN, chosen_rows(source, samples, scores, reward_N, outcome))
+        # report
+        n_tokens = sum(len(tokens) for row in samples for tokens in row["logprobs"])
+        summary = summarize(
+            outcome,
+            settings={
+                "task": source.name,
+                "model": config.model or config.endpoint_model,
+                "prompts": len(prompts),
+                "reward": config.reward,
+                "scores": config.scores,
+                "split": config.split if config.task else None,
+                **config.draw_settings(),
+                "routes": routes,
+                "versions": versions_of("sharpen", "torch", "transformers"),
+            },
+            seconds={"sample": 0.0, "score": 0.0} | seconds_of(out / TIMINGS),
+            tokens={"sampled": n_tokens, "scored": int(scores.offsets[-1])},
+        )
+        texts = Texts([prompt.text for prompt in prompts], [row["completions"] for row in samples])
+        write_text(out / REPORT, render_report(summary, outcome, texts))
+        write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(f"{format_table(summary)}\nreport: {out / REPORT}\n")
 
 
 def check(config: BonConfig) -> None:
-    """Refuse bad options before anything is loaded or written.
-
-    Raises:
-        InputError: If an option is out of range, or the reward cannot be computed.
-    """
+    """Reject bad options before anything is loaded or written."""
     check_source(config)
     check_reward(config.reward, config.task)
     check_engine(config)
@@ -122,7 +132,7 @@ def check(config: BonConfig) -> None:
         )
 
 
-def settings(config: BonConfig, device: str) -> dict[str, Any]:
+def settings(config: BonConfig, device: str) -> Settings:
     """Everything that the outputs depend on."""
     return {
         "command": "bon",
@@ -135,104 +145,20 @@ def settings(config: BonConfig, device: str) -> dict[str, Any]:
     }
 
 
-def finish(
-    config: BonConfig,
-    source: Source,
-    prompts: list[Prompt],
-    samples: list[Row],
-    greedy: list[Row] | None,
-    scores: Scores,
-    routes: dict[str, str],
-) -> None:
-    """Choose, grade, and write the three files that a run ends with."""
-    out = Path(config.out)
-    answers = source.answers(samples)
-    response_PG = np.array([_numbered(token_keys(row)) for row in samples])
-    reward_N = scores.reward(config.reward, **source.reward_options(config.reward, samples))
-    chosen = best_of_n(scores, reward_N).tolist()
-    shape = (len(samples), config.n)
-    reward, logprob = (
-        [json_numbers(row) for row in x.reshape(shape).tolist()]
-        for x in (reward_N, scores.reward("logprob"))
-    )
-    outcome = _outcome(config, source, samples, greedy, scores, reward_N, answers, response_PG)
-    rows = []
-    for p, index in enumerate(chosen):
-        if index >= 0:
-            correct = None if outcome.correct_PG is None else bool(outcome.correct_PG[p, index])
-            values = {"reward": reward[p][index], "logprob": logprob[p][index], "correct": correct}
-            rows.append(chosen_row(source.records[p].prompt, samples[p], index) | values)
-    write_rows(out / CHOSEN, rows)
-    seconds = {"sample": 0.0, "score": 0.0}
-    for row in Journal(out / TIMINGS).rows:
-        seconds[row["stage"]] += row["seconds"]
-    n_tokens = sum(len(tokens) for row in samples for tokens in row["logprobs"])
-    summary = summarize(
-        outcome,
-        settings={
-            "task": source.name,
-            "model": config.model or config.endpoint_model,
-            "prompts": len(prompts),
-            "reward": config.reward,
-            "scores": config.scores,
-            "split": config.split if config.task else None,
-            **config.draw_settings(),
-            "routes": routes,
-            "versions": versions(),
-        },
-        seconds=seconds,
-        tokens={"sampled": n_tokens, "scored": int(scores.offsets[-1])},
-    )
-    texts = Texts([prompt.text for prompt in prompts], [row["completions"] for row in samples])
-    write_text(out / REPORT, render_report(summary, outcome, texts))
-    write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    sys.stdout.write(f"{format_table(summary)}\nreport: {out / REPORT}\n")
-
-
-def versions() -> dict[str, str]:
-    """Of what computed the numbers."""
-    names = ("sharpen", "torch", "transformers")
-    return {name: metadata.version(name) for name in names}
-
-
-def chosen_row(prompt: str | list[dict[str, str]], samples: Row, index: int) -> Row:
-    """The chosen completion as a training record: TRL's `prompt` and `completion`, and ids."""
-    text, has_ids = samples["completions"][index], "completion_ids" in samples
-    return {
-        "prompt_id": samples["prompt_id"],
-        "prompt": prompt,
-        "completion": text if isinstance(prompt, str) else [_assistant(text)],
-        **({"completion_ids": samples["completion_ids"][index]} if has_ids else {}),
-        "sample_id": index,
-    }
-
-
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def _numbered(keys: list[tuple[int | str, ...]]) -> list[int]:
-    """A number for each distinct completion of a prompt."""
-    seen: dict[tuple[int | str, ...], int] = {}
-    return [seen.setdefault(key, len(seen)) for key in keys]
-
-
-def _outcome(
+def outcome_of(
     config: BonConfig,
     source: Source,
     samples: list[Row],
     greedy: list[Row] | None,
     scores: Scores,
-    reward: torch.Tensor,
-    answers: list[list[str | None]] | None,
-    response_PG: np.ndarray,
+    reward_N: torch.Tensor,
 ) -> Outcome:
+    """Rewards and grades of all completions."""
     shape = (len(samples), config.n)
-    reward_N = {name: scores.reward(name) for name in ("logprob", "mean_logprob")}
+    rewards = {name: scores.reward(name) for name in ("logprob", "mean_logprob")}
     # a majority is counted anew in every subset of the samples
     if config.reward != MAJORITY:
-        reward_N[config.reward] = reward
-    reward_PG = {name: x.double().numpy().reshape(shape) for name, x in reward_N.items()}
+        rewards[config.reward] = reward_N
     correct_PG = greedy_correct_P = None
     if source.task is not None and source.examples is not None and greedy is not None:
         is_correct = source.task.is_correct
@@ -241,10 +167,42 @@ def _outcome(
         once = zip(source.examples, greedy, strict=True)
         greedy_correct_P = np.array([is_correct(e, row["completions"][0]) for e, row in once])
     return Outcome(
-        reward_PG=reward_PG,
+        reward_PG={name: x.double().numpy().reshape(shape) for name, x in rewards.items()},
         valid_PG=scores.eligible.numpy().reshape(shape),
         correct_PG=correct_PG,
         greedy_correct_P=greedy_correct_P,
-        answers=answers,
-        response_PG=response_PG,
+        answers=source.answers(samples),
+        response_PG=np.array([_numbered(token_keys(row)) for row in samples]),
     )
+
+
+def chosen_rows(
+    source: Source, samples: list[Row], scores: Scores, reward_N: torch.Tensor, outcome: Outcome
+) -> Iterator[Row]:
+    """The best completion of each prompt as a training record: TRL's names, and ids."""
+    bounds = scores.groups.tolist()
+    reward, logprob = (
+        json_numbers(reward_N.tolist()),
+        json_numbers(scores.reward("logprob").tolist()),
+    )
+    for p, index in enumerate(best_of_n(scores, reward_N).tolist()):
+        if index < 0:
+            continue
+        row, prompt = samples[p], source.records[p].prompt
+        has_ids = "completion_ids" in row
+        yield {
+            "prompt_id": row["prompt_id"],
+            "prompt": prompt,
+            "completion": completion_as(prompt, row["completions"][index]),
+            **({"completion_ids": row["completion_ids"][index]} if has_ids else {}),
+            "sample_id": index,
+            "reward": reward[bounds[p] + index],
+            "logprob": logprob[bounds[p] + index],
+            "correct": None if outcome.correct_PG is None else bool(outcome.correct_PG[p, index]),
+        }
+
+
+def _numbered(keys: list[tuple[int | str, ...]]) -> list[int]:
+    """A number for each distinct completion of a prompt."""
+    seen: dict[tuple[int | str, ...], int] = {}
+    return [seen.setdefault(key, len(seen)) for key in keys]

@@ -1,6 +1,4 @@
-"""Rows into a file whose suffix says how: JSON lines, or parquet. All of them or none.
-
-Rated completions to the rows that TRL's trainers read: SFT, DPO, KTO, prompts, token ids.
+"""`sharpen export`: scored samples to the data sets that TRL's trainers take, chosen by a reward.
 
     sft      prompt, completion                                   the best of each prompt
     dpo      prompt, chosen, rejected, score_chosen, score_rejected      pairs
@@ -10,45 +8,38 @@ Rated completions to the rows that TRL's trainers read: SFT, DPO, KTO, prompts, 
 
 Each row also says where it comes from (`prompt_id`, `sample_id`, `reward`), which TRL passes over.
 Text stands beside text, an assistant's turn beside messages: a template is applied once, by TRL.
+The same input and options make the same file.
 
-G completions of one prompt.
-
-Scored samples of a file, a prompt at a time: texts, ids and one reward of each completion.
-
-A record holds `completions`, or one `completion`; the single ones of a prompt are put together. A
-reward is taken from the record's `rewards` (`sharpen score`), or made of the token statistics that
-it holds: `token_stats`, or the `logprobs` that a sampler kept.
-
-`sharpen export`: scored samples to the data sets that TRL's trainers take, chosen by a reward.
-
-Reads a file of `sharpen score` (or of `sharpen sample`, whose log-probs give some rewards) and
-writes one of TRL's shapes; see `sharpen.commands.export`. The same input and options make the
-same file.
+    run, check, rows_of     the command
+    sft_rows, ...           one prompt to the rows of each shape
+    read_rated              a file of `sharpen score` or `sharpen sample` to `Rated` prompts
 """
 
-import importlib
-import os
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from sharpen.errors import InputError, RecordError
+from sharpen.errors import InputError, RecordError, check_fields
 from sharpen.records import (
+    Messages,
     PromptRecord,
     Row,
+    check_completions,
     check_ids,
     check_prompt,
+    check_table,
     check_text,
+    completion_as,
     content_id,
     file_digest,
     read_prompts,
     read_rows,
-    write_rows,
+    write_table,
 )
 from sharpen.runs import Run
 from sharpen.scoring import Scores
@@ -56,51 +47,22 @@ from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.training.groups import PairKind, choose_pairs
 from sharpen_kernels import TokenStats
 
-from .options import option, required
-from .score import completion_text
-from .stages import settings_beside
+from .options import ExportConfig
+from .stages import numbers, settings_beside
 
-SUFFIXES = (".jsonl", ".parquet")
-
-
-def check_suffix(path: Path) -> None:
-    """Refuse a file that `write_file` could not write, before anything is computed.
-
-    Raises:
-        InputError: If its suffix is neither `.jsonl` nor `.parquet`, or parquet has no library.
-    """
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"`out` must end in {' or '.join(SUFFIXES)}, got {str(path)!r}.")
-    if path.suffix == ".parquet":
-        try:
-            importlib.import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise InputError(
-                f"`out` {str(path)!r} needs pyarrow, got {error}; "
-                'run `pip install "sharpen[data]"`, or write .jsonl.'
-            ) from error
-
-
-def write_file(path: Path, rows: Sequence[Row]) -> None:
-    """Write a whole file or nothing; the same rows make the same bytes with one pyarrow.
-
-    Args:
-        path: Ends in `.jsonl` or `.parquet`, as `check_suffix` wants it.
-        rows: At least one: a column has the type that its values have.
-    """
-    if path.suffix == ".jsonl":
-        write_rows(path, rows)
-        return
-    arrow = importlib.import_module("pyarrow")
-    parquet = importlib.import_module("pyarrow.parquet")
-    neighbour = path.with_name(f".{path.name}.part")
-    parquet.write_table(arrow.Table.from_pylist(list(rows)), neighbour)
-    with open(neighbour, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(neighbour, path)
-
-
-Messages = list[dict[str, Any]]
+CHOOSING = ("sft", "dpo", "kto", "tokens")
+# options that belong to some shapes alone
+OWN = {
+    "top": ("sft", "tokens"),
+    "pairs": ("dpo",),
+    "margin": ("dpo",),
+    "seed": ("dpo",),
+    "threshold": ("kto",),
+    "share": ("kto",),
+    "reward": CHOOSING,
+    "unique": CHOOSING,
+    "cut": CHOOSING,
+}
 
 
 @dataclass(frozen=True)
@@ -133,10 +95,114 @@ class Rated:
         able = [g for g, ok in enumerate(self.eligible) if ok]
         return sorted(able, key=lambda g: -self.reward[g])
 
-    def said(self, g: int) -> str | Messages:
+    def completion(self, g: int) -> str | Messages:
         """Completion g in the form of its prompt."""
-        text = self.completions[g]
-        return text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
+        return completion_as(self.prompt, self.completions[g])
+
+    def key(self, g: int) -> Hashable:
+        """What completions are told apart by: ids, or text where they are not known."""
+        ids = self.completion_ids
+        return self.completions[g] if ids is None else tuple(ids[g])
+
+    def source(self, g: int) -> Row:
+        """Where a row of completion g comes from."""
+        return {"prompt_id": self.prompt_id, "sample_id": g, "reward": self.reward[g]}
+
+
+def run(config: ExportConfig) -> None:
+    """Run the command; where the same one was finished before, it writes the same file again."""
+    check(config)
+    out = Path(config.out)
+    check_table(out)
+    groups = read_rated(config.input, config.reward, cut=config.cut)
+    digests = {"input_digest": file_digest(config.input)}
+    if config.prompts is not None:
+        groups = with_prompts(groups, read_prompts(config.prompts), config.prompts)
+        digests["prompts_digest"] = file_digest(config.prompts)
+    if config.unique:
+        groups = [unique(group) for group in groups]
+    check_one_form(groups)
+    rows = list(rows_of(config, groups))
+    if not rows:
+        raise InputError(
+            f"{config.input!r} must leave at least one row of shape {config.shape}, got none of "
+            f"{len(groups)} prompts; lower `--margin`, or take cut ones with `--cut`."
+        )
+    settings = {"command": "export", **asdict(config), **digests}
+    with Run(settings_beside(out), settings, [out]):
+        write_table(out, rows)
+    used = len({row["prompt_id"] for row in rows})
+    sys.stdout.write(f"{len(rows)} rows of {used} of {len(groups)} prompts: {config.out}\n")
+
+
+def check(config: ExportConfig) -> None:
+    """Reject options that contradict each other, or would change nothing."""
+    for name, shapes in OWN.items():
+        default = ExportConfig.__dataclass_fields__[name].default
+        if config.shape not in shapes and getattr(config, name) != default:
+            raise InputError(
+                f"`{name}` must be left out with `--shape {config.shape}`, which it cannot change, "
+                f"got {getattr(config, name)!r}."
+            )
+    if config.shape != "prompt" and config.reward is None:
+        raise InputError(f"`reward` must be given with `--shape {config.shape}`, got none.")
+    known, share = config.threshold, config.share
+    rules = [
+        ("top", config.top >= 1, "at least 1"),
+        ("margin", isfinite(config.margin) and config.margin >= 0, "at least 0"),
+        ("threshold", known is None or isfinite(known), "a number"),
+        ("share", share is None or 0 < share <= 0.5, "above 0 and at most 0.5"),
+    ]
+    check_fields(config, rules)
+    if config.seed and config.pairs != "random":
+        raise InputError(
+            f"`seed` must be left out with `--pairs {config.pairs}`: nothing is drawn."
+        )
+    if config.shape == "kto" and (config.threshold is None) == (config.share is None):
+        got = "neither" if config.share is None else "both"
+        raise InputError(f"give one of `--threshold` and `--share` with `--shape kto`, got {got}.")
+    if Path(config.out).resolve() == Path(config.input).resolve():
+        raise InputError(f"`out` must be another file than `input`, got {config.out!r} for both.")
+
+
+def check_one_form(groups: list[Rated]) -> None:
+    """Reject text beside messages: a column of a data set has one type."""
+    for group in groups:
+        if isinstance(group.prompt, str) != isinstance(groups[0].prompt, str):
+            raise RecordError(
+                f"{group.place}: prompts must all be text or all messages, got the other than at "
+                f"{groups[0].place}; export them to two files."
+            )
+
+
+def rows_of(config: ExportConfig, groups: list[Rated]) -> Iterator[Row]:
+    """The rows of every prompt, in order."""
+    generator = torch.Generator().manual_seed(config.seed)
+    seen: set[str] = set()
+    for group in groups:
+        if config.shape == "sft":
+            yield from sft_rows(group, top=config.top)
+        elif config.shape == "tokens":
+            yield from token_rows(group, top=config.top)
+        elif config.shape == "dpo":
+            yield from dpo_rows(group, generator, pairs=config.pairs, margin=config.margin)
+        elif config.shape == "kto":
+            yield from kto_rows(group, threshold=config.threshold, share=config.share)
+        elif group.prompt_id not in seen:
+            seen.add(group.prompt_id)
+            yield from prompt_rows(group)
+
+
+def unique(group: Rated) -> Rated:
+    """Equal completions count once: all but the first eligible one are not eligible."""
+    seen: set[Any] = set()
+    eligible = []
+    for g, ok in enumerate(group.eligible):
+        key = group.key(g)
+        eligible.append(ok and key not in seen)
+        if ok:
+            seen.add(key)
+    return replace(group, eligible=eligible)
 
 
 def sft_rows(group: Rated, *, top: int = 1) -> Iterator[Row]:
@@ -148,15 +214,11 @@ def sft_rows(group: Rated, *, top: int = 1) -> Iterator[Row]:
         ' 4'
     """
     for g in group.ranked[:top]:
-        yield {"prompt": group.prompt, "completion": group.said(g), **_source(group, g)}
+        yield {"prompt": group.prompt, "completion": group.completion(g), **group.source(g)}
 
 
 def token_rows(group: Rated, *, top: int = 1) -> Iterator[Row]:
-    """The same as token ids; `completion_mask` is 1 on those of the completion.
-
-    Raises:
-        InputError: If the ids are not known.
-    """
+    """The same as token ids; `completion_mask` is 1 on those of the completion."""
     for g in group.ranked[:top]:
         if group.prompt_ids is None or group.completion_ids is None:
             raise InputError(
@@ -167,7 +229,7 @@ def token_rows(group: Rated, *, top: int = 1) -> Iterator[Row]:
         yield {
             "input_ids": prompt + completion,
             "completion_mask": [0] * len(prompt) + [1] * len(completion),
-            **_source(group, g),
+            **group.source(g),
         }
 
 
@@ -182,13 +244,13 @@ def dpo_rows(
         pairs: As in `choose_pairs`.
         margin: At least 0: of equals, none is to be preferred.
     """
-    keys = [_key(group, g) for g in range(len(group.completions))]
+    keys = [group.key(g) for g in range(len(group.completions))]
     for i, j in choose_pairs(pairs, group.reward, group.eligible, generator, keys):
         if group.reward[i] - group.reward[j] > margin:
             yield {
                 "prompt": group.prompt,
-                "chosen": group.said(i),
-                "rejected": group.said(j),
+                "chosen": group.completion(i),
+                "rejected": group.completion(j),
                 "score_chosen": group.reward[i],
                 "score_rejected": group.reward[j],
                 "prompt_id": group.prompt_id,
@@ -225,37 +287,13 @@ def kto_rows(
         label = {g: True for g in good if group.reward[g] > high}
         label |= {g: False for g in bad if group.reward[g] < low}
     for g in sorted(label):
-        row = {"prompt": group.prompt, "completion": group.said(g), "label": label[g]}
-        yield row | _source(group, g)
+        row = {"prompt": group.prompt, "completion": group.completion(g), "label": label[g]}
+        yield row | group.source(g)
 
 
 def prompt_rows(group: Rated) -> Iterator[Row]:
     """The prompt alone."""
     yield {"prompt": group.prompt, "prompt_id": group.prompt_id}
-
-
-def unique(group: Rated) -> Rated:
-    """Equal completions count once: all but the first eligible one are not eligible."""
-    seen: set[Any] = set()
-    eligible = []
-    for g, ok in enumerate(group.eligible):
-        key = _key(group, g)
-        eligible.append(ok and key not in seen)
-        if ok:
-            seen.add(key)
-    return replace(group, eligible=eligible)
-
-
-def _key(group: Rated, g: int) -> Hashable:
-    """What completions are told apart by: ids, or text where they are not known."""
-    return group.completions[g] if group.completion_ids is None else tuple(group.completion_ids[g])
-
-
-def _source(group: Rated, g: int) -> Row:
-    return {"prompt_id": group.prompt_id, "sample_id": g, "reward": group.reward[g]}
-
-
-NAN = float("nan")
 
 
 def read_rated(path: str, reward: str | None, *, cut: bool) -> list[Rated]:
@@ -265,10 +303,6 @@ def read_rated(path: str, reward: str | None, *, cut: bool) -> list[Rated]:
         path: JSON lines, of `sharpen score` or `sharpen sample`.
         reward: Its name; None: completions are not rated and not looked at.
         cut: Whether completions that were cut at the token limit may be chosen.
-
-    Raises:
-        InputError: If the file cannot be read.
-        RecordError: If a record is bad or has not the reward.
     """
     whole: list[Rated] = []
     singles: dict[str, list[Rated]] = {}
@@ -298,11 +332,7 @@ def read_rated(path: str, reward: str | None, *, cut: bool) -> list[Rated]:
 def with_prompts(
     groups: Iterable[Rated], records: Iterable[PromptRecord], path: str
 ) -> list[Rated]:
-    """The groups with the prompts that they were drawn from, which may be messages.
-
-    Raises:
-        RecordError: If a group's `prompt_id` is not among them.
-    """
+    """The groups with the prompts that they were drawn from, which may be messages."""
     given = {record.id: record.prompt for record in records}
     found = []
     for group in groups:
@@ -321,47 +351,56 @@ def _rated(place: str, row: Row, reward: str | None, cut: bool) -> Rated:
     prompt_id = content_id(prompt) if given is None else check_text(place, "prompt_id", given)
     if reward is None:
         return Rated(place, prompt_id, prompt, [], [], [])
-    if ("completion" in row) == ("completions" in row):
-        got = "both" if "completion" in row else f"only {', '.join(row)}"
-        raise RecordError(f"{place}: must have one of `completion` and `completions`, got {got}.")
-    single = "completion" in row
-    values = _listed(place, "completions", row["completion" if single else "completions"], single)
-    texts = [completion_text(place, value) for value in values]
+    texts = check_completions(place, row)
+    row = _with_lists(row)
     ids = None
     if row.get("completion_ids") is not None:
-        lists = _listed(place, "completion_ids", row["completion_ids"], single, len(texts))
+        lists = _listed(place, "completion_ids", row["completion_ids"], len(texts))
         ids = [check_ids(place, "completion_ids", x) for x in lists]
     prompt_ids = row.get("prompt_ids")
     if prompt_ids is not None:
         check_ids(place, "prompt_ids", prompt_ids)
-    rewards = _rewards(place, row, reward, single, len(texts))
+    rewards = _rewards(place, row, reward, len(texts))
     able = [bool(text) and isfinite(r) for text, r in zip(texts, rewards, strict=True)]
-    reasons = row.get("finish_reason" if single else "finish_reasons")
-    if reasons is not None and not cut:
-        ends = _listed(place, "finish_reasons", reasons, single, len(texts))
+    if row.get("finish_reasons") is not None and not cut:
+        ends = _listed(place, "finish_reasons", row["finish_reasons"], len(texts))
         able = [ok and end == "stop" for ok, end in zip(able, ends, strict=True)]
     return Rated(place, prompt_id, prompt, texts, rewards, able, prompt_ids, ids)
 
 
+def _with_lists(row: Row) -> Row:
+    """What a record of one `completion` holds of it as lists of one, as one of several has it."""
+    if "completion" not in row:
+        return row
+    names = {name: name for name in ("completion_ids", "logprobs")}
+    names["finish_reason"] = "finish_reasons"
+    lists: Row = {many: [row[one]] for one, many in names.items() if row.get(one) is not None}
+    for name in ("rewards", "token_stats"):
+        if isinstance(row.get(name), dict):
+            lists[name] = {key: [value] for key, value in row[name].items()}
+    return row | lists
+
+
 # a field of a record: whatever JSON holds
-def _listed(place: str, name: str, value: Any, single: bool, n: int | None = None) -> list[Any]:
-    """A field as a list of one entry a completion."""
-    values = [value] if single else value
-    if not isinstance(values, list) or (n is not None and len(values) != n):
-        wanted = "a list" if n is None else f"a list of {n} entries, one a completion"
+def _listed(place: str, name: str, values: Any, n: int) -> list[Any]:
+    """A field that must be a list of one entry a completion."""
+    if not isinstance(values, list) or len(values) != n:
         got = len(values) if isinstance(values, list) else type(values).__name__
-        raise RecordError(f"{place}: `{name}` must be {wanted}, got {got}.")
+        raise RecordError(
+            f"{place}: `{name}` must be a list of {n} entries, one a completion, got {got}."
+        )
     return values
 
 
-def _rewards(place: str, row: Row, reward: str, single: bool, n: int) -> list[float]:
+def _rewards(place: str, row: Row, reward: str, n: int) -> list[float]:
+    """The rewards that a record holds, or that follow from its token statistics."""
     known = row.get("rewards")
     if isinstance(known, dict) and reward in known:
-        values = _listed(place, f"rewards.{reward}", known[reward], single, n)
+        values = _listed(place, f"rewards.{reward}", known[reward], n)
         if not all(map(_is_number, values)):
             raise RecordError(f"{place}: `rewards.{reward}` must hold numbers or null.")
-        return [NAN if x is None else float(x) for x in values]
-    stats = _statistics(place, row, single, n)
+        return numbers(values)
+    stats = _statistics(place, row, n)
     if (
         reward not in REWARDS
         or options_needed(reward)
@@ -386,19 +425,19 @@ def _rewards(place: str, row: Row, reward: str, single: bool, n: int) -> list[fl
                 f"{place}: `{name}` must be as long as the other token statistics of a completion."
             )
     columns = {
-        name: torch.tensor([NAN if x is None else x for tokens in nested for x in tokens]).float()
+        name: torch.tensor([x for tokens in nested for x in numbers(tokens)]).float()
         for name, nested in needed.items()
     }
     return Scores.of(TokenStats(**columns), [lengths]).reward(reward).tolist()
 
 
-def _statistics(place: str, row: Row, single: bool, n: int) -> dict[str, list[list[Any]]]:
+def _statistics(place: str, row: Row, n: int) -> dict[str, list[list[Any]]]:
     """The token statistics of a record, one list a completion."""
     kept = row.get("token_stats")
     found = dict(kept) if isinstance(kept, dict) else {}
     if "logprob" not in found and row.get("logprobs") is not None:
         found["logprob"] = row["logprobs"]
-    return {name: _listed(place, name, value, single, n) for name, value in found.items()}
+    return {name: _listed(place, name, value, n) for name, value in found.items()}
 
 
 def _is_number(x: object) -> bool:
@@ -419,141 +458,3 @@ def _joined(parts: list[Rated]) -> Rated:
         first.prompt_ids,
         None if any(x is None for x in ids) else [x for part in ids if part for x in part],
     )
-
-
-# options that belong to some shapes alone
-OWN = {
-    "top": ("sft", "tokens"),
-    "pairs": ("dpo",),
-    "margin": ("dpo",),
-    "seed": ("dpo",),
-    "threshold": ("kto",),
-    "share": ("kto",),
-    "reward": ("sft", "dpo", "kto", "tokens"),
-    "unique": ("sft", "dpo", "kto", "tokens"),
-    "cut": ("sft", "dpo", "kto", "tokens"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Scored samples to TRL's data sets."""
-
-    input: str = required("JSON lines file of `sharpen score`, or of `sharpen sample`")
-    shape: Literal["sft", "dpo", "kto", "prompt", "tokens"] = required(
-        "sft: the best completions; dpo: pairs; kto: good and bad ones; prompt: prompts alone; "
-        "tokens: the best as token ids"
-    )
-    out: str = required("file to write: .jsonl, or .parquet")
-    reward: str | None = option(
-        f"what to choose by: one that the records hold, or {', '.join(REWARDS)}"
-    )
-    top: int = option("sft, tokens: completions a prompt, best first", 1)
-    pairs: Literal["best_worst", "all", "random"] = option(
-        "dpo: best_worst: one pair a prompt; all: every two; random: each completion in one pair",
-        "best_worst",
-    )
-    margin: float = option("dpo: only pairs whose rewards differ by more", 0.0)
-    seed: int = option("dpo: fixes random pairs", 0)
-    threshold: float | None = option("kto: good are those of at least this reward, bad all others")
-    share: float | None = option(
-        "kto: good are the best SHARE of a prompt's completions, bad as many of the worst"
-    )
-    unique: bool = option("equal completions of a prompt count once", False)
-    cut: bool = option("take completions that were cut at the token limit too", False)
-    prompts: str | None = option(
-        "the file that the samples were drawn from: its prompts, such as messages, go out instead "
-        "of the text that a template made of them"
-    )
-
-
-def run(config: ExportConfig) -> None:
-    """Run the command; where the same one was finished before, it writes the same file again."""
-    check(config)
-    out = Path(config.out)
-    check_suffix(out)
-    groups = read_rated(config.input, config.reward, cut=config.cut)
-    digests = {"input_digest": file_digest(config.input)}
-    if config.prompts is not None:
-        groups = with_prompts(groups, read_prompts(config.prompts), config.prompts)
-        digests["prompts_digest"] = file_digest(config.prompts)
-    if config.unique:
-        groups = [unique(group) for group in groups]
-    check_one_form(groups)
-    rows = list(rows_of(config, groups))
-    if not rows:
-        raise InputError(
-            f"{config.input!r} must leave at least one row of shape {config.shape}, got none of "
-            f"{len(groups)} prompts; lower `--margin`, or take cut ones with `--cut`."
-        )
-    settings = {"command": "export", **asdict(config), **digests}
-    with Run(settings_beside(out), settings, [out]):
-        write_file(out, rows)
-    used = len({row["prompt_id"] for row in rows})
-    sys.stdout.write(f"{len(rows)} rows of {used} of {len(groups)} prompts: {config.out}\n")
-
-
-def check(config: ExportConfig) -> None:
-    """Refuse options that contradict each other, or would change nothing.
-
-    Raises:
-        InputError: If so.
-    """
-    for name, shapes in OWN.items():
-        default = ExportConfig.__dataclass_fields__[name].default
-        if config.shape not in shapes and getattr(config, name) != default:
-            raise InputError(
-                f"`{name}` must be left out with `--shape {config.shape}`, which it cannot change, "
-                f"got {getattr(config, name)!r}."
-            )
-    if config.shape != "prompt" and config.reward is None:
-        raise InputError(f"`reward` must be given with `--shape {config.shape}`, got none.")
-    if config.top < 1:
-        raise InputError(f"`top` must be at least 1, got {config.top}.")
-    if not (isfinite(config.margin) and config.margin >= 0):
-        raise InputError(f"`margin` must be at least 0, got {config.margin}.")
-    if config.seed and config.pairs != "random":
-        raise InputError(
-            f"`seed` must be left out with `--pairs {config.pairs}`: nothing is drawn."
-        )
-    if config.shape == "kto" and (config.threshold is None) == (config.share is None):
-        got = "neither" if config.share is None else "both"
-        raise InputError(f"give one of `--threshold` and `--share` with `--shape kto`, got {got}.")
-    if config.threshold is not None and not isfinite(config.threshold):
-        raise InputError(f"`threshold` must be a number, got {config.threshold}.")
-    if config.share is not None and not 0 < config.share <= 0.5:
-        raise InputError(f"`share` must be above 0 and at most 0.5, got {config.share}.")
-    if Path(config.out).resolve() == Path(config.input).resolve():
-        raise InputError(f"`out` must be another file than `input`, got {config.out!r} for both.")
-
-
-def check_one_form(groups: list[Rated]) -> None:
-    """Refuse prompts of two forms: a column of a data set has one type.
-
-    Raises:
-        RecordError: If some are text and others messages.
-    """
-    for group in groups:
-        if isinstance(group.prompt, str) != isinstance(groups[0].prompt, str):
-            raise RecordError(
-                f"{group.place}: prompts must all be text or all messages, got the other than at "
-                f"{groups[0].place}; export them to two files."
-            )
-
-
-def rows_of(config: ExportConfig, groups: list[Rated]) -> Iterator[Row]:
-    """The rows of every prompt, in order."""
-    generator = torch.Generator().manual_seed(config.seed)
-    seen: set[str] = set()
-    for group in groups:
-        if config.shape == "sft":
-            yield from sft_rows(group, top=config.top)
-        elif config.shape == "tokens":
-            yield from token_rows(group, top=config.top)
-        elif config.shape == "dpo":
-            yield from dpo_rows(group, generator, pairs=config.pairs, margin=config.margin)
-        elif config.shape == "kto":
-            yield from kto_rows(group, threshold=config.threshold, share=config.share)
-        elif group.prompt_id not in seen:
-            seen.add(group.prompt_id)
-            yield from prompt_rows(group)

@@ -1,26 +1,38 @@
-"""Prompts of a command, from a task or a file, with the task's grader where there is one.
+"""What a command reads: prompts with their task, a model, samples that another command drew.
 
-Samples that an earlier command drew, read for training.
+open_source         prompts of a task, with its grader, or of a file: `Source`
+load                the model and its tokenizer
+read_samples        samples of `sharpen sample`, for training
+check_provenance    how they were drawn, and which trainings may take them
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharpen.errors import InputError, RecordError
+from sharpen.errors import InputError, RecordError, check_value
 from sharpen.models import SHIPPED, load_model, load_tokenizer
 from sharpen.records import PromptRecord, Row, check_ids, file_digest, read_prompts, read_rows
+from sharpen.runs import Settings
 from sharpen.sampling import Prompt
 from sharpen.sampling.base import has_chat_template
+from sharpen.sampling.metropolis import Metropolis
+from sharpen.sampling.smc import ParticleFilter
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.tasks import Example, Task, get_task
 
-from .options import ModelOptions, PromptOptions
-from .stages import first_samples, token_keys
+from .options import ModelOptions, OfflineConfig, PromptOptions
+from .stages import RUN, SAMPLES, first_samples, settings_beside, token_keys
+
+log = logging.getLogger("sharpen")
+
+# what only a power sampler writes into a row
+POWER_COLUMNS = {"accepted": "mh", "log_z": "smc"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,7 @@ class Source:
 
 
 def check_reward(reward: str, task: str | None) -> None:
-    """Refuse a reward that does not exist, or needs answers that nobody extracts.
-
-    Raises:
-        InputError: If so.
-    """
+    """Reject a reward that does not exist, or needs answers that nobody extracts."""
     if reward not in REWARDS:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")
     if options_needed(reward) and task is None:
@@ -73,11 +81,7 @@ def check_reward(reward: str, task: str | None) -> None:
 
 
 def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase | None) -> Source:
-    """Read the prompts that `options` name.
-
-    Raises:
-        InputError: If neither or both of task and prompts are given, or either is bad.
-    """
+    """Read the prompts that `options` name."""
     check_source(options)
     if options.prompts is not None:
         records = read_prompts(options.prompts)
@@ -95,16 +99,11 @@ def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def check_source(options: PromptOptions) -> None:
-    """Refuse contradictory options before anything is loaded.
-
-    Raises:
-        InputError: If neither or both of task and prompts are given, or a number is bad.
-    """
+    """Reject contradictory options before anything is loaded."""
     if (options.task is None) == (options.prompts is None):
         got = "neither" if options.task is None else "both"
         raise InputError(f"give one of `--task` and `--prompts`, got {got}.")
-    if options.limit is not None and options.limit < 1:
-        raise InputError(f"`limit` must be at least 1, got {options.limit}.")
+    check_value("limit", options.limit, options.limit is None or options.limit >= 1, "at least 1")
     if options.prompts is not None and options.shots:
         raise InputError("`shots` needs `--task`; write worked examples into the prompts file.")
     parts = options.split.split("+")
@@ -138,13 +137,8 @@ def model_settings(options: ModelOptions, device: str) -> dict[str, Any]:
 
 
 def load(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that `options` name.
-
-    Raises:
-        InputError: If they cannot be loaded, or the budget is not positive.
-    """
-    if options.max_tokens < 1:
-        raise InputError(f"`max_tokens` must be at least 1, got {options.max_tokens}.")
+    """The model and tokenizer that `options` name."""
+    check_value("max_tokens", options.max_tokens, options.max_tokens >= 1, "at least 1")
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     model = load_model(
         options.model,
@@ -156,17 +150,10 @@ def load(options: ModelOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-log = logging.getLogger("sharpen")
-
-
 def read_samples(path: str, prompts: Sequence[Prompt], n: int) -> list[Row]:
     """The first n samples of each prompt that an earlier command drew, in the order of `prompts`.
 
     A prompt with fewer has all of its own, which is said once.
-
-    Raises:
-        InputError: If a prompt has none, or its tokens were others.
-        RecordError: If the file cannot be read, or a record is not one of `sharpen sample`.
     """
     rows: dict[str, Row] = {}
     for place, row in read_rows(path):
@@ -189,8 +176,9 @@ def read_samples(path: str, prompts: Sequence[Prompt], n: int) -> list[Row]:
     if few:
         log.warning(
             "`n` is %d, but %d of %d prompts in %s have fewer samples, the least %d; all of "
-            "theirs are taken.", n, len(few), len(prompts), path, min(few),
-        )  # fmt: skip
+            "theirs are taken.",
+            *(n, len(few), len(prompts), path, min(few)),
+        )
     return [first_samples(rows[prompt.id], n) for prompt in prompts]
 
 
@@ -211,3 +199,158 @@ def _check_samples(place: str, row: Row) -> None:
         )
     for ids in row["completion_ids"]:
         check_ids(place, "completion_ids", ids)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How samples were drawn.
+
+    Log-probs in a file of samples are raw whatever the distribution: those of the model at
+    temperature 1 (`Samples`).
+
+    Attributes:
+        model: Name or folder; None where it is not known.
+        endpoint: Where a server drew; its model's name and the base's need not agree.
+        sampler: "model", or "mh" or "smc" of the power distribution.
+        alpha: The power; None where it is not known.
+        temperature: Of each token; 0 is greedy.
+        top_p: Mass of the nucleus.
+    """
+
+    model: str | None = None
+    endpoint: str | None = None
+    sampler: str = "model"
+    alpha: float | None = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the distribution is a model's own."""
+        return (self.alpha, self.temperature, self.top_p) == (1.0, 1.0, 1.0)
+
+    def __str__(self) -> str:
+        """In words."""
+        power = "" if self.alpha is None else f" alpha {self.alpha:g}"
+        parts = [f"`--sampler {self.sampler}`{power}"] if self.sampler != "model" else []
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            parts += [f"{name} {value:g}"] if value != 1 else []
+        return "draws of " + (self.model or "a model") + "".join(f", {part}" for part in parts)
+
+
+def check_provenance(
+    config: OfflineConfig, plain: Literal["must", "should", "any"], by: str
+) -> None:
+    """Reject samples that were drawn otherwise than a training assumes, or warn of them.
+
+    Samples that the command is to draw itself are looked at as well as given ones. A file of which
+    nothing is known is taken at its word.
+
+    Args:
+        config: Of the command.
+        plain: Whether the optimum is the stated one on plain draws of the base alone ("must"),
+            whether the paper's loss has it so ("should"), or whether any samples will do.
+        by: What has that optimum, as it is typed.
+    """
+    base = model_settings(config, "")["model"]
+    drawn = Provenance(base, temperature=config.temperature, top_p=config.top_p)
+    found = read_provenance(config.samples) if config.samples is not None else drawn
+    if found is None:
+        return
+    is_other = found.endpoint is None and found.model is not None and found.model != base
+    if config.samples is not None and config.scores == "sampler":
+        _check_scores(found, base, is_other=is_other)
+    if plain == "any" or (found.is_plain and not is_other):
+        return
+    given = f"`samples` {config.samples!r}"
+    where = "`temperature` and `top_p`" if config.samples is None else given
+    if plain == "must":
+        raise InputError(
+            f"{where} must make plain draws of {base} for {by}, whose optimum is another on other "
+            f"samples, got {found}; use `--weights equal` or `best`, or draw with `--sampler "
+            "model`, temperature 1 and top_p 1."
+        )
+    log.warning(
+        "%s: %s takes pairs of plain draws of %s, got %s; its optimum is the same only where the "
+        "model reaches it exactly.",
+        *(where, by, base, found),
+    )
+
+
+# base: name or folder, as settings have it
+def _check_scores(found: Provenance, base: Any, *, is_other: bool) -> None:
+    if is_other:
+        raise InputError(
+            f"`scores` sampler must come with samples whose log-probs are those of {base}, got "
+            f"{found}; use `--scores scorer`."
+        )
+    if found.endpoint is not None:
+        log.warning(
+            "log-probs by %s at %s are taken as those of %s; `--scores scorer` computes them.",
+            *(found.model, found.endpoint, base),
+        )
+
+
+def read_provenance(path: str) -> Provenance | None:
+    """How the samples of a file were drawn.
+
+    Told by the settings beside it: FILE.run.json of `sharpen sample`, or run.json in the run
+    directory of another command. Where there are none, the rows themselves tell a power sampler.
+    """
+    place = Path(path)
+    if not place.is_file():
+        return None
+    rows = read_rows(path)
+    return provenance_of(_settings_of(place), next((row for _, row in rows), None))
+
+
+def provenance_of(settings: Settings | None, row: Row | None = None) -> Provenance | None:
+    """How samples were drawn; None where nobody says.
+
+    Args:
+        settings: Those beside the file.
+        row: One of its rows.
+
+    Example:
+        >>> print(provenance_of({"model": "game24", "temperature": 0.5, "top_p": 1.0}))
+        draws of game24, temperature 0.5
+        >>> print(provenance_of({"model": "game24", "temperature": 1.0, "sampler": "mh"}))
+        draws of game24, `--sampler mh` alpha 4
+        >>> provenance_of(None, {"log_z": -2.5}).is_plain
+        False
+    """
+    by_row = next((POWER_COLUMNS[name] for name in POWER_COLUMNS if name in (row or {})), None)
+    # settings of what did not draw, such as `sharpen score`, say nothing of it
+    if settings is None or "temperature" not in settings:
+        return None if by_row is None else Provenance(sampler=by_row, alpha=None)
+    sampler = settings.get("sampler", "model")
+    alpha = {"mh": Metropolis.alpha, "smc": ParticleFilter.alpha}.get(sampler, 1.0)
+    # `xpo` has an alpha too: its optimism
+    given = settings.get("alpha") if sampler in POWER_COLUMNS.values() else None
+    endpoint = settings.get("endpoint")
+    return Provenance(
+        model=settings.get("model") if endpoint is None else settings.get("endpoint_model"),
+        endpoint=endpoint,
+        sampler=sampler,
+        alpha=alpha if given is None else given,
+        temperature=settings["temperature"],
+        top_p=settings.get("top_p", 1.0),
+    )
+
+
+def _settings_of(path: Path) -> Settings | None:
+    """The settings that lie beside a file of samples."""
+    beside = [settings_beside(path)]
+    if path.name == SAMPLES:
+        beside.append(path.with_name(RUN))
+    found = next((place for place in beside if place.is_file()), None)
+    if found is None:
+        return None
+    wanted = f"{str(found)!r} must hold the settings of its samples, got"
+    try:
+        settings = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{wanted} what is no JSON ({error}); mend or remove it.") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{wanted} {type(settings).__name__}; mend or remove it.")
+    return settings

@@ -9,15 +9,14 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.evaluation.parity import (
     Pairs,
     compare,
@@ -31,45 +30,21 @@ from sharpen.evaluation.parity import (
     server_logprobs,
     worst,
 )
-from sharpen.models import ModelLimits, resolve_model
+from sharpen.models import ModelLimits
 from sharpen.records import read_rows, write_text
-from sharpen.sampling.vllm_engine import VllmEngine
 from sharpen.scoring import Scorer
 
-from .engines import EndpointOptions, VllmOptions, llm_arguments
+from .engines import endpoint_client, llm_arguments, load_vllm
 from .inputs import load, model_settings
-from .options import ModelOptions, option, required
+from .options import ParityConfig
 from .score import Record, read_records
 
 # sequences rated together
 CHUNK = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParityConfig(VllmOptions, EndpointOptions, ModelOptions):
-    """Compare two engines."""
-
-    samples: str = required("JSON lines file of `sharpen sample`, or as `sharpen score` reads it")
-    against: Literal["hf", "vllm", "server", "sampler"] = required(
-        "hf: a plain forward of transformers; vllm: in this environment; server: --endpoint, by "
-        "echo; sampler: the log-probs kept in the file"
-    )
-    out: str | None = option("JSON file to write the report to; it must not exist")
-    tolerance: float = option("nats; more is exit code 1", 1e-3)
-    measure: Literal["max", "mean", "p99"] = option(
-        "of the differences a token, what the tolerance bounds", "max"
-    )
-    clip: float = option("PPO's epsilon, for the share of ratios outside it", 0.2)
-    worst: int = option("tokens to show, those furthest apart", 10)
-    limit: int | None = option("only the first LIMIT records")
-
-
 def run(config: ParityConfig) -> None:
-    """Run the command.
-
-    Raises:
-        SystemExit: With code 1 if the engines are further apart than the tolerance.
-    """
+    """Run the command."""
     check(config)
     next(read_rows(config.samples), None)
     ours = rated_by_us(config)
@@ -137,26 +112,20 @@ def free() -> None:
 
 
 def check(config: ParityConfig) -> None:
-    """Refuse bad options before anything is loaded.
-
-    Raises:
-        InputError: If one is out of range, or the other engine is not named.
-    """
+    """Reject bad options before anything is loaded."""
     rules = [
         ("tolerance", 0 <= config.tolerance < float("inf"), "at least 0 and finite"),
         ("clip", 0 < config.clip < float("inf"), "positive and finite"),
         ("worst", config.worst >= 0, "at least 0"),
         ("limit", config.limit is None or config.limit >= 1, "at least 1"),
     ]
-    for name, holds, wanted in rules:
-        if not holds:
-            raise InputError(f"`{name}` must be {wanted}, got {getattr(config, name)}.")
+    check_fields(config, rules)
     if (config.against == "server") != (config.endpoint is not None):
         raise InputError("`--against server` and `--endpoint` must come together; got one.")
     if config.endpoint is not None:
         if not config.endpoint_model:
             raise InputError("`endpoint_model` must be given with `--endpoint`: its name there.")
-        config.client()
+        endpoint_client(config)
     if config.vllm and config.against != "vllm":
         raise InputError("`--vllm` must come with `--against vllm`; leave one out.")
     llm_arguments(config.vllm)
@@ -186,19 +155,14 @@ def rate(
     if config.against == "server":
         with tqdm(total=sum(map(len, completions)), desc="server", unit="completion") as bar:
             return server_logprobs(
-                config.client(),
+                endpoint_client(config),
                 config.endpoint_model,
                 prompts,
                 completions,
                 concurrency=config.endpoint_concurrency,
                 progress=bar.update,
             )
-    engine = VllmEngine(
-        resolve_model(config.model),
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        options=llm_arguments(config.vllm),
-    )
+    engine = load_vllm(config, config.vllm)
     try:
         return engine.logprobs(prompts, completions)
     finally:
@@ -246,7 +210,7 @@ def _shown(
     record = records[place.p]
     ids = record.completion_ids[place.g]
     name = record.row.get("prompt_id", record.place)
-    told = in_context(
+    shown = in_context(
         pairs, index, record.prompt_ids, ids, lambda tokens: str(tokenizer.decode(tokens))
     )
-    return {"place": str(name), **told}
+    return {"place": str(name), **shown}

@@ -9,66 +9,31 @@ rewards and the reference), `losses.jsonl`, `checkpoints/`, `model/` and `summar
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from sharpen.errors import InputError
-from sharpen.records import Row, write_rows
+from sharpen.records import Messages, Row, completion_as, write_rows
 from sharpen.training.groups import Pairs, choose_pairs, paired_group, standardise
 from sharpen.training.losses import Dpo, Square, check_beta
 
-from .options import option
-from .train import PAIRS, Choice, Drawn, OnceConfig, check_law, fit_once
-
-OWN = ("beta", "pairs", "standardise", "loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RlhfConfig(OnceConfig):
-    """RLHF-Sharpening: sample, score, pair, fit."""
-
-    n: int = option("completions per prompt, at least 2", 8, ("-n",))
-    beta: float = option(
-        "weight of the KL term; of logprob the optimum is the power 1 + 1/beta of the base", 1.0
-    )
-    pairs: Literal["random", "all", "best_worst"] = option(
-        "random: each completion in one pair; all: every two; best_worst: one pair a prompt",
-        "random",
-    )
-    standardise: Literal["none", "all", "prompt"] = option(
-        "divide rewards by their deviation within prompts: one for all prompts, or one a prompt; "
-        "changes the optimum",
-        "none",
-    )
-    loss: Literal["square", "dpo"] = option(
-        "square: the paper's; dpo: a logistic loss of which is better, the common baseline",
-        "square",
-    )
+from .inputs import check_provenance
+from .options import RlhfConfig
+from .train import PAIRS, Choice, Drawn, train_offline
 
 
 def run(config: RlhfConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    fit_once("rlhf", config, own(config), partial(choose, config))
-
-
-def own(config: RlhfConfig) -> dict[str, Any]:
-    """The options that no other training command has."""
-    return {name: getattr(config, name) for name in OWN}
+    train_offline("rlhf", config, own(config), partial(choose, config))
 
 
 def check(config: RlhfConfig) -> None:
-    """Refuse what has no optimum or no pairs.
-
-    Raises:
-        InputError: If beta is not above 0, N < 2, what is drawn is greedy, or an option would
-            change nothing.
-    """
+    """Reject what has no optimum or no pairs, and options that would change nothing."""
     check_beta(config.beta)
     if config.samples is None and config.temperature == 0:
         raise InputError(
@@ -82,15 +47,17 @@ def check(config: RlhfConfig) -> None:
             f"`standardise` must be none with `--loss dpo`, got {config.standardise}: that loss "
             "knows which reward is higher, not by how much."
         )
-    check_law(config, "should", "Eq. (8)" if config.loss == "square" else "`--loss dpo`")
+    by = "Eq. (8)" if config.loss == "square" else "`--loss dpo`"
+    check_provenance(config, "should", by)
+
+
+def own(config: RlhfConfig) -> dict[str, Any]:
+    """The options that no other training command has."""
+    return {name: getattr(config, name) for name in ("beta", "pairs", "standardise", "loss")}
 
 
 def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
-    """The pairs of each prompt; prompts without two usable samples that differ are left out.
-
-    Raises:
-        InputError: If no prompt has a pair.
-    """
+    """The pairs of each prompt; prompts without two usable samples that differ are left out."""
     groups_N, usable_N = drawn.scores.groups, drawn.usable
     reward_N = standardise(drawn.reward, groups_N, usable_N, config.standardise)
     reward, reference, usable = reward_N.tolist(), drawn.reference.tolist(), usable_N.tolist()
@@ -98,8 +65,8 @@ def choose(config: RlhfConfig, drawn: Drawn) -> Choice:
     groups, preferences = [], []
     bounds = pairwise(groups_N.tolist())
     for row, prompt, (a, b) in zip(drawn.rows, drawn.prompts, bounds, strict=True):
-        said = [tuple(ids) for ids in row["completion_ids"]]
-        pairs = choose_pairs(config.pairs, reward[a:b], usable[a:b], generator, said)
+        keys = [tuple(ids) for ids in row["completion_ids"]]
+        pairs = choose_pairs(config.pairs, reward[a:b], usable[a:b], generator, keys)
         if config.loss == "dpo":
             pairs = preferred(pairs, reward[a:b])
             preferences += pair_rows(row, prompt, pairs)
@@ -124,13 +91,10 @@ def preferred(pairs: Pairs, reward: list[float]) -> Pairs:
     return [(i, j) for i, j in pairs if reward[i] > reward[j]]
 
 
-def pair_rows(row: Row, prompt: str | list[dict[str, str]], pairs: Pairs) -> Iterator[Row]:
-    """TRL's `prompt`, `chosen` and `rejected` of one prompt's pairs, and their ids.
-
-    Text beside text, an assistant's turn beside messages: a template is applied once, by TRL.
-    """
-    given, ids = row["completions"], row["completion_ids"]
-    texts = given if isinstance(prompt, str) else [[_turn(text)] for text in given]
+def pair_rows(row: Row, prompt: str | Messages, pairs: Pairs) -> Iterator[Row]:
+    """TRL's `prompt`, `chosen` and `rejected` of one prompt's pairs, and their ids."""
+    ids = row["completion_ids"]
+    texts = [completion_as(prompt, text) for text in row["completions"]]
     for i, j in pairs:
         yield {
             "prompt_id": row["prompt_id"],
@@ -141,7 +105,3 @@ def pair_rows(row: Row, prompt: str | list[dict[str, str]], pairs: Pairs) -> Ite
             "chosen_ids": ids[i],
             "rejected_ids": ids[j],
         }
-
-
-def _turn(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}

@@ -1,43 +1,35 @@
 """`sharpen sample`: draw N completions a prompt into one JSON lines file."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from sharpen.errors import InputError
 from sharpen.runs import Run
 from sharpen.sampling.base import render_all
 
-from .engines import SamplerOptions, SamplingOptions, check_engine, open_sampler, opened
+from .engines import check_engine, load_engine, power_sampler, power_settings, sampling_config
 from .inputs import check_source, model_settings, open_source, source_settings
-from .options import DrawOptions, PromptOptions, required
+from .options import SampleConfig
 from .stages import sample_into, settings_beside
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig(SamplerOptions, DrawOptions, PromptOptions, SamplingOptions):
-    """Sample completions."""
-
-    out: str = required("JSON lines file to write; the same command again goes on with it")
 
 
 def run(config: SampleConfig) -> None:
     """Run the command, or go on with it."""
     check_source(config)
-    draws, power = config.sampling(), config.power()
+    draws, power = sampling_config(config), power_settings(config)
     check_engine(config)
     if power is not None and (config.endpoint is not None or config.engine != "transformers"):
         raise InputError(
             f"`--sampler` {config.sampler} must run in transformers; leave out `--endpoint` and "
             "`--engine`."
         )
-    with opened(config) as engine:
+    with load_engine(config) as engine:
         prompts = render_all(open_source(config, engine.tokenizer).records, engine.tokenizer)
         sampler = engine.sampler
         if power is not None:
             assert engine.model is not None
             assert engine.tokenizer is not None
-            sampler = open_sampler(power, engine.model, engine.tokenizer, config.max_tokens)
+            sampler = power_sampler(power, engine.model, engine.tokenizer, config.max_tokens)
         sampler.check(prompts, draws)
         out = Path(config.out)
         settings = {

@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,9 +21,9 @@ from sharpen.models import ModelLimits
 from sharpen.records import (
     PromptRecord,
     Row,
+    check_completions,
     check_ids,
     check_prompt,
-    check_text,
     file_digest,
     read_rows,
 )
@@ -34,28 +34,13 @@ from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.scoring.token_stats import check_temperature
 
 from .inputs import load, model_settings
-from .options import ModelOptions, option, required
-from .stages import json_numbers, nested_stats, settings_beside
+from .options import ScoreConfig
+from .stages import completion_ids, json_numbers, nested_stats, settings_beside
 
 log = logging.getLogger("sharpen")
 
 # records scored and written together; a crash loses at most these
 CHUNK = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig(ModelOptions):
-    """Rate given completions."""
-
-    input: str = required("JSON lines file with `prompt` and `completion` or `completions`")
-    out: str = required("JSON lines file to write; the same command again goes on with it")
-    rewards: list[str] = field(
-        default_factory=lambda: ["logprob", "mean_logprob"],
-        metadata={"help": "rewards to compute, one or more"},
-    )
-    token_stats: bool = option("also write every token's statistics", False)
-    add_eos: bool = option("end completions given as text with the end-of-sequence token", False)
-    temperature: float = option("divides the model's logits: what sampling at it draws from", 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ def run(config: ScoreConfig) -> None:
     """Run the command, or go on with it."""
     needs = check_rewards(config.rewards)
     check_temperature(config.temperature)
-    # a missing or unreadable file is told before a model is loaded
+    # a missing or unreadable file is reported before a model is loaded
     next(read_rows(config.input), None)
     model, tokenizer = load(config)
     limits = ModelLimits.of(model)
@@ -111,11 +96,7 @@ def run(config: ScoreConfig) -> None:
 
 
 def check_rewards(rewards: list[str]) -> tuple[str, ...]:
-    """Token statistics behind `rewards`.
-
-    Raises:
-        InputError: If a reward is unknown, or needs answers that records do not have.
-    """
+    """Token statistics behind `rewards`."""
     for name in rewards:
         if name not in REWARDS:
             raise InputError(f"`rewards` must be among {', '.join(REWARDS)}, got {name!r}.")
@@ -127,12 +108,7 @@ def check_rewards(rewards: list[str]) -> tuple[str, ...]:
 def read_records(
     path: str, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits, *, add_eos: bool = False
 ) -> Iterator[Record]:
-    """Every record of a file, tokenised and within the model's limits.
-
-    Raises:
-        RecordError: If a record is bad.
-        InputError: If its ids do not fit the model.
-    """
+    """Every record of a file, tokenised and within the model's limits."""
     for place, row in read_rows(path):
         prompt = check_prompt(place, row)
         if row.get("prompt_ids") is not None:
@@ -148,39 +124,14 @@ def read_records(
 def _completion_ids(
     place: str, row: Row, tokenizer: PreTrainedTokenizerBase, add_eos: bool
 ) -> list[list[int]]:
-    if ("completion" in row) == ("completions" in row):
-        got = "both" if "completion" in row else f"only {', '.join(row)}"
-        raise RecordError(f"{place}: must have one of `completion` and `completions`, got {got}.")
-    single = "completion" in row
-    values = [row["completion"]] if single else row["completions"]
-    if not isinstance(values, list):
-        raise RecordError(
-            f"{place}: `completions` must be a list, got {type(values).__name__}; "
-            "a single one goes into `completion`."
-        )
-    texts = [completion_text(place, value) for value in values]
+    texts = check_completions(place, row)
     given = row.get("completion_ids")
     if given is None:
-        eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
-        return [tokenizer(text, add_special_tokens=False)["input_ids"] + eos for text in texts]
-    groups = [given] if single else given
+        return [completion_ids(tokenizer, text, add_eos=add_eos) for text in texts]
+    groups = [given] if "completion" in row else given
     if not isinstance(groups, list) or len(groups) != len(texts):
         raise RecordError(f"{place}: `completion_ids` must hold {len(texts)} lists of integers.")
     return [check_ids(place, "completion_ids", ids) for ids in groups]
-
-
-def completion_text(place: str, value: object) -> str:
-    """The text of a completion: text, or the content of one message, as TRL writes it.
-
-    Raises:
-        RecordError: If it is anything else.
-    """
-    if isinstance(value, list):
-        # TRL's conversational form: one assistant message
-        if len(value) != 1 or not isinstance(value[0], dict) or "content" not in value[0]:
-            raise RecordError(f"{place}: `completion` as messages must be one with `content`.")
-        value = value[0]["content"]
-    return check_text(place, "completion", value)
 
 
 def score_records(

@@ -2,11 +2,10 @@
 
 import logging
 import sys
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
@@ -17,39 +16,14 @@ from sharpen.server.metrics import Metrics
 from sharpen.server.schemas import ServerLimits, needed
 from sharpen.server.text import Texts
 
-from .options import ModelOptions, option
+from .options import ServeConfig
 
 log = logging.getLogger("sharpen")
-
-DEFAULT = ServerLimits()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig(ModelOptions):
-    """Score over HTTP."""
-
-    host: str = option(
-        "address to listen on; any but this machine's own needs a key in SHARPEN_API_KEY",
-        "127.0.0.1",
-    )
-    port: int = option("port to listen on; 0 takes a free one", 8000)
-    name: str | None = option("what requests call the model; default: as `--model` says")
-    reward: str = option("what trainers get that ask for one number", "logprob")
-    unscorable_reward: float | None = option(
-        "what they get for a sample that is empty, too long or has no finite log-prob; "
-        "default: an error"
-    )
-    wait_ms: float = option("how long the newest request waits for others to share a batch", 5.0)
-    max_queue: int = option("prompts that may wait; more get 429", DEFAULT.max_queue)
-    max_n: int = option("completions or prompts of one request", DEFAULT.max_n)
-    max_request_tokens: int = option("tokens of one request", DEFAULT.max_request_tokens)
-    max_request_bytes: int = option("bytes of one request", DEFAULT.max_request_bytes)
-    drain_seconds: float = option("how long to answer what was accepted, at the end", 60.0)
 
 
 def run(config: ServeConfig) -> None:
     """Serve until a signal."""
-    # everything that can be wrong is told before a model is loaded
+    # everything that can be wrong is reported before a model is loaded
     check(config)
     limits = ServerLimits(
         config.max_request_bytes, config.max_request_tokens, config.max_n, config.max_queue
@@ -95,22 +69,18 @@ def run(config: ServeConfig) -> None:
 
 
 def check(config: ServeConfig) -> None:
-    """Refuse options that no server can have.
-
-    Raises:
-        InputError: If one is out of its range.
-    """
+    """Reject options that no server can have."""
     if config.reward not in REWARDS:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
     if options_needed(config.reward):
         raise InputError(f"`reward` {config.reward} needs answers, which only `/score` can get.")
-    if config.max_tokens < 1:
-        raise InputError(f"`max_tokens` must be at least 1, got {config.max_tokens}.")
+    rules = [
+        ("max_tokens", config.max_tokens >= 1, "at least 1"),
+        ("wait_ms", 0 <= config.wait_ms < float("inf"), "at least 0 and finite"),
+        ("drain_seconds", 0 <= config.drain_seconds < float("inf"), "at least 0 and finite"),
+    ]
+    check_fields(config, rules)
     Unscorable(config.unscorable_reward)
-    for name in ("wait_ms", "drain_seconds"):
-        value = getattr(config, name)
-        if not 0 <= value < float("inf"):
-            raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")
 
 
 def _tokenizer(config: ServeConfig) -> PreTrainedTokenizerBase | None:

@@ -7,63 +7,40 @@ its run directory: `samples.jsonl`, `scores.jsonl` (log-probs under the base mod
 `checkpoints/`, `model/` and `summary.json`.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import check_value
 from sharpen.selection import best_of_n
 from sharpen.training.groups import chosen_weights, tilted_weights, weighted_groups
 from sharpen.training.losses import Likelihood
 
-from .options import option
-from .train import Choice, Drawn, OnceConfig, check_law, fit_once
-
-OWN = ("weights", "soft_temperature", "per")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig(OnceConfig):
-    """SFT-Sharpening: sample, score, choose, fit."""
-
-    weights: Literal["best", "soft", "equal"] = option(
-        "best: the best of N alone; soft: all, by exp(reward / soft_temperature), which is power "
-        "self-distillation; equal: all alike, for samples of the target itself",
-        "best",
-    )
-    soft_temperature: float = option(
-        "lambda of soft weights; of logprob towards the power 1 + 1/lambda", 1.0
-    )
-    per: Literal["token", "sequence"] = option("what a step's likelihood is a mean over", "token")
+from .inputs import check_provenance
+from .options import SftConfig
+from .train import Choice, Drawn, train_offline
 
 
 def run(config: SftConfig) -> None:
     """Run the command, or go on with it."""
     check(config)
-    fit_once("sft", config, own(config), partial(choose, config))
+    train_offline("sft", config, own(config), partial(choose, config))
+
+
+def check(config: SftConfig) -> None:
+    """Reject soft weights that cannot be, or that are no such thing on the samples they get."""
+    soft = config.soft_temperature
+    check_value("soft_temperature", soft, 0 < soft < float("inf"), "above 0 and finite")
+    plain = "must" if config.weights == "soft" else "any"
+    check_provenance(config, plain, "`--weights soft`")
 
 
 def own(config: SftConfig) -> dict[str, Any]:
     """The options that no other training command has."""
-    return {name: getattr(config, name) for name in OWN}
-
-
-def check(config: SftConfig) -> None:
-    """Refuse weights that cannot be.
-
-    Raises:
-        InputError: If the temperature of soft weights is not above 0 and finite, or samples to be
-            weighted so are not the model's own.
-    """
-    if not 0 < config.soft_temperature < float("inf"):
-        raise InputError(
-            f"`soft_temperature` must be above 0 and finite, got {config.soft_temperature}."
-        )
-    check_law(config, "must" if config.weights == "soft" else "any", "`--weights soft`")
+    return {name: getattr(config, name) for name in ("weights", "soft_temperature", "per")}
 
 
 def choose(config: SftConfig, drawn: Drawn) -> Choice:

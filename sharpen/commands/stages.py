@@ -1,10 +1,16 @@
-"""Stages that commands share: sample or score into a journal, with progress and resume."""
+"""Stages that commands share, each a journal that a killed run goes on with, and their records.
+
+sample_into         draw completions into a file, one prompt a line
+score_samples       token statistics of samples into a file, one prompt a line
+samples_row, ...    between records and what samplers and scorers take and give
+"""
 
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +26,9 @@ from sharpen_kernels import TokenStats
 
 log = logging.getLogger("sharpen")
 
+# files of a run directory
+RUN, SAMPLES, SCORES = "run.json", "samples.jsonl", "scores.jsonl"
+SUMMARY, TIMINGS = "summary.json", "timings.jsonl"
 # prompts scored and written together; a crash loses at most these
 CHUNK = 16
 
@@ -42,8 +51,7 @@ def sample_into(
     rows = {row["prompt_id"]: row for row in journal.rows}
     by_id = {prompt.id: prompt for prompt in prompts}
     started = time.monotonic()
-    bar = tqdm(total=len(prompts), initial=len(rows), desc=label, unit="prompt")
-    with bar:
+    with tqdm(total=len(prompts), initial=len(rows), desc=label, unit="prompt") as bar:
         for finished in sampler.sample(prompts, config, done=set(rows)):
             fresh = [samples_row(by_id[samples.prompt_id], samples) for samples in finished]
             journal.append(fresh)
@@ -94,17 +102,26 @@ def score_samples(
     lengths = [[len(ids) for ids in row["completion_ids"]] for row in samples]
     columns = {
         name: torch.tensor(
-            [
-                float("nan") if x is None else x
-                for row in rows
-                for tokens in row[name]
-                for x in tokens
-            ],
+            [x for row in rows for tokens in row[name] for x in numbers(tokens)],
             dtype=torch.float32,
         )
         for name in stats
     }
     return Scores.of(TokenStats(**columns), lengths, [is_finished(row) for row in samples])
+
+
+def seconds_of(*timings: Path) -> dict[str, float]:
+    """What each stage took, of all the times that it was gone on with."""
+    seconds: dict[str, float] = {}
+    for path in timings:
+        for row in Journal(path).rows:
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    return seconds
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Of what computed the numbers."""
+    return {name: metadata.version(name) for name in packages}
 
 
 def first_samples(row: Row, n: int) -> Row:
@@ -125,7 +142,7 @@ def token_keys(row: Row) -> list[tuple[int | str, ...]]:
 
 
 def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """The record with token ids; text is tokenised where a server told none.
+    """The record with token ids; text is tokenised where a server gave none.
 
     The prompt gets the tokenizer's special tokens, a completion that its model ended the
     end-of-sequence token. They are tokens of this tokenizer, and need not be those that the
@@ -135,21 +152,23 @@ def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     if "prompt_ids" not in row:
         found["prompt_ids"] = tokenizer(row["prompt"])["input_ids"]
     if "completion_ids" not in row:
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        texts = zip(row["completions"], is_finished(row), strict=True)
         found["completion_ids"] = [
-            [*tokenizer(text, add_special_tokens=False)["input_ids"], *(eos if ended else [])]
-            for text, ended in texts
+            completion_ids(tokenizer, text, add_eos=ended)
+            for text, ended in zip(row["completions"], is_finished(row), strict=True)
         ]
     return row | found
 
 
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_eos: bool) -> list[int]:
+    """A completion's token ids; with the end-of-sequence token where the tokenizer has one."""
+    eos = tokenizer.eos_token_id
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, eos] if add_eos and isinstance(eos, int) else ids
+
+
 def kept_scores(samples: list[Row]) -> Scores:
-    """Scores without a forward: of the log-probs in the records of samples, null being NaN."""
-    logprobs = [
-        [[float("nan") if x is None else x for x in tokens] for tokens in row["logprobs"]]
-        for row in samples
-    ]
+    """Scores without a forward: of the log-probs in the records of samples."""
+    logprobs = [[numbers(tokens) for tokens in row["logprobs"]] for row in samples]
     return Scores.from_logprobs(logprobs, [is_finished(row) for row in samples])
 
 
@@ -168,7 +187,7 @@ def samples_row(prompt: Prompt, samples: Samples) -> Row:
 
 
 def _of_the_sampler(samples: Samples) -> Row:
-    """What a sampler tells beside its samples, such as log Z."""
+    """What a sampler gives beside its samples, such as log Z."""
     own = {field.name for field in dataclasses.fields(Samples)}
     return {
         name: json_numbers([value])[0] if isinstance(value, float) else value
@@ -183,6 +202,11 @@ def json_numbers(values: Sequence[float]) -> list[float | None]:
         float(str(value)) if np.isfinite(value) else None
         for value in np.asarray(values, dtype=np.float32)
     ]
+
+
+def numbers(values: Iterable[float | int | None]) -> list[float]:
+    """Numbers of a record: null is NaN."""
+    return [float("nan") if x is None else float(x) for x in values]
 
 
 def nested_stats(scores: Scores, stats: Sequence[str]) -> dict[str, list[list[list[float | None]]]]:
@@ -208,8 +232,8 @@ def _warn_of_nan(prompt: Prompt, samples: Samples) -> None:
         log.warning(
             "%s: the model's logits are NaN for %d of %d samples (first: sample %d); "
             "they are kept as they are and never chosen.",
-            prompt.place, len(bad), len(samples.finish_reasons), bad[0],
-        )  # fmt: skip
+            *(prompt.place, len(bad), len(samples.finish_reasons), bad[0]),
+        )
 
 
 def settings_beside(path: Path) -> Path:

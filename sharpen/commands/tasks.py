@@ -1,14 +1,10 @@
 """`sharpen tasks`: list the tasks and their splits."""
 
 import sys
-from dataclasses import dataclass
 
 from sharpen.tasks import TASKS, get_task
 
-
-@dataclass(frozen=True, kw_only=True)
-class TasksConfig:
-    """List the tasks."""
+from .options import TasksConfig
 
 
 def run(config: TasksConfig) -> None:

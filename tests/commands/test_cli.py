@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 from helpers.frozen_options import CHOICES, FORWARDED, MUST, OPTIONS
-from sharpen.cli import main, parse
+from sharpen.cli import VERBS, main, parse, parser_of
+from sharpen.commands.options import REWARDS, REWARDS_WITHOUT_ANSWERS, ServeConfig
+from sharpen.scoring import rewards
+from sharpen.server.schemas import ServerLimits
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,6 +22,73 @@ ROOT = Path(__file__).parents[2]
 def test_options_are_frozen(verb):
     given = [f"--{name}=x" for name in MUST if name in OPTIONS[verb]] + CHOICES.get(verb, [])
     assert sorted(vars(parse(verb, given))) == sorted(OPTIONS[verb])
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_flags_are_those_that_transformers_makes_of_the_same_dataclass(verb):
+    kinds = {field: field.type for field in fields(VERBS[verb].options)}
+    theirs = HfArgumentParser(
+        VERBS[verb].options,
+        prog=f"sharpen {verb}",
+        description=VERBS[verb].summary,
+        allow_abbrev=False,
+    )
+    # it strips `| None` from the dataclass itself
+    for field, kind in kinds.items():
+        field.type = kind
+    theirs.add_argument("--config", help="YAML file with the same names; flags override it")
+    ours = parser_of(verb)
+    assert ours.format_help() == theirs.format_help()
+    for mine, other in zip(ours._actions, theirs._actions, strict=True):
+        names = ("option_strings", "dest", "nargs", "const", "default", "required")
+        assert [getattr(mine, x) for x in names] == [getattr(other, x) for x in names]
+        if mine.type in (int, float) or other.type in (int, float):
+            assert mine.type is other.type
+
+
+LIGHT = """
+import sys
+from sharpen.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as ended:
+    code = ended.code
+heavy = {"torch", "transformers", "numpy", "sharpen_kernels"} & sys.modules.keys()
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("verb", [*OPTIONS, None])
+def test_help_and_a_wrong_option_import_neither_torch_nor_transformers(verb):
+    argv = [] if verb is None else [verb]
+    for flag, code in (("--help", 0), ("--no-such-option", 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", LIGHT, *argv, flag], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == code, done.stderr
+
+
+def test_the_options_know_rewards_and_limits_by_heart():
+    assert tuple(rewards.REWARDS) == REWARDS
+    without = [name for name in REWARDS if not rewards.options_needed(name)]
+    assert tuple(without) == REWARDS_WITHOUT_ANSWERS
+    config, limits = ServeConfig(model="m"), ServerLimits()
+    for field in fields(ServerLimits):
+        assert getattr(config, field.name) == getattr(limits, field.name)
+
+
+@pytest.mark.parametrize(
+    "value", [["--token-stats"], ["--token-stats=yes"], ["--token_stats", "1"]]
+)
+def test_a_switch_takes_a_word_or_none(value, capsys):
+    given = ["--model", "m", "--input", "i", "--out", "o"]
+    assert not parse("score", given).token_stats
+    assert parse("score", [*given, *value]).token_stats
+    assert not parse("score", [*given, *value, "--token-stats", "No"]).token_stats
+    with pytest.raises(SystemExit):
+        parse("score", [*given, "--token-stats", "maybe"])
+    assert "must be one of yes, true, t, y, 1, no, false" in capsys.readouterr().err
 
 
 def test_yaml_gives_values_and_flags_override_them(tmp_path):

@@ -99,8 +99,8 @@ def test_the_others_load_the_base_as_the_first_one_has_it(monkeypatch):
         def follow(self, load_base, *, trust_remote_code):
             loaded.append(load_base(torch.bfloat16))
 
-    monkeypatch.setattr(train, "Crew", Other)
+    monkeypatch.setattr(train, "WorkerGroup", Other)
     config = parse("sft", ["--model", "game24", "--task", "game24", "--out", "out"])
-    train.run_in_crew(config, lambda crew: pytest.fail("not the first"))
+    train.run_on_rank_zero(config, lambda crew: pytest.fail("not the first"))
     (model,) = loaded
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.bfloat16)}

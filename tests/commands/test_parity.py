@@ -160,7 +160,7 @@ def test_our_model_is_gone_when_another_engine_starts(samples, monkeypatch, caps
             states.append("closed")
 
     monkeypatch.setattr(parity_command, "load", watched)
-    monkeypatch.setattr(parity_command, "VllmEngine", Engine)
+    monkeypatch.setattr(parity_command, "load_vllm", lambda options, _: Engine(options.model))
     emptied = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(states)))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sharpen.cli import main
-from sharpen.commands.train import Law, law_of, read_law
+from sharpen.commands.inputs import Provenance, provenance_of, read_provenance
 from sharpen.models import load_model
 from sharpen.scoring import Scorer
 
@@ -47,7 +47,7 @@ LAWS = {
 
 @pytest.mark.parametrize("name", LAWS)
 def test_the_law_is_read_beside_the_samples(pools, name):
-    law = read_law(str(pools[name]))
+    law = read_provenance(str(pools[name]))
     assert str(law) == LAWS[name]
     assert law.is_plain is (name == "plain")
 
@@ -58,28 +58,32 @@ def test_the_law_is_read_beside_the_samples(pools, name):
         (None, {}, None),
         # `sharpen score` did not draw them
         ({"command": "score", "model": "game24"}, {}, None),
-        ({"command": "score", "model": "game24"}, {"accepted": [0.5]}, Law(None, None, "mh", None)),
-        (PLAIN | {"sampler": "smc", "alpha": 1.0}, {}, Law("game24", None, "smc", 1.0)),
-        (PLAIN | {"top_p": 0.9}, {}, Law("game24", top_p=0.9)),
+        (
+            {"command": "score", "model": "game24"},
+            {"accepted": [0.5]},
+            Provenance(None, None, "mh", None),
+        ),
+        (PLAIN | {"sampler": "smc", "alpha": 1.0}, {}, Provenance("game24", None, "smc", 1.0)),
+        (PLAIN | {"top_p": 0.9}, {}, Provenance("game24", top_p=0.9)),
         # the optimism of XPO
-        (PLAIN | {"command": "xpo", "alpha": 1e-4}, {}, Law("game24")),
+        (PLAIN | {"command": "xpo", "alpha": 1e-4}, {}, Provenance("game24")),
         (
             PLAIN | {"model": "", "endpoint": "http://a/v1", "endpoint_model": "b"},
             {},
-            Law("b", "http://a/v1"),
+            Provenance("b", "http://a/v1"),
         ),
     ],
 )
 def test_the_law_of_settings(settings, row, law):
-    assert law_of(settings, row) == law
+    assert provenance_of(settings, row) == law
 
 
 def test_a_run_directory_tells_of_its_own_samples_alone(pools, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(PLAIN | {"temperature": 0.7}))
     for name in ("samples.jsonl", "greedy.jsonl"):
         (tmp_path / name).write_bytes(pools["plain"].read_bytes())
-    assert read_law(str(tmp_path / "samples.jsonl")) == Law("game24", temperature=0.7)
-    assert read_law(str(tmp_path / "greedy.jsonl")) is None
+    assert read_provenance(str(tmp_path / "samples.jsonl")) == Provenance("game24", temperature=0.7)
+    assert read_provenance(str(tmp_path / "greedy.jsonl")) is None
 
 
 @pytest.mark.parametrize("name", ["cold", "mh", "smc"])

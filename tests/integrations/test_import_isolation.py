@@ -27,7 +27,7 @@ PLACES = {
     "uvicorn": ["sharpen/server/"],
     # Parquet, where it is asked for
     "datasets": [],
-    "pyarrow": ["sharpen/commands/export.py"],
+    "pyarrow": ["sharpen/records.py"],
 }
 IMPORTERS = {"import_module", "__import__", "find_spec", "importorskip", "require"}
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+)+")

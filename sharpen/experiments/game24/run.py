@@ -25,8 +25,6 @@ from .stages import STAGES, run_stages
 from .tables import tables
 
 STUDY, PAGE = "study.json", "study.md"
-# the first argument needs no flag
-POSITIONAL = "task"
 
 
 def run(config: StudyConfig) -> None:
