@@ -28,7 +28,7 @@ completion gets 0 from every reward of tokens and is never chosen; NaN stays in 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -356,6 +356,61 @@ def options_needed(name: str) -> tuple[str, ...]:
         InputError: If there is no such reward.
     """
     return tuple(option for option, is_needed in _options(name).items() if is_needed)
+
+
+def missing_inputs(
+    name: str, *, options: Collection[str] = (), stats: Collection[str] | None = None
+) -> tuple[str, ...]:
+    """What a reward needs and is not there: token statistics and options, by name.
+
+    Args:
+        name: Of a reward.
+        options: The options that can be given: "answers", "keys".
+        stats: The token statistics that can be computed; None for all of them.
+
+    Raises:
+        InputError: If there is no such reward.
+
+    Example:
+        >>> missing_inputs("rpc", options=["keys"]), missing_inputs("logprob")
+        (('answers',), ())
+    """
+    lacking = [x for x in stats_needed(name) if stats is not None and x not in stats]
+    return (*lacking, *(x for x in options_needed(name) if x not in options))
+
+
+def check_reward(
+    name: str,
+    why: str,
+    *,
+    options: Collection[str] = (),
+    stats: Collection[str] | None = None,
+    argument: str = "reward",
+) -> None:
+    """Reject a reward that is unknown, or cannot be computed from what there is.
+
+    Args:
+        name: Of a reward.
+        why: Ends the message about what is missing: who could give it, and what to do instead.
+        options: As in `missing_inputs`.
+        stats: As in `missing_inputs`.
+        argument: What the caller calls the reward.
+
+    Raises:
+        InputError: Says what the reward needs.
+
+    Example:
+        >>> check_reward("rpc", "which only a task can extract", options=["keys"])
+        Traceback (most recent call last):
+            ...
+        sharpen.errors.InputError: `reward` rpc needs answers, which only a task can extract.
+        >>> check_reward("rpc", "unused", options=["answers", "keys"])
+    """
+    if name not in REWARDS:
+        raise InputError(f"`{argument}` must be one of {', '.join(REWARDS)}, got {name!r}.")
+    lacking = missing_inputs(name, options=options, stats=stats)
+    if lacking:
+        raise InputError(f"`{argument}` {name} needs {', '.join(lacking)}, {why}.")
 
 
 # an option is whatever its reward says it is
