@@ -1,10 +1,11 @@
-"""What token ids a model accepts: the bounds that a bad input breaks, checked in one place.
+"""Models by name, and what token ids they accept.
 
-Load a causal language model and its tokenizer by name, path or hub id.
+ModelLimits      the bounds that a bad input breaks, checked in one place
+load_model       a causal language model by name, path or hub id; load_tokenizer is its tokenizer
 
-"game24" names the model that ships with the package; anything else is a folder on this
-machine or a hub id. Weights come from safetensors and no code from the repository is run,
-unless asked for.
+"game24" names the model that ships with the package; anything else is a folder on this machine or
+a hub id. Weights come from safetensors and no code from the repository is run, unless asked for.
+transformers is imported when a model is loaded, not before.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from .errors import InputError
 
@@ -28,6 +23,14 @@ if TYPE_CHECKING:
 
 # where configurations keep the length of the context; GPT-2's `n_positions` answers to the first
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class ModelLimits:
         *,
         unread: int = 0,
     ) -> None:
-        """Refuse a prompt and completion that the model cannot read.
+        """Reject a prompt and completion that the model cannot read.
 
         Args:
             name: What the message begins with: "prompts[3]", or "samples.jsonl:12".
@@ -80,12 +83,22 @@ class ModelLimits:
                 "begin it with the tokenizer's BOS or EOS token."
             )
         self._check_ids(name, "prompt", prompt_ids)
+        self.check_completion(name, len(prompt_ids), completion_ids, unread=unread)
+
+    def check_completion(
+        self, name: str, n_prompt: int, completion_ids: Sequence[object], *, unread: int = 0
+    ) -> None:
+        """`check` of a completion whose prompt, of `n_prompt` tokens, was checked before.
+
+        Raises:
+            InputError: As `check`.
+        """
         self._check_ids(name, "completion", completion_ids)
-        total = len(prompt_ids) + len(completion_ids)
+        total = n_prompt + len(completion_ids)
         if self.max_length is not None and total - unread > self.max_length:
             raise InputError(
                 f"{name}: prompt and completion must fit the model's context of "
-                f"{self.max_length} tokens, got {len(prompt_ids)} + {len(completion_ids)} = "
+                f"{self.max_length} tokens, got {n_prompt} + {len(completion_ids)} = "
                 f"{total}; shorten one or leave the record out."
             )
 
@@ -111,15 +124,6 @@ class ModelLimits:
 
 def _is_id(kind: type) -> bool:
     return issubclass(kind, Integral) and kind is not bool
-
-
-SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def resolve_model(name: str | Path) -> str:
@@ -154,7 +158,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """A causal language model in eval mode.
 
     Args:
@@ -167,6 +171,8 @@ def load_model(
     Raises:
         InputError: If there is no such model, or it is not readable under these rules.
     """
+    from transformers import AutoModelForCausalLM
+
     target = resolve_model(name)
     device = _device(device)
     if isinstance(dtype, str):
@@ -187,12 +193,16 @@ def load_model(
     return model.eval().to(device)  # type: ignore[arg-type] (decorated `to` hides its self)
 
 
-def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, trust_remote_code: bool = False
+) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer that belongs to `name`.
 
     Raises:
         InputError: If there is none.
     """
+    from transformers import AutoTokenizer
+
     target = resolve_model(name)
     try:
         return AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)

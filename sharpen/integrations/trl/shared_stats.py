@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sharpen.errors import InputError
 from sharpen.models import ModelLimits
 from sharpen.scoring.pairs import pair_up
-from sharpen.scoring.probe import find_route, routed_stats
+from sharpen.scoring.probe import probe_model
+from sharpen.scoring.token_stats import Sharing, scoring_path, shared_or_whole, token_stats
 from sharpen_kernels import TokenStats
 from sharpen_kernels.linear_logprob import Statistic
 
@@ -111,7 +112,7 @@ class SharedStats:
         self.temperature = temperature
         self.outputs = tuple(dict.fromkeys(["log_probs", *outputs]))
         self.max_tokens = max_tokens
-        self.route = find_route(model, "auto")
+        self.route = probe_model(model, "auto")
 
     def __call__(
         self, ids: Int64[Tensor, "B L"], mask: Tensor | None, labels: Int64[Tensor, "B L"]
@@ -127,14 +128,21 @@ class SharedStats:
         rows = scored_rows(ids, mask, labels)
         pairs = pair_up(ModelLimits.of(self.model), rows.prompts, rows.completions)
         names: dict[Statistic, None] = {stat: None for name in self.outputs for stat in NEEDS[name]}
-        tokens = routed_stats(
-            self.model,
-            pairs,
-            tuple(names),
-            route=self.route,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-        )
+        route, head = self.route
+        path = scoring_path(self.model, head)
+
+        def run(way: Sharing) -> TokenStats:
+            return token_stats(
+                path,
+                pairs,
+                max_tokens=self.max_tokens,
+                stats=tuple(names),
+                sharing=way,
+                pack_unshared=False,
+                temperature=self.temperature,
+            )
+
+        tokens = shared_or_whole(run, route.sharing)
         V = ModelLimits.of(self.model).vocab_size
         found = {n: scattered(rows, _of(n, tokens, V), ids.shape) for n in self.outputs}
         if not pairs and torch.is_grad_enabled():
