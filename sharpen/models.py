@@ -1,10 +1,11 @@
-"""What token ids a model accepts: the bounds that a bad input breaks, checked in one place.
+"""Models by name, and what token ids they accept.
 
-Load a causal language model and its tokenizer by name, path or hub id.
+ModelLimits      the bounds that a bad input breaks, checked in one place
+load_model       a causal language model by name, path or hub id; load_tokenizer is its tokenizer
 
-"game24" names the model that ships with the package; anything else is a folder on this
-machine or a hub id. Weights come from safetensors and no code from the repository is run,
-unless asked for.
+"game24" names the model that ships with the package; anything else is a folder on this machine or
+a hub id. Weights come from safetensors and no code from the repository is run, unless asked for.
+transformers is imported when a model is loaded, not before.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
 # where configurations keep the length of the context; GPT-2's `n_positions` answers to the first
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class ModelLimits:
         *,
         unread: int = 0,
     ) -> None:
-        """Refuse a prompt and completion that the model cannot read.
+        """Reject a prompt and completion that the model cannot read.
 
         Args:
             name: What the message begins with: "prompts[3]", or "samples.jsonl:12".
@@ -74,12 +83,22 @@ class ModelLimits:
                 "begin it with the tokenizer's BOS or EOS token."
             )
         self._check_ids(name, "prompt", prompt_ids)
+        self.check_completion(name, len(prompt_ids), completion_ids, unread=unread)
+
+    def check_completion(
+        self, name: str, n_prompt: int, completion_ids: Sequence[object], *, unread: int = 0
+    ) -> None:
+        """`check` of a completion whose prompt, of `n_prompt` tokens, was checked before.
+
+        Raises:
+            InputError: As `check`.
+        """
         self._check_ids(name, "completion", completion_ids)
-        total = len(prompt_ids) + len(completion_ids)
+        total = n_prompt + len(completion_ids)
         if self.max_length is not None and total - unread > self.max_length:
             raise InputError(
                 f"{name}: prompt and completion must fit the model's context of "
-                f"{self.max_length} tokens, got {len(prompt_ids)} + {len(completion_ids)} = "
+                f"{self.max_length} tokens, got {n_prompt} + {len(completion_ids)} = "
                 f"{total}; shorten one or leave the record out."
             )
 
@@ -105,15 +124,6 @@ class ModelLimits:
 
 def _is_id(kind: type) -> bool:
     return issubclass(kind, Integral) and kind is not bool
-
-
-SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def resolve_model(name: str | Path) -> str:

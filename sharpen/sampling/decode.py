@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sharpen.models import ModelLimits
 from sharpen.scoring.hooks import SharingError, install, is_installed, under, uninstall
 from sharpen.scoring.model_access import accepted, evaluating, rope_boundary
-from sharpen.scoring.probe import Truth
+from sharpen.scoring.probe import ReferenceScores
 
 from .prompt_cache import PromptCache, PromptPlan, StepPlan
 
@@ -177,9 +177,9 @@ def _fault(model: PreTrainedModel, seed: int) -> str | None:
         logits = [model(input_ids=ids, use_cache=False).logits[0, P - 1 :] for ids in whole]
         return torch.cat(logits).float().log_softmax(1)
 
-    truth = Truth(model, alone)
+    truth = ReferenceScores(model, alone)
     truth.allow(torch.cat([_by_own_cache(model, ids, P) for ids in whole]))
-    return truth.fault(
+    return truth.mismatch(
         torch.stack([got[row, t] for row in range(len(owner)) for t in range(last_B[row])])
     )
 

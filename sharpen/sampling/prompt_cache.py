@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sharpen.scoring.hooks import LayerMask, Layers, Scores, SharingError, Watched
+from sharpen.scoring.hooks import AttentionOptions, LayerMask, Layers, SharingError, Watched
 from sharpen_kernels.prefix_attention import PrefixRows, prefix_attention
 
 ROOM = 16  # tokens a row has room for at first; doubled when it is full
@@ -137,7 +137,7 @@ class PromptPlan:
     cache: PromptCache
 
     def mask(self, layers: Layers) -> Watched:
-        """See `Plan`."""
+        """See `ForwardPlan`."""
         return Watched(layers.own_mask(), self.cache.remember)
 
 
@@ -148,7 +148,7 @@ class StepPlan:
     cache: PromptCache
 
     def mask(self, layers: Layers) -> LayerMask:
-        """See `Plan`."""
+        """See `ForwardPlan`."""
         seen = self.cache.get_seq_length() + 1
         if (layers.n_query, layers.n_key) != (1, seen):
             raise SharingError(f"it attends from {layers.n_query} to {layers.n_key} of {seen}")
@@ -168,7 +168,9 @@ class StepMask(LayerMask):
     seen: int
     visible: int
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+    ) -> Tensor:
         """See `LayerMask`."""
         prompt_k, prompt_v = self.cache.prompts.get(module, (None, None))
         if prompt_k is None or prompt_v is None:
@@ -186,9 +188,9 @@ class StepMask(LayerMask):
             k[:, :, L - own :],
             v[:, :, L - own :],
             self.cache.rows,
-            softcap=scores.softcap,
-            sinks=scores.sinks,
-            scale=scores.scale,
+            softcap=options.softcap,
+            sinks=options.sinks,
+            scale=options.scale,
         )
         return out_BHK[:, None]
 

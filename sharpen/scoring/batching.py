@@ -1,24 +1,25 @@
-"""Ragged (prompt, completion) pairs to right-padded batches under a token budget, and back.
+"""Pairs to right-padded batches under a token budget, and what batches return to input order.
 
-S scored tokens, B sequences and L padded length of one batch.
+S scored tokens, B sequences and L padded length of one batch, R rows that predict.
 
 A sequence is the prompt followed by the completion without its last token: hidden row t
 predicts token t + 1, so the last token is predicted and never read. Each row is padded on the
 right with its own last id: a causal model never sees it from the tokens that count, and a model
 whose embedding of some id is NaN keeps the NaN to the rows that use that id.
 
-The plan depends on the lengths and the budget alone, and every scored token carries its place
-in input order, so the inverse is exact whatever the plan.
+The plan depends on the lengths and the budget alone, and every scored token carries its index in
+input order, so the inverse is exact whatever the plan.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from .pairs import Pair
+from .pairs import Pair, token_starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,24 +31,28 @@ class Batch:
         mask: 1 on tokens, 0 on padding.
         rows: Which row of the hidden states, flattened to [B * L, D], predicts each scored token.
         target: The id of each scored token.
-        place: Where each scored token stands in input order.
+        output_index: Where each scored token stands in input order.
     """
 
     ids: Int64[Tensor, "B L"]
     mask: Int64[Tensor, "B L"]
     rows: Int64[Tensor, " S"]
     target: Int64[Tensor, " S"]
-    place: Int64[Tensor, " S"]
+    output_index: Int64[Tensor, " S"]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; `place` stays where it is."""
-        return Batch(
-            self.ids.to(device),
-            self.mask.to(device),
-            self.rows.to(device),
-            self.target.to(device),
-            self.place,
-        )
+        """The same batch on `device`; `output_index` stays where it is."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if name != "output_index"}
+        return replace(self, **moved)
+
+
+class PredictorBatch(NamedTuple):
+    """What one forward predicts some scored tokens from: hidden rows, or logits."""
+
+    rows: Tensor  # [R, D] or [R, V]
+    row_index: Tensor | None  # [S] the row that predicts each token; None: row s token s
+    target: Tensor  # [S]
+    output_index: Tensor  # [S] on the CPU: where each token stands in input order
 
 
 def plan_batches(
@@ -76,27 +81,43 @@ def plan_batches(
 
 
 def make_batches(
-    pairs: Sequence[Pair], max_tokens: int, *, boundary: int | None = None
+    pairs: Sequence[Pair],
+    max_tokens: int,
+    *,
+    chosen: Sequence[int] | None = None,
+    boundary: int | None = None,
 ) -> Iterator[Batch]:
     """The batches that score every completion token of `pairs` once, on the CPU.
 
     An empty completion has nothing to score and is in no batch.
+
+    Args:
+        pairs: Prompt and completion ids.
+        max_tokens: Budget of one batch, in padded tokens.
+        chosen: Indices of the pairs to take, ascending; None for all.
+        boundary: Sequences of up to so many tokens and longer ones never share a batch.
     """
-    sizes = [len(completion) for _, completion in pairs]
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    lengths = [
-        len(prompt) + size - 1 if size else 0
-        for (prompt, _), size in zip(pairs, sizes, strict=True)
-    ]
+    starts = token_starts(pairs)
+    taken = range(len(pairs)) if chosen is None else chosen
+    lengths = [len(pairs[i][0]) + len(pairs[i][1]) - 1 if pairs[i][1] else 0 for i in taken]
     for group in plan_batches(lengths, max_tokens, boundary=boundary):
-        yield _pad([pairs[i] for i in group], [starts[i] for i in group])
+        members = [taken[k] for k in group]
+        yield _pad([pairs[i] for i in members], [starts[i] for i in members])
+
+
+def inverse_of(places: Sequence[Int64[Tensor, " _"]]) -> Int64[Tensor, " S"]:
+    """The index that puts the scored tokens of all batches, end to end, into input order."""
+    if not places:
+        return torch.zeros(0, dtype=torch.int64)
+    output_S = torch.cat(list(places))
+    inverse_S = torch.empty_like(output_S)
+    inverse_S[output_S] = torch.arange(len(output_S))
+    return inverse_S
 
 
 def _pad(pairs: list[Pair], starts: list[int]) -> Batch:
     L = max(len(prompt) + len(completion) - 1 for prompt, completion in pairs)
-    ids, mask, rows, target, place = [], [], [], [], []
+    ids, mask, rows, target, output = [], [], [], [], []
     for b, ((prompt, completion), start) in enumerate(zip(pairs, starts, strict=True)):
         sequence = prompt + completion[:-1]
         padding = L - len(sequence)
@@ -105,15 +126,5 @@ def _pad(pairs: list[Pair], starts: list[int]) -> Batch:
         first = b * L + len(prompt) - 1
         rows.extend(range(first, first + len(completion)))
         target.extend(completion)
-        place.extend(range(start, start + len(completion)))
-    return Batch(*(torch.tensor(x, dtype=torch.int64) for x in (ids, mask, rows, target, place)))
-
-
-def inverse_of(places: Sequence[Int64[Tensor, " _"]]) -> Int64[Tensor, " S"]:
-    """The index that puts the scored tokens of all batches, end to end, into input order."""
-    if not places:
-        return torch.zeros(0, dtype=torch.int64)
-    place_S = torch.cat(list(places))
-    inverse_S = torch.empty_like(place_S)
-    inverse_S[place_S] = torch.arange(len(place_S))
-    return inverse_S
+        output.extend(range(start, start + len(completion)))
+    return Batch(*(torch.tensor(x, dtype=torch.int64) for x in (ids, mask, rows, target, output)))

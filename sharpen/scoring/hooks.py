@@ -10,15 +10,11 @@ that `generate`, training steps and a recomputed layer find the implementation t
 What of the model is compiled stays so, and is left out while a plan is under way: its graphs were
 traced, or would be looked up, without one.
 
-B rows, H heads, L queries, K size of a head.
+install, uninstall   the hooks of a model
+under                a plan for the forwards inside
+TreePlan             one packed row, in which every token attends to its ancestors in a tree
 
-A forward of one packed row, in which every token attends to its ancestors in a tree.
-
-T packed tokens of one row, H heads, K size of a head.
-
-Run a transformers model on one packed row: every shared token once.
-
-T packed tokens, R hidden rows that predict, D hidden, V vocabulary.
+B rows, H heads, L queries, K size of a head, T packed tokens of one row.
 """
 
 import sys
@@ -37,9 +33,6 @@ from sharpen.errors import SharpenError
 from sharpen_kernels.tree import Tree
 from sharpen_kernels.tree_attention import tree_attention
 
-from .model_access import accepted, backbone_of
-from .packing import PackedRow
-
 if TYPE_CHECKING:
     import transformers
 
@@ -52,7 +45,7 @@ class SharingError(SharpenError):
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionOptions:
     """How a layer turns products of queries and keys into logits of attention.
 
     Attributes:
@@ -76,7 +69,7 @@ class LayerMask(ABC):
         q: Float[Tensor, "B H L K"],
         k: Tensor,
         v: Tensor,
-        scores: Scores,
+        options: AttentionOptions,
     ) -> Float[Tensor, "B L H Kv"]:
         """The layer's output, a token's heads side by side.
 
@@ -109,7 +102,7 @@ class Layers(NamedTuple):
 
 
 @runtime_checkable
-class Plan(Protocol):
+class ForwardPlan(Protocol):
     """What is computed in a forward, beside the token ids."""
 
     def mask(self, layers: Layers) -> LayerMask | Watched:
@@ -121,11 +114,11 @@ class Plan(Protocol):
         ...
 
 
-_plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
+_plan: ContextVar[ForwardPlan | None] = ContextVar("plan", default=None)
 
 
 @contextmanager
-def under(plan: Plan) -> Iterator[None]:
+def under(plan: ForwardPlan) -> Iterator[None]:
     """Forwards inside go by `plan`, and none of them through `torch.compile`."""
     token = _plan.set(plan)
     try:
@@ -208,8 +201,10 @@ def _attention_hook(base: str) -> Callable[..., Any]:
             raise SharingError("attention dropout is on; put the model in eval mode")
         if kwargs.get("position_bias") is not None:
             raise SharingError("it adds a position bias")
-        scores = Scores(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-        return attention_mask.attend(module, query, key, value, scores), None
+        options = AttentionOptions(
+            kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+        )
+        return attention_mask.attend(module, query, key, value, options), None
 
     return attention
 
@@ -237,7 +232,7 @@ class TreePlan:
     tree: Tree
 
     def mask(self, layers: Layers) -> LayerMask:
-        """See `Plan`."""
+        """See `ForwardPlan`."""
         window = window_of(layers.allows, layers.n_query, layers.n_key, self.tree.T)
         return TreeMask(self.tree, window)
 
@@ -253,7 +248,9 @@ class TreeMask(LayerMask):
         # tokens that a query sees, itself among them; None for all
         self.window = window
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+    ) -> Tensor:
         """See `LayerMask`."""
         T = self.tree.T
         if q.shape[0] != 1 or q.shape[2] != T or k.shape[2] != T:
@@ -264,9 +261,9 @@ class TreeMask(LayerMask):
             v[0],
             self.tree,
             window=self.window,
-            softcap=scores.softcap,
-            sinks=scores.sinks,
-            scale=scores.scale,
+            softcap=options.softcap,
+            sinks=options.sinks,
+            scale=options.scale,
         )
         return out_HTK.transpose(0, 1)[None]
 
@@ -289,48 +286,3 @@ def window_of(allows: Callable[..., Tensor], n_query: int, n_key: int, T: int) -
         if not torch.equal(seen_T, (key_T > query - window) & (key_T <= query)):
             raise SharingError("its mask is neither causal nor a sliding window")
     return None if window == T else window
-
-
-def hidden_source(model: "transformers.PreTrainedModel", row: PackedRow) -> Float[Tensor, "R D"]:
-    """The hidden rows of `row.source`, as the backbone hands them to the head; differentiable.
-
-    The hooks of `hooks.py` must be installed in `model`.
-    """
-    backbone = backbone_of(model)
-    assert backbone is not None, "checked when the route was chosen"
-    out = _run(backbone, row)
-    hidden_TD: Tensor = out.last_hidden_state[0]
-    return hidden_TD[row.source.to(hidden_TD.device)]
-
-
-def logit_source(model: "transformers.PreTrainedModel", row: PackedRow) -> Float[Tensor, "R V"]:
-    """The logits of `row.source`, as the model computes them; differentiable.
-
-    Allocates [R, V] if the model can be told which tokens to project, else [T, V].
-
-    Raises:
-        SharpenError: If the model returns logits for some other number of tokens.
-    """
-    T, R = len(row.ids), len(row.source)
-    logits_KV: Tensor = _run(model, row, logits_to_keep=row.source).logits[0]
-    if len(logits_KV) not in (T, R):
-        raise SharpenError(
-            f"{type(model).__name__} must return logits for {R} or {T} tokens, "
-            f"got {len(logits_KV)}."
-        )
-    return logits_KV if len(logits_KV) == R else logits_KV[row.source.to(logits_KV.device)]
-
-
-def _run(module: nn.Module, row: PackedRow, **options: Tensor):
-    # a mask of ones: without it transformers reads sequences off the positions
-    mask_T = torch.ones_like(row.ids)
-    asked = accepted(
-        module,
-        input_ids=row.ids[None],
-        attention_mask=mask_T[None],
-        position_ids=row.tree.position[None],
-        use_cache=False,
-        **options,
-    )
-    with under(TreePlan(row.tree)):
-        return module(**asked)

@@ -1,24 +1,19 @@
-"""How a model turns hidden rows into logits, read from its configuration.
+"""What the scorer reads off a transformers model: its backbone, its head, its modes.
+
+A head is one linear layer, whose logits may be scaled and capped:
 
     logits = softcap(x W^T + b) / temperature,    softcap(z) = c tanh(z / c)
-
-S scored tokens, D hidden, V vocabulary.
 
 Families write the scale their own way: Cohere multiplies by `logit_scale`, Granite divides by
 `logits_scaling`, HyperCLOVA X multiplies by it, Falcon-H1 has another name; Gemma caps and does not
 scale, Muse scales and then caps. A configuration says what the numbers are, not what the code does
-with them, so `readings` lists every meaning they can have, and the probe finds the true one.
+with them, so `candidate_heads` lists every meaning they can have, and the probe finds the true one.
 
-Run a transformers model on one padded batch: hidden rows, or logits, that predict.
-
-B sequences, L padded length, S scored tokens, D hidden, V vocabulary.
-
-No `position_ids` are passed: rows are padded on the right, so a model's own positions are those
-of the row alone, also where they do not begin at 0 (OPT, RoBERTa) or do not exist.
+B sequences, L padded length, S scored tokens, R hidden rows that predict them, D hidden.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,12 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from sharpen.errors import SharpenError
 from sharpen.models import ModelLimits
-from sharpen_kernels import TokenStats, linear_logprob
-from sharpen_kernels.linear_logprob import Statistic
-
-from .batching import Batch
 
 if TYPE_CHECKING:
     import transformers
@@ -41,6 +31,8 @@ DIVISORS = ("logits_scaling",)
 FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+LOGITS_BYTES = 2**28  # fp32 logits of one batch on the logits route; chosen
+
 
 @dataclass(frozen=True)
 class Head:
@@ -48,46 +40,6 @@ class Head:
 
     temperature: float = 1.0
     softcap: float | None = None
-
-    def token_stats(
-        self,
-        model: "transformers.PreTrainedModel",
-        hidden: Float[Tensor, "R D"],
-        target: Int64[Tensor, " S"],
-        *,
-        rows: Int64[Tensor, " S"] | None = None,
-        stats: Sequence[Statistic] = ("logprob",),
-    ) -> TokenStats:
-        """Statistics of `target` under the logits of `hidden`; see `linear_logprob`.
-
-        The weight is taken from the model at each call, so it may be trained or replaced between
-        two calls. Nothing of size [R, V] is held.
-        """
-        layer = output_layer(model)
-        assert layer is not None, "checked when the route was chosen"
-        return self.layer_stats(layer, hidden, target, rows=rows, stats=stats)
-
-    def layer_stats(
-        self,
-        layer: nn.Linear,
-        hidden: Float[Tensor, "R D"],
-        target: Int64[Tensor, " S"],
-        *,
-        rows: Int64[Tensor, " S"] | None = None,
-        stats: Sequence[Statistic] = ("logprob",),
-    ) -> TokenStats:
-        """`token_stats` of a model whose head is `layer`."""
-        device = layer.weight.device
-        return linear_logprob(
-            hidden.to(device),
-            layer.weight,
-            target.to(device),
-            rows=None if rows is None else rows.to(device),
-            bias=layer.bias,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            stats=stats,
-        )
 
 
 def output_layer(model: "transformers.PreTrainedModel") -> nn.Linear | None:
@@ -110,7 +62,7 @@ def output_layer(model: "transformers.PreTrainedModel") -> nn.Linear | None:
     return head
 
 
-def readings(config: "transformers.PreTrainedConfig") -> list[Head]:
+def candidate_heads(config: "transformers.PreTrainedConfig") -> list[Head]:
     """Every head that the numbers in `config` can mean, the likeliest first."""
     scales = [1 / x for x in _numbers(config, DIVISORS)]
     scales += [*_numbers(config, FACTORS), 1.0]
@@ -130,9 +82,6 @@ def _numbers(config: "transformers.PreTrainedConfig", fields: tuple[str, ...]) -
     return [float(x) for x in values if isinstance(x, (int, float)) and x > 0]
 
 
-LOGITS_BYTES = 2**28  # fp32 logits of one batch on the logits route; chosen
-
-
 def backbone_of(model: "transformers.PreTrainedModel") -> nn.Module | None:
     """The part of `model` below its head; None if it has none that can be called alone."""
     # get_decoder() of some families is the model itself, of some the head
@@ -147,47 +96,16 @@ def hidden_states(
     ids: Int64[Tensor, "B L"],
     mask: Int64[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B L D"] | None:
-    """What the backbone of `model` hands to the head; None if there is no such thing."""
+    """What the backbone of `model` hands to the head; None if there is no such thing.
+
+    No positions are passed: rows are padded on the right, so a model's own are those of the row
+    alone, also where they do not begin at 0 (OPT, RoBERTa) or do not exist.
+    """
     backbone = backbone_of(model)
     if backbone is None:
         return None
     out = backbone(**accepted(backbone, input_ids=ids, attention_mask=mask, use_cache=False))
     return getattr(out, "last_hidden_state", None)
-
-
-def hidden_rows(model: "transformers.PreTrainedModel", batch: Batch) -> Float[Tensor, "S D"]:
-    """The hidden row that predicts each scored token of `batch`; differentiable."""
-    hidden_BLD = hidden_states(model, batch.ids, batch.mask)
-    assert hidden_BLD is not None, "checked when the route was chosen"
-    return hidden_BLD.flatten(0, 1)[batch.rows.to(hidden_BLD.device)]
-
-
-def logit_rows(model: "transformers.PreTrainedModel", batch: Batch) -> Float[Tensor, "S V"]:
-    """The logits, as the model computes them, of each scored token of `batch`; differentiable.
-
-    Allocates [B, K, V] where K columns span those that predict, if the model can be told which
-    columns to project; else [B, L, V].
-
-    Raises:
-        SharpenError: If the model returns logits for some other number of columns.
-    """
-    L = batch.ids.shape[1]
-    column_S = batch.rows % L
-    first, last = int(column_S.min()), int(column_S.max())
-    keep_K = torch.arange(first, last + 1, device=batch.ids.device)
-    asked = accepted(model, use_cache=False, logits_to_keep=keep_K)
-    out = model(input_ids=batch.ids, attention_mask=batch.mask, **asked)
-    logits: Tensor = out.logits
-    if logits.shape[1] not in (L, len(keep_K)):
-        raise SharpenError(
-            f"{type(model).__name__} must return logits for {L} columns, got {logits.shape[1]}; "
-            "adapters that insert tokens cannot be scored."
-        )
-    if logits.shape[1] == L:
-        logits = logits[:, first : last + 1]
-    K = logits.shape[1]
-    row_S = batch.rows // L * K + column_S - first
-    return logits.flatten(0, 1)[row_S.to(logits.device)]
 
 
 def logits_budget(model: "transformers.PreTrainedModel", max_tokens: int) -> int:
@@ -220,6 +138,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+# a forward takes whatever its module takes
+def forward_is(module: nn.Module, forward: Any) -> Iterator[None]:
+    """While open, a call of `module` runs `forward` between the module's own hooks."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def input_device(model: "transformers.PreTrainedModel") -> torch.device:

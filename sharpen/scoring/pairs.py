@@ -1,12 +1,15 @@
-"""What goes into the scorer: prompts with completions to checked (prompt, completion) pairs.
+"""What is scored: ids of prompts and their completions, as checked (prompt, completion) pairs.
 
-How many completions share each of their tokens: weights for losses.
+pair_up             ids as they are given, checked, one pair per completion
+encode_text         ids of text
+token_multiplicity  how many completions share each of their tokens: weights for losses
 
-S completion tokens of all prompts and completions, end to end.
+S completion tokens of all prompts and completions, end to end: the input order of a token.
 """
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,28 +32,36 @@ def pair_up(
 ) -> list[Pair]:
     """One pair per completion, all prompts end to end.
 
+    A prompt that is given several times as one object is checked and copied once.
+
     Raises:
         InputError: If there is not one list of completions per prompt, or the model cannot read a
             pair.
     """
     check_groups(prompts, completions)
+    # the prompt is kept beside its id(), or another one could get the same
+    known: dict[int, tuple[Sequence[int], list[int]]] = {}
     pairs = []
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        limits.check(f"prompts[{p}]", prompt)
+        if id(prompt) not in known:
+            limits.check(f"prompts[{p}]", prompt)
+            known[id(prompt)] = (prompt, list(prompt))
+        ids = known[id(prompt)][1]
         for g, completion in enumerate(group):
             # what scores the last token is read before it
             unread = min(1, len(completion))
-            limits.check(f"completions[{p}][{g}]", prompt, completion, unread=unread)
-            pairs.append((list(prompt), list(completion)))
+            limits.check_completion(f"completions[{p}][{g}]", len(ids), completion, unread=unread)
+            pairs.append((ids, list(completion)))
     return pairs
 
 
-def check_groups(prompts: Sequence[object], completions: Sequence[object]) -> None:
-    """Refuse anything but one list of completions per prompt.
+def token_starts(pairs: Sequence[Pair]) -> list[int]:
+    """Where the tokens of each completion start in input order, then their number."""
+    return [0, *accumulate(len(completion) for _, completion in pairs)]
 
-    Raises:
-        InputError: If there are more or fewer.
-    """
+
+def check_groups(prompts: Sequence[object], completions: Sequence[object]) -> None:
+    """Reject anything but one list of completions per prompt."""
     if len(prompts) != len(completions):
         raise InputError(
             f"`completions` must hold one list for each of {len(prompts)} prompts, "
@@ -86,7 +97,7 @@ def encode_text(
     return prompt_ids, completion_ids
 
 
-def sharers(
+def token_multiplicity(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
 ) -> Int64[Tensor, " S"]:
     """How many of the tokens have the same id behind the same prompt and tokens, itself among them.
@@ -94,7 +105,9 @@ def sharers(
     A sum over `Scorer.logprobs` counts a token that k completions begin with k times, as if each
     was alone: what losses of sequences want. Divided by this, each distinct token counts once.
 
-        sum_s logprob[s] / sharers[s]  =  sum over the distinct tokens of the tree
+        sum_s logprob[s] / token_multiplicity[s]  =  sum over the distinct tokens of the tree
+
+    `sharers` is the same function.
 
     Args:
         prompts: As in `Scorer.score`.
@@ -104,7 +117,7 @@ def sharers(
         InputError: If there is not one list of completions per prompt.
 
     Example:
-        >>> sharers([[1, 2]], [[[3, 4], [3, 5], [6]]]).tolist()
+        >>> token_multiplicity([[1, 2]], [[[3, 4], [3, 5], [6]]]).tolist()
         [2, 1, 2, 1, 1]
     """
     check_groups(prompts, completions)
@@ -123,3 +136,6 @@ def sharers(
                 nodes.append(node)
     node_S = torch.tensor(nodes, dtype=torch.int64)
     return torch.bincount(node_S)[node_S]
+
+
+sharers = token_multiplicity

@@ -3,29 +3,28 @@
 The way for models whose layers carry more than keys and values from token to token (convolutions,
 recurrent states): whatever is in the cache after the prompt is repeated for each completion.
 
+groups_of       which pairs gain by the cache of their prompt
+read_prompt     the cache of one prompt, and the row that predicts what follows it
+continuations   its completions, batch by batch
+
 P prompt tokens, B completions of one batch, L their longest, R hidden rows that predict, S scored.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from .batching import plan_batches
+from .batching import PredictorBatch, plan_batches
 from .hooks import SharingError
-from .model_access import accepted, input_device
+from .model_access import accepted
 from .pairs import Pair
-
-if TYPE_CHECKING:
-    import transformers
 
 MIN_PROMPT = 16  # shorter prompts cost less than a second forward; chosen
 NAMES = ("past_key_values", "cache_params")  # of a cache, in arguments and outputs
-Part = tuple[Float[Tensor, "R _"], Int64[Tensor, " S"], Int64[Tensor, " S"], Int64[Tensor, " S"]]
 
 
 def groups_of(pairs: Sequence[Pair], boundary: int | None) -> tuple[list[list[int]], list[int]]:
@@ -50,33 +49,20 @@ def groups_of(pairs: Sequence[Pair], boundary: int | None) -> tuple[list[list[in
     return groups, sorted(alone)
 
 
-def cached_parts(
-    model: "transformers.PreTrainedModel",
-    module: nn.Module,
-    pairs: Sequence[Pair],
-    groups: Sequence[Sequence[int]],
-    max_tokens: int,
-) -> Iterator[Part]:
-    """Rows that predict, the row and id of each scored token, and its place in input order.
+def read_prompt(
+    module: nn.Module, prompt: Sequence[int], device: torch.device
+) -> tuple[Any, Float[Tensor, " D"]]:
+    """The cache of a prompt, and its last row: hidden, or logits where `module` gives those.
 
-    Args:
-        model: Where token ids go.
-        module: What is run: the backbone for hidden rows, the whole model for logits.
-        pairs: Prompt and completion ids.
-        groups: Indices of pairs with one prompt each.
-        max_tokens: Budget of one batch: prompt and padded completion of every row.
+    Raises:
+        SharingError: If the forward returned no cache that can be repeated.
     """
-    starts, device = starts_of(pairs), input_device(model)
-    for group in groups:
-        ids = prompt_ids(pairs[group[0]][0], device)
-        out = module(**accepted(module, input_ids=ids, use_cache=True))
-        cache, last_D = cache_of(out), rows_of(out)[0, -1]
-        yield from continuations(module, cache, last_D, pairs, group, starts, max_tokens)
-
-
-def starts_of(pairs: Sequence[Pair]) -> list[int]:
-    """Where the tokens of each completion start in input order, then their number."""
-    return [0, *accumulate(len(completion) for _, completion in pairs)]
+    ids = torch.tensor([list(prompt)], device=device)
+    out = module(**accepted(module, input_ids=ids, use_cache=True))
+    cache = next((found for name in NAMES if (found := getattr(out, name, None))), None)
+    if cache is None or not hasattr(cache, "layers") or not hasattr(cache, "reorder_cache"):
+        raise SharingError(f"{type(out).__name__} holds no cache that can be repeated")
+    return cache, _rows_of(out)[0, -1]
 
 
 def continuations(
@@ -87,56 +73,75 @@ def continuations(
     group: Sequence[int],
     starts: list[int],
     max_tokens: int,
-) -> Iterator[Part]:
-    """`cached_parts` of one prompt, whose cache and last row are there."""
+) -> Iterator[PredictorBatch]:
+    """What predicts the completions of one prompt, batch by batch.
+
+    Args:
+        module: What is run: the backbone for hidden rows, the whole model for logits.
+        cache: After the prompt; stays as it is.
+        last: The prompt's last row.
+        pairs: Prompt and completion ids.
+        group: Indices of the pairs of this prompt.
+        starts: Where the tokens of each completion of `pairs` start in input order.
+        max_tokens: Budget of one batch: prompt and padded completion of every row.
+    """
     P = len(pairs[group[0]][0])
     lengths = [P + len(pairs[i][1]) for i in group]
     for batch in plan_batches(lengths, max_tokens):
         some = [group[b] for b in batch]
-        yield _part(module, cache, last, P, [pairs[i][1] for i in some], starts, some)
+        completions = [pairs[i][1] for i in some]
+        # no name for the rows: this frame would hold them while the next ones are computed
+        yield _predictors(
+            _read_behind(module, cache, last, P, completions),
+            completions,
+            [starts[i] for i in some],
+        )
 
 
-def _part(
+def _read_behind(
     module: nn.Module,
     cache: Any,
     last: Float[Tensor, " D"],
     P: int,
     completions: list[list[int]],
-    starts: list[int],
-    indices: list[int],
-) -> Part:
+) -> Float[Tensor, "R D"]:
+    """The prompt's last row, then those of completions read behind copies of its cache."""
     read = [completion[:-1] for completion in completions]
-    L = max(map(len, read))
-    device = last.device
-    rows, target, place = [], [], []
-    for b, (completion, i) in enumerate(zip(completions, indices, strict=True)):
-        first = 1 + b * L
-        rows += [0, *range(first, first + len(completion) - 1)]
-        target += completion
-        place += range(starts[i], starts[i] + len(completion))
-    source_RD = last[None]
-    if L > 0:
-        B = len(read)
-        ids_BL = _ids([x + [completions[b][-1]] * (L - len(x)) for b, x in enumerate(read)], device)
-        mask_BL = torch.tensor([[1] * len(x) + [0] * (L - len(x)) for x in read], device=device)
-        seen_BP = mask_BL.new_ones(B, P)
-        positions_BL = torch.arange(P, P + L, device=device).expand(B, L)
-        out = module(
-            **accepted(
-                module,
-                input_ids=ids_BL,
-                attention_mask=torch.cat([seen_BP, mask_BL], dim=1),
-                position_ids=positions_BL,
-                use_cache=True,
-                **dict.fromkeys(NAMES, fork(cache, B)),
-            )
+    B, L, device = len(read), max(map(len, read)), last.device
+    if L == 0:
+        return last[None]
+    ids = [x + [full[-1]] * (L - len(x)) for x, full in zip(read, completions, strict=True)]
+    mask_BL = torch.tensor([[1] * len(x) + [0] * (L - len(x)) for x in read], device=device)
+    out = module(
+        **accepted(
+            module,
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.cat([mask_BL.new_ones(B, P), mask_BL], dim=1),
+            position_ids=torch.arange(P, P + L, device=device).expand(B, L),
+            use_cache=True,
+            **dict.fromkeys(NAMES, fork(cache, B)),
         )
-        source_RD = torch.cat([source_RD, rows_of(out).flatten(0, 1)])
-    return (
-        source_RD,
-        torch.tensor(rows, device=device),
+    )
+    return torch.cat([last[None], _rows_of(out).flatten(0, 1)])
+
+
+def _predictors(
+    rows: Float[Tensor, "R D"], completions: list[list[int]], starts: list[int]
+) -> PredictorBatch:
+    """Who reads the rows of `_read_behind`: the first token of each completion the first row."""
+    L = max(map(len, completions)) - 1
+    row_index, target, output = [], [], []
+    for b, (completion, start) in enumerate(zip(completions, starts, strict=True)):
+        first = 1 + b * L
+        row_index += [0, *range(first, first + len(completion) - 1)]
+        target += completion
+        output += range(start, start + len(completion))
+    device = rows.device
+    return PredictorBatch(
+        rows,
+        torch.tensor(row_index, device=device),
         torch.tensor(target, device=device),
-        torch.tensor(place),
+        torch.tensor(output),
     )
 
 
@@ -157,28 +162,7 @@ def _copy(layer: Any) -> Any:
     return copied
 
 
-def cache_of(out: Any) -> Any:
-    """The cache that a forward returned.
-
-    Raises:
-        SharingError: If it returned none that can be repeated.
-    """
-    cache = next((found for name in NAMES if (found := getattr(out, name, None))), None)
-    if cache is None or not hasattr(cache, "layers") or not hasattr(cache, "reorder_cache"):
-        raise SharingError(f"{type(out).__name__} holds no cache that can be repeated")
-    return cache
-
-
-def rows_of(out: Any) -> Tensor:
+def _rows_of(out: Any) -> Tensor:
     """The hidden rows, or the logits, that a forward returned."""
     found = getattr(out, "last_hidden_state", None)
     return out.logits if found is None else found
-
-
-def prompt_ids(prompt: Sequence[int], device: torch.device) -> Int64[Tensor, "1 P"]:
-    """One row of token ids."""
-    return _ids([list(prompt)], device)
-
-
-def _ids(rows: list[list[int]], device: torch.device) -> Int64[Tensor, "B L"]:
-    return torch.tensor(rows, device=device)

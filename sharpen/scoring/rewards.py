@@ -1,34 +1,27 @@
-"""Rewards of the tokens drawn: how probable the model found them.
+"""Statistics of tokens to one reward per completion; higher is better.
 
-S scored tokens, N completions; completion n owns the tokens offsets[n] ... offsets[n + 1] - 1.
+A reward is a pure function, and its parameters say what it needs: a token statistic by its name,
+`offsets`, `groups` or `valid`, or else an option that the caller gives. `REWARDS` holds them all:
 
-Rewards of the distributions before each token: how far they lean on few tokens.
+    of the tokens drawn                 logprob, mean_logprob, neg_perplexity, min_token
+    of the distributions before them    self_certainty, neg_entropy, confidence, confidence_lowest,
+                                        confidence_bottom, confidence_tail
+    of the answers, in `votes`          majority, rpc
 
-S scored tokens, N completions; completion n owns the tokens offsets[n] ... offsets[n + 1] - 1.
+S scored tokens, N completions of all prompts together, P prompts. Completion n owns the scored
+tokens offsets[n] ... offsets[n + 1] - 1, prompt p the completions groups[p] ... groups[p + 1] - 1.
+Sums run over fp64 in token order, so a reward has the same bits in any batch. An empty completion
+gets 0 from every reward of tokens and is never chosen; NaN stays in its completion.
 
-DeepConf: how sure the model was, on the whole and where it was least sure.
-
-S scored tokens, N completions.
-
-The confidence of a token is minus the mean of the k = 20 largest log-probs before it, in nats:
-the more the first token outweighs the others, the larger. Of a completion's L tokens and its
-windows of w neighbours, `segment_reduce` takes the means. `window` counts tokens (an int) or is a
-part of the completion (a float in (0, 1]); a window longer than the completion is all of it. The
-paper's 2048 tokens would make every short output's windows its mean; the default is a tenth.
-
-Statistics of tokens to one reward per completion; higher is better.
-
-S scored tokens, N completions of all prompts together, P prompts.
-
-Completion n owns the scored tokens offsets[n] ... offsets[n + 1] - 1, prompt p the completions
-groups[p] ... groups[p + 1] - 1. A reward is a pure function, and its parameters say what it needs:
-a token statistic by its name, `offsets`, `groups` or `valid`, or else an option that the caller
-gives. Sums run over fp64 in token order, so a reward has the same bits in any batch. An empty
-completion gets 0 from every reward of tokens and is never chosen; NaN stays in its completion.
+The confidences are DeepConf's. That of a token is minus the mean of the k = 20 largest log-probs
+before it, in nats: the more the first token outweighs the others, the larger. `segment_reduce`
+takes the means over windows of neighbours. `window` counts tokens (an int) or is a part of the
+completion (a float in (0, 1]); a window longer than the completion is all of it. The paper's 2048
+tokens would make every short output's windows its mean; the default is a tenth.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +35,9 @@ from sharpen_kernels.segment_reduce import SequenceStatistic
 
 from .votes import majority as majority
 from .votes import perplexity_consistency
+
+LAYOUT = ("offsets", "groups", "valid")
+WINDOW = 0.1  # of the completion; chosen
 
 
 def sequence_logprob(
@@ -79,7 +75,7 @@ def mean_logprob(
         >>> mean_logprob(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 3]))
         tensor([-1.5000, -4.0000])
     """
-    return mean_of_tokens(logprob, offsets)
+    return _mean(logprob, offsets)
 
 
 def neg_perplexity(
@@ -127,19 +123,6 @@ def min_token_logprob(
     return torch.where(offsets.diff() > 0, least, 0.0)
 
 
-def _sum(
-    values: Float32[Tensor, " S"], offsets: Int64[Tensor, " bounds"]
-) -> Float64[Tensor, " bounds-1"]:
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets)
-
-
-def mean_of_tokens(
-    values: Float32[Tensor, " S"], offsets: Int64[Tensor, " bounds"]
-) -> Float32[Tensor, " bounds-1"]:
-    """Mean of the values of each completion, summed in fp64 in token order; 0 of none."""
-    return (_sum(values, offsets) / offsets.diff().clamp(min=1)).float()
-
-
 def mean_self_certainty(
     self_certainty: Float32[Tensor, " S"], offsets: Int64[Tensor, " bounds"]
 ) -> Float32[Tensor, " bounds-1"]:
@@ -153,11 +136,10 @@ def mean_self_certainty(
         Kang, Zhao and Song 2025, arXiv:2502.18581.
 
     Example:
-        >>> import torch
         >>> mean_self_certainty(torch.tensor([2.0, 4.0]), torch.tensor([0, 2]))
         tensor([3.])
     """
-    return mean_of_tokens(self_certainty, offsets)
+    return _mean(self_certainty, offsets)
 
 
 def neg_entropy(
@@ -173,14 +155,10 @@ def neg_entropy(
         Agarwal et al. 2025, arXiv:2505.15134; a baseline in Kang et al. 2025, arXiv:2502.18581.
 
     Example:
-        >>> import torch
         >>> neg_entropy(torch.tensor([0.5, 1.5]), torch.tensor([0, 2]))
         tensor([-1.])
     """
-    return -mean_of_tokens(entropy, offsets)
-
-
-WINDOW = 0.1  # of the completion; chosen
+    return -_mean(entropy, offsets)
 
 
 def confidence(
@@ -200,7 +178,7 @@ def confidence(
         >>> confidence(torch.tensor([-2.0, -4.0]), torch.tensor([0, 2]))
         tensor([3.])
     """
-    return _reduced(topk_mean, offsets, "mean", 1.0)
+    return _confidence(topk_mean, offsets, "mean", 1.0)
 
 
 def confidence_lowest(
@@ -232,7 +210,7 @@ def confidence_lowest(
         >>> confidence_lowest(topk_mean, offsets, window=2)  # of 2.5, 2 and 4
         tensor([2.])
     """
-    return _reduced(topk_mean, offsets, "lowest_window", window)
+    return _confidence(topk_mean, offsets, "lowest_window", window)
 
 
 def confidence_bottom(
@@ -248,13 +226,7 @@ def confidence_bottom(
     C as in `confidence`. One window where there are fewer than 20: then it is `confidence_lowest`,
     and depends on length as that does.
 
-    Args:
-        topk_mean: Of each scored token, nats.
-        offsets: Where the tokens of each completion start, then S.
-        window: Tokens in a window, or their part of the completion.
-
-    Raises:
-        InputError: If `window` is neither an int of at least 1 nor a float in (0, 1].
+    Arguments and errors: as `confidence_lowest`.
 
     Source:
         Fu et al. 2025 (DeepConf), arXiv:2508.15260, bottom 10 % group confidence.
@@ -264,7 +236,7 @@ def confidence_bottom(
         >>> confidence_bottom(topk_mean, offsets, window=1)  # of 1, 2 and 3
         tensor([2.])
     """
-    return _reduced(topk_mean, offsets, "bottom_windows", window)
+    return _confidence(topk_mean, offsets, "bottom_windows", window)
 
 
 def confidence_tail(
@@ -279,13 +251,7 @@ def confidence_tail(
 
     Blind to what came before, so nearly free of length.
 
-    Args:
-        topk_mean: Of each scored token, nats.
-        offsets: Where the tokens of each completion start, then S.
-        window: Tokens in a window, or their part of the completion.
-
-    Raises:
-        InputError: If `window` is neither an int of at least 1 nor a float in (0, 1].
+    Arguments and errors: as `confidence_lowest`.
 
     Source:
         Fu et al. 2025 (DeepConf), arXiv:2508.15260, tail confidence.
@@ -295,15 +261,29 @@ def confidence_tail(
         >>> confidence_tail(topk_mean, offsets, window=0.5)
         tensor([4.])
     """
-    return _reduced(topk_mean, offsets, "tail_window", window)
+    return _confidence(topk_mean, offsets, "tail_window", window)
 
 
-def _reduced(
+def _sum(
+    values: Float32[Tensor, " S"], offsets: Int64[Tensor, " bounds"]
+) -> Float64[Tensor, " bounds-1"]:
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets)
+
+
+def _mean(
+    values: Float32[Tensor, " S"], offsets: Int64[Tensor, " bounds"]
+) -> Float32[Tensor, " bounds-1"]:
+    """Mean of the values of each completion, summed in fp64 in token order; 0 of none."""
+    return (_sum(values, offsets) / offsets.diff().clamp(min=1)).float()
+
+
+def _confidence(
     topk_mean: Float32[Tensor, " S"],
     offsets: Int64[Tensor, " bounds"],
     how: SequenceStatistic,
     window: int | float,
 ) -> Float32[Tensor, " bounds-1"]:
+    """The `how` of the token confidences of each completion; 0 of none."""
     # a bool is an int, but no number of tokens
     is_count = isinstance(window, int) and not isinstance(window, bool)
     if not (window >= 1 if is_count else isinstance(window, float) and 0 < window <= 1):
@@ -318,8 +298,6 @@ def _reduced(
     assert isinstance(found, torch.Tensor)
     return found
 
-
-LAYOUT = ("offsets", "groups", "valid")
 
 REWARDS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
@@ -340,34 +318,75 @@ REWARDS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
 
 
 def stats_needed(name: str) -> tuple[str, ...]:
-    """The token statistics that a reward is made of: what to pass as `stats=`.
-
-    Raises:
-        InputError: If there is no such reward.
-    """
+    """The token statistics that a reward is made of: what to pass as `stats=`."""
     positional = (p.name for p in _parameters(name) if p.kind is p.POSITIONAL_OR_KEYWORD)
     return tuple(parameter for parameter in positional if parameter not in LAYOUT)
 
 
 def options_needed(name: str) -> tuple[str, ...]:
-    """The options that a reward cannot do without, such as `answers`.
+    """The options that a reward cannot do without, such as `answers`."""
+    return tuple(option for option, is_needed in _options(name).items() if is_needed)
+
+
+def missing_inputs(
+    name: str, *, options: Collection[str] = (), stats: Collection[str] | None = None
+) -> tuple[str, ...]:
+    """What a reward needs and is not there: token statistics and options, by name.
+
+    Args:
+        name: Of a reward.
+        options: The options that can be given: "answers", "keys".
+        stats: The token statistics that can be computed; None for all of them.
 
     Raises:
         InputError: If there is no such reward.
+
+    Example:
+        >>> missing_inputs("rpc", options=["keys"]), missing_inputs("logprob")
+        (('answers',), ())
     """
-    return tuple(option for option, is_needed in _options(name).items() if is_needed)
+    lacking = [x for x in stats_needed(name) if stats is not None and x not in stats]
+    return (*lacking, *(x for x in options_needed(name) if x not in options))
+
+
+def check_reward(
+    name: str,
+    why: str,
+    *,
+    options: Collection[str] = (),
+    stats: Collection[str] | None = None,
+    argument: str = "reward",
+) -> None:
+    """Reject a reward that is unknown, or cannot be computed from what there is.
+
+    Args:
+        name: Of a reward.
+        why: Ends the message about what is missing: who could give it, and what to do instead.
+        options: As in `missing_inputs`.
+        stats: As in `missing_inputs`.
+        argument: What the caller calls the reward.
+
+    Raises:
+        InputError: Says what the reward needs.
+
+    Example:
+        >>> check_reward("rpc", "which only a task can extract", options=["keys"])
+        Traceback (most recent call last):
+            ...
+        sharpen.errors.InputError: `reward` rpc needs answers, which only a task can extract.
+        >>> check_reward("rpc", "unused", options=["answers", "keys"])
+    """
+    _reward(name, argument)
+    lacking = missing_inputs(name, options=options, stats=stats)
+    if lacking:
+        raise InputError(f"`{argument}` {name} needs {', '.join(lacking)}, {why}.")
 
 
 # an option is whatever its reward says it is
 def compute(
     name: str, columns: Mapping[str, Tensor | None], options: Mapping[str, Any]
 ) -> Float32[Tensor, " N"]:
-    """The reward `name` from the token statistics and layout in `columns`.
-
-    Raises:
-        InputError: If there is no such reward, a statistic it needs was not computed, or an option
-            is missing or unknown.
-    """
+    """The reward `name` from the token statistics and layout in `columns`."""
     function = _reward(name)
     missing = [stat for stat in stats_needed(name) if columns.get(stat) is None]
     if missing:
@@ -386,9 +405,9 @@ def compute(
     return function(**given, **options)
 
 
-def _reward(name: str) -> Callable[..., Tensor]:
+def _reward(name: str, argument: str = "reward") -> Callable[..., Tensor]:
     if name not in REWARDS:
-        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {name!r}.")
+        raise InputError(f"`{argument}` must be one of {', '.join(REWARDS)}, got {name!r}.")
     return REWARDS[name]
 
 

@@ -1,78 +1,51 @@
-"""What a scorer is given, loaded where it is a path.
+"""Scorer: exact statistics of given completions under a transformers causal LM.
 
-Scorer: exact statistics of given completions under a transformers causal LM.
+One batch of `Scorer.score` passes `pairs` (checked ids), `token_stats` (batches, forwards, their
+statistics) with `packing` and `hooks` (shared prefixes), and becomes `scores`, whose rewards are in
+`rewards`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sharpen.errors import InputError
-from sharpen.models import ModelLimits
+from sharpen.errors import InputError, check_value
+from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen_kernels import TokenStats
 from sharpen_kernels.linear_logprob import Statistic
 
 from .gradients import accumulate, refuse_dropout
 from .model_access import Head, evaluating
 from .pairs import Pair, encode_text, pair_up
-from .probe import Route, bounded_way, find_route, routed_stats
+from .probe import Route, gradient_sharing, probe_model
 from .scores import Scores
-from .token_stats import WAYS, Sharing, check_stats, check_temperature, on_cpu
+from .token_stats import (
+    WAYS,
+    ScoringPath,
+    Sharing,
+    check_stats,
+    check_temperature,
+    scoring_path,
+    shared_or_whole,
+    token_stats,
+)
 
 if TYPE_CHECKING:
     import transformers
 
 
-def opened(
-    model: "transformers.PreTrainedModel | str | Path", loading: Mapping[str, Any]
-) -> "transformers.PreTrainedModel":
-    """The model, loaded from its path with the options of `load_model`.
+class LoadOptions(NamedTuple):
+    """What `load_model` takes beside a path."""
 
-    Raises:
-        InputError: If it cannot be loaded, options come with a model that is loaded already, or it
-            is an encoder-decoder.
-    """
-    if isinstance(model, (str, Path)):
-        from sharpen.models import load_model
-
-        model = load_model(model, **loading)
-    else:
-        given = [name for name, value in loading.items() if value]
-        if given:
-            raise InputError(
-                f"`{given[0]}` applies to a path, got a loaded {type(model).__name__}; "
-                "move or cast the model itself first."
-            )
-    if model.config.is_encoder_decoder:
-        raise InputError(
-            f"`model` must be a causal LM, got the encoder-decoder "
-            f"{type(model).__name__}; only decoder-only models can be scored."
-        )
-    return model
-
-
-def opened_tokenizer(
-    tokenizer: "transformers.PreTrainedTokenizerBase | None", model: Any, trust_remote_code: bool
-) -> "transformers.PreTrainedTokenizerBase":
-    """The tokenizer that was given, or the one beside the model's path.
-
-    Raises:
-        InputError: If none was given with a model that is not a path, or none can be loaded.
-    """
-    if tokenizer is not None:
-        return tokenizer
-    if not isinstance(model, (str, Path)):
-        raise InputError(
-            "text needs a tokenizer, got none; pass `tokenizer=` to Scorer, or a path as model."
-        )
-    from sharpen.models import load_tokenizer
-
-    return load_tokenizer(model, trust_remote_code=trust_remote_code)
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    trust_remote_code: bool
+    allow_pickle: bool
 
 
 class Scorer:
@@ -115,22 +88,20 @@ class Scorer:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ):
-        if max_tokens < 1:
-            raise InputError(f"`max_tokens` must be at least 1, got {max_tokens}.")
+        check_value("max_tokens", max_tokens, max_tokens >= 1, "at least 1")
         if sharing not in ("auto", *WAYS):
             raise InputError(f"`sharing` must be 'auto', {', '.join(WAYS)}, got {sharing!r}.")
-        loading = {
-            "device": device, "dtype": dtype,
-            "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
-        }  # fmt: skip
-        # what a copy in another process is built from: a path stays a path
-        own = {"model": model, "tokenizer": tokenizer, "max_tokens": max_tokens, "sharing": sharing}
-        self._arguments: dict[str, Any] = own | loading
-        self.model = opened(model, loading)
+        # a copy in another process is built from what this one was: a path stays a path
+        self._source = model
+        self._loading = LoadOptions(device, dtype, trust_remote_code, allow_pickle)
+        self._tokenizer = tokenizer
+        self._sharing = sharing
         self.max_tokens = max_tokens
+        self.model = _causal_lm(model, self._loading)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Scorer, **self._arguments), ()
+        own = (self._source, self._tokenizer, self.max_tokens, self._sharing)
+        return _scorer, (*own, self._loading)
 
     @property
     def route(self) -> Route:
@@ -144,8 +115,13 @@ class Scorer:
         Raises:
             InputError: If none was given with a model that is not a path, or none can be loaded.
         """
-        given = self._arguments
-        return opened_tokenizer(given["tokenizer"], given["model"], given["trust_remote_code"])
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if not isinstance(self._source, (str, Path)):
+            raise InputError(
+                "text needs a tokenizer, got none; pass `tokenizer=` to Scorer, or a path as model."
+            )
+        return load_tokenizer(self._source, trust_remote_code=self._loading.trust_remote_code)
 
     def score(
         self,
@@ -159,6 +135,8 @@ class Scorer:
         """Scores of every completion of every prompt, on the CPU; not differentiable.
 
         The model runs in eval mode, and gets its own mode back. Only completion tokens are scored.
+        Sequences that begin alike share their computation wherever they stand: a prompt may as well
+        be given once with N completions as N times with one.
         A NaN stays in its completion and is reported in one logged warning.
 
         Args:
@@ -182,7 +160,7 @@ class Scorer:
         Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
             tokens = self._token_stats(pairs, names, temperature)
-        columns = {name: on_cpu(getattr(tokens, name)) for name in names}
+        columns = {name: _on_cpu(getattr(tokens, name)) for name in names}
         scores = Scores.of(TokenStats(**columns), lengths, valid)
         scores.warn_of_nan()
         return scores
@@ -273,24 +251,75 @@ class Scorer:
             assert tokens.logprob is not None
             logprob_S = tokens.logprob.requires_grad_()
             (loss,) = torch.autograd.grad(loss(logprob_S), logprob_S)
-        return accumulate(self.model, pairs, loss, sharing=self._bounded_way, **self._options)
-
-    @cached_property
-    def _bounded_way(self) -> Sharing:
-        return bounded_way(self.model, *self._route)
+        return accumulate(
+            self._path,
+            pairs,
+            loss,
+            max_tokens=self.max_tokens,
+            sharing=self._gradient_sharing,
+        )
 
     @cached_property
     def _route(self) -> tuple[Route, Head | None]:
-        return find_route(self.model, self._arguments["sharing"])
+        return probe_model(self.model, self._sharing)
+
+    @cached_property
+    def _path(self) -> ScoringPath:
+        return scoring_path(self.model, self._route[1])
+
+    @cached_property
+    def _gradient_sharing(self) -> Sharing:
+        return gradient_sharing(self._path, self.route)
 
     def _token_stats(
         self, pairs: list[Pair], stats: Sequence[Statistic], temperature: float = 1.0
     ) -> TokenStats:
         check_temperature(temperature)
-        sharing, max_tokens = self._arguments["sharing"], self.max_tokens
-        options = {"route": self._route, "max_tokens": max_tokens, "sharing": sharing}
-        return routed_stats(self.model, pairs, stats, temperature=temperature, **options)
+        # a way that is asked for by name is taken, also where nothing is shared
+        pack_unshared = self._sharing != "auto"
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"head": self._route[1], "max_tokens": self.max_tokens}
+        def run(way: Sharing) -> TokenStats:
+            return token_stats(
+                self._path,
+                pairs,
+                max_tokens=self.max_tokens,
+                stats=stats,
+                sharing=way,
+                pack_unshared=pack_unshared,
+                temperature=temperature,
+            )
+
+        return shared_or_whole(run, self.route.sharing)
+
+
+# what a Scorer was built from, as it was given
+def _scorer(
+    model: Any, tokenizer: Any, max_tokens: int, sharing: str, loading: LoadOptions
+) -> Scorer:
+    return Scorer(
+        model, tokenizer=tokenizer, max_tokens=max_tokens, sharing=sharing, **loading._asdict()
+    )
+
+
+def _causal_lm(
+    model: "transformers.PreTrainedModel | str | Path", loading: LoadOptions
+) -> "transformers.PreTrainedModel":
+    """The model, loaded if it is a path; an error if it is an encoder-decoder."""
+    if isinstance(model, (str, Path)):
+        model = load_model(model, **loading._asdict())
+    elif given := [name for name, value in loading._asdict().items() if value]:
+        raise InputError(
+            f"`{given[0]}` applies to a path, got a loaded {type(model).__name__}; "
+            "move or cast the model itself first."
+        )
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"`model` must be a causal LM, got the encoder-decoder "
+            f"{type(model).__name__}; only decoder-only models can be scored."
+        )
+    return model
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    """`x` on the CPU, floats in fp32."""
+    return x.to("cpu", torch.float32) if x.is_floating_point() else x.cpu()

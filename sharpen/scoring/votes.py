@@ -1,7 +1,8 @@
 """Rewards of what a completion answers: how often, and how probably, its prompt is answered so.
 
 N completions; prompt p owns the completions groups[p] ... groups[p + 1] - 1. Both rewards change
-with the set of completions, so a figure of best-of-k needs one vote per subset.
+with the set of completions, so a figure of best-of-k needs one vote per subset. The selectors of
+`sharpen.selection.votes` vote on the same answers.
 """
 
 import math
@@ -127,8 +128,6 @@ def answer_logprob(
         answers: As in `perplexity_consistency`.
         keys: As in `perplexity_consistency`.
 
-    Raises:
-        InputError: If there is not one answer and one key per completion.
     """
     N = len(counts)
     check_one_each("answers", answers, N)
@@ -136,16 +135,26 @@ def answer_logprob(
     logprobs, counted = sequence_logprob.tolist(), counts.tolist()
     found = [-math.inf] * N
     for first, last in pairwise(groups.tolist()):
-        distinct: dict[str, dict[Hashable, float]] = defaultdict(dict)
-        for n in range(first, last):
-            answer = answers[n]
-            if counted[n] and answer is not None:
-                distinct[answer].setdefault(keys[n], logprobs[n])
-        mass = {answer: _logsumexp(of.values()) for answer, of in distinct.items()}
+        of: dict[str | None, list[float]] = defaultdict(list)
+        for n in distinct_answers([n for n in range(first, last) if counted[n]], answers, keys):
+            of[answers[n]].append(logprobs[n])
+        mass = {answer: _logsumexp(terms) for answer, terms in of.items()}
         for n in range(first, last):
             answer = answers[n]
             found[n] = -math.inf if answer is None else mass.get(answer, -math.inf)
     return torch.tensor(found, dtype=torch.float64)
+
+
+def distinct_answers(
+    members: Sequence[int], answers: Sequence[str | None], keys: Sequence[Hashable]
+) -> list[int]:
+    """Of some completions of one prompt those that have an answer, the first of equal ones."""
+    found: dict[tuple[str, Hashable], int] = {}
+    for n in members:
+        answer = answers[n]
+        if answer is not None:
+            found.setdefault((answer, keys[n]), n)
+    return list(found.values())
 
 
 def check_one_each(name: str, values: Sequence[object], N: int) -> None:
@@ -158,8 +167,8 @@ def check_one_each(name: str, values: Sequence[object], N: int) -> None:
         )
 
 
-def _logsumexp(values) -> float:
-    values = list(values)
+def _logsumexp(values: Sequence[float]) -> float:
+    """Of at least one value."""
     top = max(values)
     if math.isinf(top):
         return top

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_fields
 from sharpen.scoring import Scores
 
 from .best_of_n import candidates
@@ -81,12 +81,14 @@ class Stopping:
     is_certified: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.delta < 1:
-            raise InputError(f"`delta` must be in (0, 1), got {self.delta}.")
-        if not self.cap >= 1:
-            raise InputError(f"`cap` must be at least 1, got {self.cap}.")
-        if not isinstance(self.cap, Integral):
-            raise InputError(f"`cap` must be a whole number, got {self.cap}.")
+        check_fields(
+            self,
+            [
+                ("delta", 0 < self.delta < 1, "in (0, 1)"),
+                ("cap", self.cap >= 1, "at least 1"),
+                ("cap", isinstance(self.cap, Integral), "a whole number"),
+            ],
+        )
 
     @property
     def is_over(self) -> bool:

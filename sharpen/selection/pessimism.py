@@ -1,8 +1,8 @@
-"""Inference-time pessimism: rejection sampling that a flawed reward cannot be talked past.
+"""Inference-time pessimism: rejection sampling that limits how far a flawed reward is trusted.
 
-The law it aims at is pi_base(y) w(y) with w(y) = relu((reward(y) - level) / beta) and the level
-such that E[w] = 1: the optimum of E[reward] - (beta / 2) chi^2(pi || pi_base). However many samples
-there are, w stays at most (max reward - level) / beta; best-of-N's grows with them.
+It aims at the distribution pi_base(y) w(y) with w(y) = relu((reward(y) - level) / beta) and the
+level such that E[w] = 1: the optimum of E[reward] - (beta / 2) chi^2(pi || pi_base). However many
+samples there are, w stays at most (max reward - level) / beta; best-of-N's grows with them.
 
 N completions of all prompts together, P prompts.
 """
@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 from sharpen.scoring import Scores
 
-from .best_of_n import SoftChoice, candidates, draw_by_weight, effective_samples
+from .best_of_n import SoftChoice, candidates
 
 
 class PessimisticChoice(NamedTuple):
@@ -121,11 +121,7 @@ def pessimistic_best_of_n(
         level = water_level(group.rewards, beta)
         reward_G = torch.tensor(group.rewards, dtype=torch.float64)
         weight_N[group.members] = (reward_G - level).clamp(min=0) / (beta * len(group.members))
-    return SoftChoice(
-        draw_by_weight(weight_N, scores.groups, generator),
-        weight_N,
-        effective_samples(weight_N, scores.groups),
-    )
+    return SoftChoice.of(weight_N, scores.groups, generator)
 
 
 def inference_time_pessimism(
@@ -207,5 +203,4 @@ def inference_time_pessimism(
 
 def check_beta(beta: float) -> None:
     """Raise `InputError` unless `beta` is finite and above 0."""
-    if not 0 < beta < math.inf:
-        raise InputError(f"`beta` must be finite and above 0, got {beta}.")
+    check_value("beta", beta, 0 < beta < math.inf, "finite and above 0")

@@ -1,18 +1,14 @@
-"""Votes for answers: one per completion, or as many as its weight.
+"""Votes for answers: which completion stands for the answer that the completions of a prompt give.
 
-N completions of all prompts together, P prompts.
+Each eligible completion that has an answer votes for it; the rules differ in its weight:
 
-Borda's vote: completions vote for their answer with more weight the higher they rank.
+majority_vote      1
+weighted_vote      as given: all the others end here
+borda_vote         by the rank of its reward
+confidence_vote    its confidence, the least confident left out (DeepConf); `confidence_filter`
+probability_vote   its probability, each distinct completion once: best-of-N by the reward "rpc"
 
-N completions of all prompts together, P prompts.
-
-DeepConf, offline: leave out the completions of low confidence, let the others vote by theirs.
-
-N completions of all prompts together, P prompts.
-
-The most probable answer, by the exact probabilities of the distinct completions that give it.
-
-N completions of all prompts together, P prompts.
+N completions of all prompts together, P prompts, G eligible completions of one prompt.
 """
 
 import math
@@ -24,9 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value
 from sharpen.scoring import Scores
-from sharpen.scoring.votes import check_one_each
+from sharpen.scoring.votes import check_one_each, distinct_answers
 
 from .best_of_n import candidates
 
@@ -45,12 +41,12 @@ def majority_vote(
     Who votes, ties, and prompts without an answer: as in `weighted_vote`.
 
     Args:
-        scores: Scored completions of P prompts.
-        answers: What each of the N completions answers, None where nothing could be read.
-        reward: Says which completion stands for the answer.
+        scores: As in `weighted_vote`.
+        answers: As in `weighted_vote`.
+        reward: As in `weighted_vote`.
 
     Returns:
-        An index into the completions of each prompt, -1 where none is eligible.
+        As `weighted_vote`.
 
     Raises:
         InputError: If the reward cannot be computed, or there is not one answer per completion.
@@ -142,13 +138,13 @@ def borda_vote(
     their scale. Ties, and prompts without an answer: as in `weighted_vote`.
 
     Args:
-        scores: Scored completions of P prompts.
-        answers: What each of the N completions answers, None where nothing could be read.
+        scores: As in `weighted_vote`.
+        answers: As in `weighted_vote`.
         reward: Ranks the completions, and says which one stands for the answer.
         p: At least 0 and finite. The source takes 0.3 for up to 16 completions, 1.2 from 32 on.
 
     Returns:
-        An index into the completions of each prompt, -1 where none is eligible.
+        As `weighted_vote`.
 
     Raises:
         InputError: If `p` is out of range, the reward cannot be computed, or there is not one
@@ -163,8 +159,7 @@ def borda_vote(
         >>> borda_vote(scores, answers, reward="logprob", p=1.0)  # 4 + 3 against 2 + 1
         tensor([0])
     """
-    if not (0 <= p < math.inf):
-        raise InputError(f"`p` must be at least 0 and finite, got {p}.")
+    check_value("p", p, 0 <= p < math.inf, "at least 0 and finite")
     check_one_each("answers", answers, len(scores.valid))
     weight_N = torch.zeros(len(scores.valid), dtype=torch.float64)
     for group in candidates(scores, reward):
@@ -212,8 +207,7 @@ def confidence_filter(
         >>> confidence_filter(scores, "logprob", keep=0.5)
         tensor([ True,  True, False, False])
     """
-    if not 0 < keep <= 1:
-        raise InputError(f"`keep` must be in (0, 1], got {keep}.")
+    check_value("keep", keep, 0 < keep <= 1, "in (0, 1]")
     if answers is not None:
         check_one_each("answers", answers, len(scores.valid))
     kept_N = torch.zeros(len(scores.valid), dtype=torch.bool)
@@ -246,14 +240,14 @@ def confidence_vote(
     as in `weighted_vote`.
 
     Args:
-        scores: Scored completions of P prompts.
-        answers: What each of the N completions answers, None where nothing could be read.
+        scores: As in `weighted_vote`.
+        answers: As in `weighted_vote`.
         reward: The confidence, at least 0: its sums are the votes. Also says which completion
             stands for the answer.
         keep: Share of each prompt's completions that vote, in (0, 1]; the source takes 0.1 and 0.9.
 
     Returns:
-        An index into the completions of each prompt, -1 where none is eligible.
+        As `weighted_vote`.
 
     Raises:
         InputError: If a vote would be negative, as a log-prob's, and as in `confidence_filter`.
@@ -294,13 +288,13 @@ def probability_vote(
     Ties, and prompts without an answer: as in `weighted_vote`.
 
     Args:
-        scores: Scored completions of P prompts.
-        answers: What each of the N completions answers, None where nothing could be read.
+        scores: As in `weighted_vote`.
+        answers: As in `weighted_vote`.
         keys: Equal for equal completions of a prompt: tuples of their token ids.
         reward: Says which completion stands for the answer.
 
     Returns:
-        An index into the completions of each prompt, -1 where none is eligible.
+        As `weighted_vote`.
 
     Raises:
         InputError: If a reward cannot be computed, or there is not one answer and one key per
@@ -322,9 +316,8 @@ def probability_vote(
         voters = [(n, logprob) for n, logprob in pairs if answers[n] is not None]
         # of the largest that votes: the probability of a long completion underflows
         top = max((logprob for _, logprob in voters), default=0.0)
-        seen = set()
+        once = set(distinct_answers([n for n, _ in voters], answers, keys))
         for n, logprob in voters:
-            if (answers[n], keys[n]) not in seen and logprob > -math.inf:
+            if n in once and logprob > -math.inf:
                 weight_N[n] = math.exp(logprob - top)
-            seen.add((answers[n], keys[n]))
     return weighted_vote(scores, answers, weight_N, reward=reward)

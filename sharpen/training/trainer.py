@@ -33,8 +33,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from sharpen.errors import InputError
 from sharpen.scoring import Scorer
 from sharpen.scoring.batching import inverse_of
-from sharpen.scoring.gradients import Lockstep, MicroBatch, forward_is, refuse_dropout
-from sharpen.scoring.probe import find_route, take_route
+from sharpen.scoring.gradients import MicroBatch, UniformMicroBatches, refuse_dropout
+from sharpen.scoring.model_access import forward_is
+from sharpen.scoring.probe import apply_route, probe_model
 
 from .distributed import (
     asks_for_shards,
@@ -151,7 +152,7 @@ class GroupTrainer(Trainer):
         batch: Batch = inputs["batch"]
         if part := inputs.get("micro_batch"):
             found = self._run(model, part)
-            logprob_S = found[inverse_of([part.place]).to(found.device)]
+            logprob_S = found[inverse_of([part.output_index]).to(found.device)]
         else:
             logprobs = partial(self.scorer.logprobs, batch.prompts, batch.completions)
             logprob_S = model(sharpen_call=logprobs)
@@ -241,20 +242,20 @@ def _accumulate(
         found = [run(part) for part in parts]
         for filler in fillers:
             run(filler)
-    inverse_S = inverse_of([part.place for part in parts])
+    inverse_S = inverse_of([part.output_index for part in parts])
     logprob_S = torch.cat(found)[inverse_S.to(found[0].device)].requires_grad_()
     (slope_S,) = torch.autograd.grad(loss(logprob_S), logprob_S)
     for part in parts:
-        (run(part) * slope_S[part.place.to(slope_S.device)]).sum().backward()
+        (run(part) * slope_S[part.output_index.to(slope_S.device)]).sum().backward()
     for filler in fillers:
         (run(filler) * 0.0).sum().backward()
 
 
-def _lockstep(model: Any, max_tokens: int) -> Lockstep:
+def _lockstep(model: Any, max_tokens: int) -> UniformMicroBatches:
     """How a model that is to be sharded is run; rank 0 alone may have its weights to try it."""
-    route, head = broadcast_from_first(lambda: find_route(model, "auto"))
-    take_route(model, route)
-    return Lockstep(model, route, head, max_tokens)
+    route, head = broadcast_from_first(lambda: probe_model(model, "auto"))
+    apply_route(model, route)
+    return UniformMicroBatches(model, route, head, max_tokens)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_each_scored_token_is_predicted_by_the_row_that_ends_its_past(pairs, max
     for batch in make_batches(pairs, max_tokens):
         L = batch.ids.shape[1]
         for row, target, place in zip(
-            batch.rows.tolist(), batch.target.tolist(), batch.place.tolist(), strict=True
+            batch.rows.tolist(), batch.target.tolist(), batch.output_index.tolist(), strict=True
         ):
             column = row % L
             assert batch.ids[row // L, : column + 1].tolist() == past[place][0]
@@ -72,7 +72,7 @@ def test_each_scored_token_is_predicted_by_the_row_that_ends_its_past(pairs, max
 def test_inverse_restores_input_order(pairs, max_tokens):
     batches = list(make_batches(pairs, max_tokens))
     together = torch.cat([torch.zeros(0, dtype=torch.int64), *(b.target for b in batches)])
-    restored = together[inverse_of([b.place for b in batches])]
+    restored = together[inverse_of([b.output_index for b in batches])]
     assert restored.tolist() == [token for _, completion in pairs for token in completion]
 
 

@@ -73,7 +73,7 @@ def test_memory_does_not_grow_with_n():
 
     def peak(n, run):
         completions = [[ids(20, i) for i in range(n)]]
-        assert scorer._bounded_way == "cache"  # probed before memory is counted
+        assert scorer._gradient_sharing == "cache"  # probed before memory is counted
         return peak_saved_bytes(lambda: run([prompt], completions))
 
     def bounded(prompts, completions):

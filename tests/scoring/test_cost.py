@@ -7,7 +7,7 @@ from bench._measure import peak_extra_mib
 from helpers.families import CACHE, V, family
 from sharpen import Scorer
 from sharpen.scoring import token_stats
-from sharpen.scoring.token_stats import any_shared
+from sharpen.scoring.packing import plan
 
 
 def ids(n, seed):
@@ -53,7 +53,7 @@ def test_nothing_to_share_takes_whole_sequences(name, monkeypatch):
     for way in ("auto", "tree"):
         got = scorers[way].score(*UNSHARED[name]).tokens.logprob
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
-    monkeypatch.setattr(token_stats, "hidden_source", None)
+    monkeypatch.setattr(token_stats, "_run_packed", None)
     scorers["auto"].score(*UNSHARED[name])
     with pytest.raises(TypeError):  # a way that is asked for by name is taken
         scorers["tree"].score(*UNSHARED[name])
@@ -63,7 +63,7 @@ def test_nothing_to_share_takes_whole_sequences(name, monkeypatch):
 def test_what_is_shared_is_read_once(name):
     prompts, completions = SHARED[name]
     pairs = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
-    assert any_shared(pairs)
+    assert plan(pairs, 2**14).shares
     model = family("llama")
     (tree,) = batches_of(Scorer(model), prompts, completions)
     whole = batches_of(Scorer(model, sharing="none"), prompts, completions)

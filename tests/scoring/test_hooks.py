@@ -12,13 +12,13 @@ from sharpen.scoring.hooks import (
     SharingError,
     TreeMask,
     TreePlan,
-    hidden_source,
     install,
     under,
     uninstall,
     window_of,
 )
 from sharpen.scoring.packing import plan
+from sharpen.scoring.token_stats import hidden_rows
 from sharpen_kernels.tree import Tree
 
 PROMPT = torch.randint(V, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -56,9 +56,9 @@ def test_a_padded_batch_next_to_a_tree(model):
     mask[1, 15:] = 0
     with torch.no_grad():
         want = model(PROMPT.expand(2, -1), attention_mask=mask).logits
-        with_tree = hidden_source(model, row)
+        with_tree = hidden_rows(model, row)
         assert torch.equal(model(PROMPT.expand(2, -1), attention_mask=mask).logits, want)
-        assert torch.equal(hidden_source(model, row), with_tree)
+        assert torch.equal(hidden_rows(model, row), with_tree)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -137,6 +137,6 @@ def test_the_tree_travels_as_the_mask():
         )
     (row,) = plan(PAIRS, CONTEXT)
     with torch.no_grad():
-        hidden_source(model, row)
+        hidden_rows(model, row)
     assert [type(mask) for mask in seen] == [TreeMask, TreeMask]
     assert [mask.window for mask in seen] == [5, None]

@@ -11,9 +11,10 @@ from helpers.tiny import FAMILIES, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring import model_access
-from sharpen.scoring.gradients import Lockstep, forward_is
+from sharpen.scoring.gradients import UniformMicroBatches
+from sharpen.scoring.model_access import forward_is
 from sharpen.scoring.packing import PackedRow
-from sharpen.scoring.probe import find_route
+from sharpen.scoring.probe import probe_model
 
 CPU = torch.device("cpu")
 # those that no packed row scores right
@@ -21,7 +22,7 @@ WHOLE = ("gptj-bias", "lfm2")
 
 
 def lockstep(model, max_tokens=16384):
-    return Lockstep(model, *find_route(model, "auto"), max_tokens)
+    return UniformMicroBatches(model, *probe_model(model, "auto"), max_tokens)
 
 
 def model_of(name):
@@ -40,7 +41,7 @@ def logprobs(steps, prompts, completions):
             for name, module in steps.model.named_modules()
             if name and any(True for _ in module.parameters())
         ]
-        found[part.place] = steps.logprob(part, CPU).float()
+        found[part.output_index] = steps.logprob(part, CPU).float()
         for handle in handles:
             handle.remove()
     return found, calls
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_the_scorer():
     (Scorer(want).logprobs(prompts, completions) * slope).sum().backward()
     steps = lockstep(got, 24)
     for part in steps.micro_batches(prompts, completions):
-        (steps.logprob(part, CPU) * slope[part.place]).sum().backward()
+        (steps.logprob(part, CPU) * slope[part.output_index]).sum().backward()
     for ours, theirs in zip(got.parameters(), want.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 

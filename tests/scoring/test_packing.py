@@ -53,7 +53,7 @@ def test_each_token_is_scored_once_behind_exactly_its_past(pairs, max_tokens, mi
         mask_TT = tree_mask(row.tree)
         source_S = row.source[row.rows]
         for k, target, place in zip(
-            source_S.tolist(), row.target.tolist(), row.place.tolist(), strict=True
+            source_S.tolist(), row.target.tolist(), row.output_index.tolist(), strict=True
         ):
             _, past, token = wanted[place]
             assert (row.ids[path(row, k)].tolist(), target) == (past, token)
@@ -99,7 +99,7 @@ def test_no_two_rows_fit_in_one(pairs, max_tokens, min_shared):
 def test_no_row_has_sequences_on_both_sides_of_the_boundary(pairs, max_tokens, boundary):
     wanted = scored_tokens(pairs)
     for row in plan(pairs, max_tokens, boundary=boundary):
-        sides = {length(pairs[wanted[place][0]]) > boundary for place in row.place.tolist()}
+        sides = {length(pairs[wanted[place][0]]) > boundary for place in row.output_index.tolist()}
         assert sides == {bool(row.tree.position.max() >= boundary)}
 
 
@@ -169,7 +169,7 @@ def test_permuting_the_pairs_permutes_the_places_alone(pairs, max_tokens, min_sh
 def test_places_invert_to_input_order(pairs, max_tokens):
     rows = list(plan(pairs, max_tokens))
     together = torch.cat([torch.zeros(0, dtype=torch.int64), *(row.target for row in rows)])
-    restored = together[inverse_of([row.place for row in rows])]
+    restored = together[inverse_of([row.output_index for row in rows])]
     assert restored.tolist() == [token for _, completion in pairs for token in completion]
 
 
@@ -178,7 +178,7 @@ def test_a_duplicate_is_scored_again_and_read_once():
     assert row.ids.tolist() == [1, 2, 3, 5]
     scored = zip(row.source[row.rows].tolist(), row.target.tolist(), strict=True)
     assert Counter(scored) == {(1, 3): 2, (2, 4): 2, (1, 5): 1, (3, 6): 1}
-    assert sorted(row.place.tolist()) == list(range(6))
+    assert sorted(row.output_index.tolist()) == list(range(6))
 
 
 def test_a_cut_falls_between_questions_and_not_within_one():
@@ -205,4 +205,4 @@ def test_a_row_moves_to_a_device_without_its_places():
     row = plan([([1, 2], [3, 4]), ([1, 2], [5])], 100)[0].to(torch.device("meta"))
     moved = [row.ids, row.tree.end, row.parent, row.source, row.rows, row.target]
     assert {x.device.type for x in moved} == {"meta"}
-    assert row.place.tolist() == [2, 0, 1]
+    assert row.output_index.tolist() == [2, 0, 1]

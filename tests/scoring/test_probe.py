@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel
 from helpers.tiny import V, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
-from sharpen.scoring.model_access import Head, readings
+from sharpen.scoring.model_access import Head, candidate_heads
 
 
 def assert_scores_like_the_model(model, route):
@@ -93,7 +93,7 @@ def test_a_head_that_accelerate_has_placed_is_still_linear():
 
 def test_hyperclova_multiplies_by_what_granite_divides_by():
     model = tiny("granite-divides")
-    both = readings(model.config)
+    both = candidate_heads(model.config)
     assert {Head(4.0), Head(0.25), Head(1.0)} <= set(both)
     # a Granite that multiplies: 16 undoes the division and multiplies by 4
     assert_scores_like_the_model(scaled(model, 16.0), "hidden")
@@ -103,7 +103,7 @@ def test_a_scale_before_the_cap_is_one_of_the_readings():
     model = tiny("gemma2-softcap")
     model.config.output_multiplier = 0.5
     head = Head(temperature=2.0, softcap=6.0)
-    assert head in readings(model.config)
+    assert head in candidate_heads(model.config)
     z = torch.linspace(-9, 9, 5)
     by_hand = 3 * torch.tanh(0.5 * z / 3)
     as_read = 6.0 * torch.tanh(z / 6.0) / 2.0
@@ -111,7 +111,7 @@ def test_a_scale_before_the_cap_is_one_of_the_readings():
 
 
 def test_nothing_known_means_the_plain_reading():
-    assert readings(tiny().config) == [Head()]
+    assert candidate_heads(tiny().config) == [Head()]
 
 
 def test_nan_in_some_weights_does_not_hide_the_route():

@@ -5,7 +5,14 @@ import torch
 
 from sharpen import Scores
 from sharpen.errors import InputError
-from sharpen.scoring.rewards import REWARDS, majority, options_needed, stats_needed
+from sharpen.scoring.rewards import (
+    REWARDS,
+    check_reward,
+    majority,
+    missing_inputs,
+    options_needed,
+    stats_needed,
+)
 from sharpen_kernels import TokenStats
 
 # two prompts; completions of 2, 0, 1 and 3 tokens
@@ -115,6 +122,33 @@ def test_errors_name_what_is_wanted():
         one.reward("logprob", answers=ANSWERS)
     with pytest.raises(InputError, match=r"`answers` must hold .* N=4 completions, got 6;"):
         one.reward("majority", answers=ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "have", "missing"),
+    [
+        ("logprob", {"stats": ()}, ("logprob",)),
+        ("confidence", {"stats": ("logprob",)}, ("topk_mean",)),
+        ("majority", {"stats": ()}, ("answers",)),
+        ("rpc", {"stats": (), "options": ("keys",)}, ("logprob", "answers")),
+        ("rpc", {"options": ("answers", "keys")}, ()),
+        # options that can be left out are not missed
+        ("confidence_tail", {}, ()),
+    ],
+)
+def test_what_a_reward_lacks_is_named(name, have, missing):
+    assert missing_inputs(name, **have) == missing
+    if not missing:
+        return check_reward(name, "unused", **have)
+    with pytest.raises(InputError) as failure:
+        check_reward(name, "which nobody has", argument="rewards", **have)
+    wanted = f"`rewards` {name} needs {', '.join(missing)}, which nobody has."
+    assert str(failure.value) == wanted
+
+
+def test_a_reward_that_does_not_exist_is_rejected_beside_those_that_do():
+    with pytest.raises(InputError, match=r"`rewards` must be one of logprob, .*, got 'best'\."):
+        check_reward("best", "unused", argument="rewards")
 
 
 def test_every_reward_says_its_unit_its_bias_and_its_source():

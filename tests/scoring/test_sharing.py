@@ -12,7 +12,7 @@ from helpers.tiny import tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring.packing import plan
-from sharpen.scoring.token_stats import Sharing, predicting, token_stats
+from sharpen.scoring.token_stats import Sharing, predictor_batches, token_stats
 
 WAY = dict.fromkeys(TREE, "tree") | dict.fromkeys(CACHE, "cache")
 FLOOR_NATS = 2e-5
@@ -46,10 +46,8 @@ SHAPES = _shapes()
 
 
 def score(model, pairs, sharing: Sharing, max_tokens=2**14):
-    head = Scorer(model, sharing="none")._route[1]
-    found = token_stats(
-        model, pairs, head=head, max_tokens=max_tokens, stats=("logprob",), sharing=sharing
-    )
+    path = Scorer(model, sharing="none")._path
+    found = token_stats(path, pairs, max_tokens=max_tokens, stats=("logprob",), sharing=sharing)
     return found.logprob
 
 
@@ -147,15 +145,9 @@ def test_a_shared_token_is_computed_once():
     pairs = [(prompt, ids(11, n)) for n in range(16)]
     (row,) = plan(pairs, 2**14)
     assert len(row.ids) == 100 + 16 * 10
-    (part,) = predicting(
-        _installed(tiny(max_position_embeddings=CONTEXT)), pairs, head=_head(), max_tokens=2**14,
-        sharing="tree",
-    )  # fmt: skip
-    assert len(part.source) == 1 + 16 * 10
-
-
-def _head():
-    return Scorer(tiny(), sharing="none")._route[1]
+    model = _installed(tiny(max_position_embeddings=CONTEXT))
+    (part,) = predictor_batches(Scorer(model, sharing="none")._path, pairs, 2**14, "tree")
+    assert len(part.rows) == 1 + 16 * 10
 
 
 def _installed(model):

@@ -26,7 +26,7 @@ def peak(folder, groups, objective, max_tokens):
     options = FitOptions(batch=len(groups), more={"report_to": "none"})
     args = trainer_arguments(options, folder, is_cpu=True)
     trainer = GroupTrainer(model, groups, objective, args, max_tokens=max_tokens)
-    assert trainer.scorer._bounded_way == "cache"  # probed before anything is counted
+    assert trainer.scorer._gradient_sharing == "cache"  # probed before anything is counted
     return peak_saved_bytes(trainer.train)
 
 

@@ -35,7 +35,8 @@ from sharpen.errors import InputError, check_fields
 from sharpen.models import ModelLimits
 from sharpen.scoring import Scorer
 from sharpen.scoring.batching import inverse_of, make_batches
-from sharpen.scoring.model_access import evaluating, input_device, logit_rows, rope_boundary
+from sharpen.scoring.model_access import evaluating, input_device, rope_boundary
+from sharpen.scoring.token_stats import logit_rows
 
 Ids = tuple[int, ...]
 
@@ -193,7 +194,7 @@ def next_logprobs(
     for batch in make_batches(pairs, max_tokens, boundary=boundary):
         logits_BV = logit_rows(model, batch.to(device))
         rows.append(logits_BV.double().log_softmax(dim=1).cpu())
-        places.append(batch.place)
+        places.append(batch.output_index)
     return torch.cat(rows)[inverse_of(places)]
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sharpen.errors import InputError
 from sharpen.models import ModelLimits
 from sharpen.scoring.pairs import pair_up
-from sharpen.scoring.probe import find_route, routed_stats
+from sharpen.scoring.probe import probe_model
+from sharpen.scoring.token_stats import Sharing, scoring_path, shared_or_whole, token_stats
 from sharpen_kernels import TokenStats
 from sharpen_kernels.linear_logprob import Statistic
 
@@ -70,7 +71,7 @@ class SharedStats:
         self.temperature = temperature
         self.outputs = tuple(dict.fromkeys(["log_probs", *outputs]))
         self.max_tokens = max_tokens
-        self.route = find_route(model, "auto")
+        self.route = probe_model(model, "auto")
 
     def __call__(
         self, ids: Int64[Tensor, "B L"], mask: Tensor | None, labels: Int64[Tensor, "B L"]
@@ -89,14 +90,21 @@ class SharedStats:
         needed: dict[Statistic, None] = {
             stat: None for name in self.outputs for stat in NEEDS[name]
         }
-        tokens = routed_stats(
-            self.model,
-            pairs,
-            tuple(needed),
-            route=self.route,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-        )
+        route, head = self.route
+        path = scoring_path(self.model, head)
+
+        def run(way: Sharing) -> TokenStats:
+            return token_stats(
+                path,
+                pairs,
+                max_tokens=self.max_tokens,
+                stats=tuple(needed),
+                sharing=way,
+                pack_unshared=False,
+                temperature=self.temperature,
+            )
+
+        tokens = shared_or_whole(run, route.sharing)
         found = {
             name: scattered(rows, _output(name, tokens, limits.vocab_size), ids.shape)
             for name in self.outputs
