@@ -6,22 +6,23 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, check_value, require
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
-from sharpen.server.app import Service, address_of, api_key, bound, serve
 from sharpen.server.batcher import MicroBatcher
-from sharpen.server.dialect import Desk, Unscorable
-from sharpen.server.metrics import Metrics
-from sharpen.server.schemas import ServerLimits, needed
+from sharpen.server.limits import ServerLimits
+from sharpen.server.state import ServerState
 from sharpen.server.text import Texts
+from sharpen.server.unscorable import UnscorableReward
 
 from .options import ModelOptions, option
 
 log = logging.getLogger("sharpen")
 
 DEFAULT = ServerLimits()
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "msgpack")
+HOW = 'which cannot be imported ({error}); pip install "sharpen[serve]".'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,13 @@ def run(config: ServeConfig) -> None:
     limits = ServerLimits(
         config.max_request_bytes, config.max_request_tokens, config.max_n, config.max_queue
     )
+    for module in PACKAGES:
+        require(module, f"`sharpen serve` needs {module}, {HOW}")
+    from sharpen.server.app import Service, address_of, api_key, bound, serve
+    from sharpen.server.metrics import Metrics
+
     key = api_key(config.host)
-    for module in ("fastapi", "uvicorn", "prometheus_client", "msgpack"):
-        needed(module)
-    listener = bound(config.host, config.port)
-    with listener:
+    with bound(config.host, config.port) as listener:
         model = load_model(
             config.model,
             device=config.device,
@@ -77,25 +80,23 @@ def run(config: ServeConfig) -> None:
             wait_seconds=config.wait_ms / 1000,
             observe=metrics.batch,
         )
-        metrics.watch(batcher)
-        name = config.name or config.model
         accepts = ModelLimits.of(model)
-        desk = Desk(
-            name,
+        state = ServerState(
+            config.name or config.model,
             accepts,
             limits,
             Texts(tokenizer, max_chars=limits.max_chars(accepts.max_length)),
             config.reward,
-            Unscorable(config.unscorable_reward, metrics.unscorable),
+            UnscorableReward(config.unscorable_reward, metrics.unscorable),
         )
-        sys.stdout.write(f"sharpen: serving {name} at {address_of(listener)}\n")
+        sys.stdout.write(f"sharpen: serving {state.name} at {address_of(listener)}\n")
         sys.stdout.flush()
-        service = Service(desk, batcher, metrics, key)
+        service = Service(state, batcher, metrics, key)
         serve(service, listener, drain_seconds=config.drain_seconds)
 
 
 def check(config: ServeConfig) -> None:
-    """Refuse options that no server can have.
+    """Reject options that no server can have.
 
     Raises:
         InputError: If one is out of its range.
@@ -104,13 +105,11 @@ def check(config: ServeConfig) -> None:
         raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
     if options_needed(config.reward):
         raise InputError(f"`reward` {config.reward} needs answers, which only `/score` can get.")
-    if config.max_tokens < 1:
-        raise InputError(f"`max_tokens` must be at least 1, got {config.max_tokens}.")
-    Unscorable(config.unscorable_reward)
+    UnscorableReward(config.unscorable_reward)
+    check_value("max_tokens", config.max_tokens, config.max_tokens >= 1, "at least 1")
     for name in ("wait_ms", "drain_seconds"):
         value = getattr(config, name)
-        if not 0 <= value < float("inf"):
-            raise InputError(f"`{name}` must be at least 0 and finite, got {value}.")
+        check_value(name, value, 0 <= value < float("inf"), "at least 0 and finite")
 
 
 def _tokenizer(config: ServeConfig) -> PreTrainedTokenizerBase | None:
