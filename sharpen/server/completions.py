@@ -20,7 +20,7 @@ from pydantic import Field
 from sharpen_kernels import TokenStats
 
 from .batcher import Job
-from .errors import HTTPError, bad_field
+from .errors import HTTPError, bad_field, check_unicode
 from .schemas import RequestModel, TextOrIds, parse
 from .state import Answer, ParsedRequest, ServerState, reject_not_finite
 from .text import Texts
@@ -151,6 +151,7 @@ def read_completions(body: object, state: ServerState, created: int | None = Non
 def _check(asked: CompletionsRequest, name: str) -> None:
     """Reject another model, and what would need sampling."""
     if asked.model is not None and asked.model != name:
+        check_unicode(asked.model, "model")
         raise HTTPError(
             404,
             f"`model` must be {name!r}, got {asked.model!r}; this server has no other.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from .errors import HTTPError, bad_field, check_unicode
+from .errors import HTTPError, bad_field
 
 # ids of a request are whatever it holds, until the model's limits have seen them
 TextOrIds = str | list[Any]
@@ -20,7 +20,6 @@ Texts = Annotated[list[str], Field(description="a list of texts", fail_fast=True
 # an error of this type is about the field, and not about one item of it
 NAME_ERROR = "not_a_known_name"
 WANTED = {"bool_type": "true or false", "string_type": "text"}
-UNKNOWN_FIELD = ("extra_forbidden", "invalid_key")
 
 
 class RequestModel(BaseModel):
@@ -36,7 +35,7 @@ def one_of(known: Collection[str]) -> BeforeValidator:
     """Accepts one of the known names."""
 
     def check(value: object) -> object:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise PydanticCustomError(NAME_ERROR, "of {names}", {"names": ", ".join(known)})
         return value
 
@@ -52,36 +51,27 @@ def parse(model: type[Model], body: object) -> Model:
     if not isinstance(body, dict):
         message = f"the body must be an object, got {type(body).__name__}."
         raise HTTPError(422, message, code="bad_body")
+    known = model.model_fields
+    unknown = [str(key) for key in body if key not in known]
+    if unknown and model.model_config.get("extra") == "forbid":
+        message = f"unknown field `{unknown[0]}`; known: {', '.join(sorted(known))}."
+        raise HTTPError(422, message, param=unknown[0], code="bad_field")
     try:
-        return model.model_validate(body)
+        return model.model_validate({name: body[name] for name in known if name in body})
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        first = min(details, key=lambda one: one["type"] not in UNKNOWN_FIELD)
-        raise _http_error(model, first) from None
+        raise _http_error(model, error.errors(include_url=False)[0]) from None
 
 
 def _http_error(model: type[RequestModel], error: ErrorDetails) -> HTTPError:
-    kind, name, value = error["type"], str(error["loc"][0]), error["input"]
-    if kind in UNKNOWN_FIELD:
-        known = ", ".join(sorted(model.model_fields))
-        message = f"unknown field `{name}`; known: {known}."
-        return HTTPError(422, message, param=name, code="bad_field")
+    kind, place = error["type"], [*error["loc"]]
+    name, index = str(place[0]), place[1] if len(place) > 1 else None
     if kind == NAME_ERROR:
-        return bad_field(name, error["msg"], value)
-    place = [*error["loc"]]
-    index = place[1] if len(place) > 1 else None
+        return bad_field(name, error["msg"], error["input"])
     is_item = isinstance(index, int)
-    field = f"{name}[{index}]" if is_item else name
-    if kind == "string_unicode":
-        try:
-            check_unicode(value, field)
-        except HTTPError as found:
-            return found
-    if kind == "missing":
-        value = None
     # pydantic appends the member of the union to the place
     if place[-1] == "str":
         wanted = "text or a list of token ids"
     else:
         wanted = WANTED[kind] if is_item else model.model_fields[name].description
-    return bad_field(field, wanted or WANTED[kind], value)
+    got = None if kind == "missing" else error["input"]
+    return bad_field(f"{name}[{index}]" if is_item else name, wanted or WANTED[kind], got)

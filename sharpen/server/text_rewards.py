@@ -13,7 +13,7 @@ from sharpen.errors import SharpenError
 from sharpen_kernels import TokenStats
 
 from .batcher import Job
-from .errors import HTTPError, bad_field
+from .errors import HTTPError, bad_field, check_unicode
 from .state import ServerState, reject_not_finite, scores_of, stats_of
 from .text import TOO_LONG
 from .unscorable import Unscorable
@@ -90,6 +90,9 @@ def query_rewards(
     Raises:
         SharpenError: As `TextRewards.of`.
     """
+    for field, texts in (("query", queries), ("prompts", prompts)):
+        for i, text in enumerate(texts):
+            check_unicode(text, f"{field}[{i}]")
     if len(prompts) != len(queries):
         wanted = f"a list of {len(queries)}, one a query"
         raise bad_field("prompts", wanted, f"{len(prompts)} of them")

@@ -90,6 +90,9 @@ def test_votes_get_answers_and_validity_from_the_request():
         ({"add_eos": 1}, "`add_eos` must be true or false, got 1"),
         ({"valid": [True, 0]}, "`valid[1]` must be true or false, got 0"),
         ({"temperature": 1}, "unknown field `temperature`"),
+        ({"\ud800": 1}, "unknown field `\ud800`"),
+        ({3: 1}, "unknown field `3`"),
+        ({"rewards": [["logprob"]]}, "`rewards` must be of logprob, mean_logprob"),
     ],
 )
 def test_what_is_wrong_is_told_by_name(change, told):
