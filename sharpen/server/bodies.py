@@ -23,11 +23,7 @@ PIECE = 512
 
 
 def decoded(body: bytes, content_type: str) -> Any:
-    """The value in a body.
-
-    Raises:
-        HTTPError: 415 if it is neither JSON nor msgpack by its type, 400 if not by its content.
-    """
+    """The value in a body; 415 if its type is no JSON or msgpack, 400 if its content."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind in MSGPACK:
         load, name = _load_msgpack, "msgpack"

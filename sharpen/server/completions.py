@@ -101,17 +101,7 @@ class Style:
 
 
 def read_completions(body: object, state: ServerState, created: int | None = None) -> ParsedRequest:
-    """What a request asks for.
-
-    Args:
-        body: Of the request.
-        state: Of the server.
-        created: Seconds since 1970, for the answer; default: now.
-
-    Raises:
-        SharpenError: If it is malformed, asks for sampling, is beyond a limit, or nothing the model
-            can read.
-    """
+    """What a request asks for; `created` is in seconds since 1970, by default now."""
     asked = parse(CompletionsRequest, body)
     _check(asked, state.name)
     assert asked.max_tokens is not None

@@ -70,11 +70,7 @@ class ScoreRequest(RequestModel):
 
 
 def read_score(body: object, state: ServerState) -> ParsedRequest:
-    """What a request to `/score` asks for.
-
-    Raises:
-        SharpenError: If it is malformed, beyond a limit, or nothing the model can read.
-    """
+    """What a request to `/score` asks for."""
     asked = parse(ScoreRequest, body)
     n = len(asked.completions)
     state.limits.check_n("completions", n)
@@ -149,11 +145,7 @@ class GetRewardRequest(RequestModel):
 
 
 def read_get_reward(body: object, state: ServerState) -> ParsedRequest:
-    """What OpenRLHF asks for.
-
-    Raises:
-        SharpenError: As `read_score`, or if a text has no reward.
-    """
+    """What OpenRLHF asks for."""
     asked = parse(GetRewardRequest, body)
     texts = query_rewards(asked.query, asked.prompts, state)
 
@@ -173,11 +165,7 @@ class EvaluationRequest(RequestModel):
 
 
 def read_evaluation(body: object, state: ServerState) -> ParsedRequest:
-    """What LLaMA-Factory asks for.
-
-    Raises:
-        SharpenError: As `read_get_reward`.
-    """
+    """What LLaMA-Factory asks for."""
     asked = parse(EvaluationRequest, body)
     splits = [partial(state.texts.split_last, text) for text in asked.messages]
     texts = TextRewards.of("messages", splits, state)

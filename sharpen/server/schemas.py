@@ -43,11 +43,7 @@ def one_of(known: Collection[str]) -> BeforeValidator:
 
 
 def parse(model: type[Model], body: object) -> Model:
-    """The body as `model`.
-
-    Raises:
-        HTTPError: 422, about an unknown field if there is one, else about the first bad one.
-    """
+    """The body as `model`; 422 for an unknown field if there is one, else for the first bad one."""
     if not isinstance(body, dict):
         message = f"the body must be an object, got {type(body).__name__}."
         raise HTTPError(422, message, code="bad_body")

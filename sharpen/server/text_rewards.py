@@ -41,11 +41,7 @@ class TextRewards:
 
     @classmethod
     def of(cls, field: str, splits: Sequence[Split], state: ServerState) -> "TextRewards":
-        """The texts, each checked.
-
-        Raises:
-            SharpenError: If there are too many, or one cannot be read or has no reward.
-        """
+        """The texts, each checked; one that has no reward may be an error."""
         state.limits.check_n(field, len(splits))
         samples = [_sample(split, f"{field}[{i}]", state) for i, split in enumerate(splits)]
         return cls(field, samples, state)
@@ -56,11 +52,7 @@ class TextRewards:
         return [sample for sample in self.samples if isinstance(sample, Job)]
 
     def rewards(self, results: Sequence[TokenStats]) -> tuple[list[float], dict[str, list[float]]]:
-        """Reward of each text, and columns to log; those of a text that has no reward are 0.
-
-        Raises:
-            HTTPError: 422 if one is not finite, and such samples are rejected.
-        """
+        """Reward of each text, and columns to log; those of a text that has no reward are 0."""
         rewards: list[float] = []
         rows: list[dict[str, float]] = []
         left = iter(results)
@@ -85,11 +77,7 @@ class TextRewards:
 def query_rewards(
     queries: Sequence[str], prompts: Sequence[str], state: ServerState
 ) -> TextRewards:
-    """Texts as OpenRLHF has them: each begins with its prompt, or with an end of it.
-
-    Raises:
-        SharpenError: As `TextRewards.of`.
-    """
+    """Texts as OpenRLHF has them: each begins with its prompt, or with an end of it."""
     for field, texts in (("query", queries), ("prompts", prompts)):
         for i, text in enumerate(texts):
             check_unicode(text, f"{field}[{i}]")
