@@ -48,7 +48,7 @@ from bench._sharing import Problem, V, llama
 from sharpen.models import load_model
 from sharpen.scoring import Scorer
 from sharpen.server.batcher import Job, MicroBatcher
-from sharpen.server.dialect import scores_of
+from sharpen.server.state import scores_of
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 32

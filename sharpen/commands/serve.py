@@ -5,20 +5,22 @@ import sys
 
 from transformers import PreTrainedTokenizerBase
 
-from sharpen.errors import InputError, check_fields
+from sharpen.errors import InputError, check_fields, require
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
-from sharpen.server.app import Service, address_of, api_key, bound, serve
 from sharpen.server.batcher import MicroBatcher
-from sharpen.server.dialect import Desk, Unscorable
-from sharpen.server.metrics import Metrics
-from sharpen.server.schemas import ServerLimits, needed
+from sharpen.server.limits import ServerLimits
+from sharpen.server.state import ServerState
 from sharpen.server.text import Texts
+from sharpen.server.unscorable import UnscorableReward
 
 from .options import ServeConfig
 
 log = logging.getLogger("sharpen")
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "msgpack")
+HOW = 'which cannot be imported ({error}); pip install "sharpen[serve]".'
 
 
 def run(config: ServeConfig) -> None:
@@ -28,11 +30,13 @@ def run(config: ServeConfig) -> None:
     limits = ServerLimits(
         config.max_request_bytes, config.max_request_tokens, config.max_n, config.max_queue
     )
+    for module in PACKAGES:
+        require(module, f"`sharpen serve` needs {module}, {HOW}")
+    from sharpen.server.app import Service, address_of, api_key, bound, serve
+    from sharpen.server.metrics import Metrics
+
     key = api_key(config.host)
-    for module in ("fastapi", "uvicorn", "prometheus_client", "msgpack"):
-        needed(module)
-    listener = bound(config.host, config.port)
-    with listener:
+    with bound(config.host, config.port) as listener:
         model = load_model(
             config.model,
             device=config.device,
@@ -51,20 +55,18 @@ def run(config: ServeConfig) -> None:
             wait_seconds=config.wait_ms / 1000,
             observe=metrics.batch,
         )
-        metrics.watch(batcher)
-        name = config.name or config.model
         accepts = ModelLimits.of(model)
-        desk = Desk(
-            name,
+        state = ServerState(
+            config.name or config.model,
             accepts,
             limits,
             Texts(tokenizer, max_chars=limits.max_chars(accepts.max_length)),
             config.reward,
-            Unscorable(config.unscorable_reward, metrics.unscorable),
+            UnscorableReward(config.unscorable_reward, metrics.unscorable),
         )
-        sys.stdout.write(f"sharpen: serving {name} at {address_of(listener)}\n")
+        sys.stdout.write(f"sharpen: serving {state.name} at {address_of(listener)}\n")
         sys.stdout.flush()
-        service = Service(desk, batcher, metrics, key)
+        service = Service(state, batcher, metrics, key)
         serve(service, listener, drain_seconds=config.drain_seconds)
 
 
@@ -80,7 +82,7 @@ def check(config: ServeConfig) -> None:
         ("drain_seconds", 0 <= config.drain_seconds < float("inf"), "at least 0 and finite"),
     ]
     check_fields(config, rules)
-    Unscorable(config.unscorable_reward)
+    UnscorableReward(config.unscorable_reward)
 
 
 def _tokenizer(config: ServeConfig) -> PreTrainedTokenizerBase | None:

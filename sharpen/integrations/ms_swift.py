@@ -7,16 +7,14 @@
 Written against ms-swift 4.6.0, whose contract was read in its wheel.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sharpen.errors import InputError
-from sharpen.records import PromptRecord, check_prompt
-from sharpen.sampling.base import render
-from sharpen.scoring import Scorer
+from sharpen.errors import InputError, require
+from sharpen.server.unscorable import UnscorableReward
 
-from .reward_model import Rating, rate_by, rate_each, scorer_of, settled, shared
+from . import reward_model
+from .reward_model import Rating, conversation_ids, shared_reward_model
 
 # columns of a row that hold more than text
 MEDIA = ("images", "videos", "audios")
@@ -29,10 +27,8 @@ def self_reward(**options: Any) -> type:
     Raises:
         InputError: If an option is bad, or ms-swift is not installed.
     """
-    try:
-        orm: type = importlib.import_module("swift.rewards.orm").ORM
-    except ImportError as error:
-        raise InputError("ms-swift is not installed here: `pip install ms-swift`.") from error
+    message = "ms-swift is not installed here: `pip install ms-swift`."
+    orm: type = require("swift.rewards.orm", message).ORM
     rating = Rating.of(options)
 
     class SelfReward(orm):
@@ -45,11 +41,11 @@ def self_reward(**options: Any) -> type:
             response_token_ids: Sequence[Any] = (),
             **columns: Any,
         ) -> list[float]:
-            refuse_media(columns)
-            scorer, rate = shared(rating, lambda: _open(rating))
+            reject_media(columns)
+            model = shared_reward_model(rating)
             return rate_rows(
-                scorer.tokenizer,
-                rate,
+                model.tokenizer,
+                model.rate,
                 completions,
                 messages,
                 response_token_ids,
@@ -60,8 +56,8 @@ def self_reward(**options: Any) -> type:
 
 
 # columns are whatever the data holds
-def refuse_media(columns: Mapping[str, Any]) -> None:
-    """Refuse rows whose prompts are more than text.
+def reject_media(columns: Mapping[str, Any]) -> None:
+    """Reject rows whose prompts are more than text.
 
     Raises:
         InputError: If a row has an image, a video or audio.
@@ -93,7 +89,7 @@ def rate_rows(
 
     Args:
         tokenizer: Of the model that rates.
-        rate: See `rating.rate_by`.
+        rate: See `reward_model.rate_by`.
         completions: Text of each row's response.
         messages: Of each row, the response last.
         response_token_ids: Of each row, a list for each of its turns, or the ids of a single one,
@@ -112,13 +108,11 @@ def rate_rows(
     prompts, ids = [], []
     for row, conversation in enumerate(messages):
         place = f"messages[{row}]"
-        prompt = check_prompt(place, {"prompt": list(conversation[:-1])})
-        prompts.append(render(PromptRecord(place, place, prompt), tokenizer).ids)
+        prompts.append(conversation_ids(tokenizer, place, list(conversation[:-1])))
         kept = response_token_ids[row] if row < len(response_token_ids) else None
         last = _last_turn(kept)
         ids.append(last or tokenizer(completions[row], add_special_tokens=False)["input_ids"])
-    rated = rate_each(rate, prompts, ids)
-    return [settled(one, unscorable_reward) for one in rated]
+    return reward_model.rate_rows(rate, prompts, ids, UnscorableReward(unscorable_reward))
 
 
 # lists, arrays or None
@@ -130,10 +124,3 @@ def _last_turn(kept: Any) -> list[int]:
     last = kept[-1]
     turn = last if hasattr(last, "__len__") and getattr(last, "ndim", 1) else kept
     return [int(token) for token in turn]
-
-
-def _open(rating: Rating) -> tuple[Scorer, Any]:
-    if not rating.model:
-        raise InputError("`model` must be given for text: its tokenizer makes the ids.")
-    scorer = scorer_of(rating)
-    return scorer, rate_by(rating, scorer)

@@ -14,15 +14,15 @@ was run inside NeMo-RL.
 """
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from sharpen.errors import InputError
+from sharpen.errors import InputError, require
+from sharpen.server.unscorable import UnscorableReward
 
-from .reward_model import Rate, Rating, rate_by, rate_each, scorer_of, settled
+from .reward_model import Rate, Rating, RewardModel, rate_rows
 
 
 # a tokenizer, and messages as NeMo-RL has them
@@ -38,7 +38,7 @@ def rate_logs(
 
     Args:
         tokenizer: Of the model that rates.
-        rate: See `rating.rate_by`.
+        rate: See `reward_model.rate_by`.
         logs: Messages with `role` and `content`; the prompt as the model read it.
         add_eos: Rate the end of the response too; the text does not say whether it was cut.
         unscorable_reward: Of a response that has no reward.
@@ -62,31 +62,26 @@ def rate_logs(
         completions.append([*ids, *eos])
     # the template has written special tokens already; the rows of a prompt need its ids once
     ids_of = {x: tokenizer(x, add_special_tokens=False)["input_ids"] for x in dict.fromkeys(texts)}
-    rated = rate_each(rate, [ids_of[x] for x in texts], completions)
-    return [settled(one, unscorable_reward) for one in rated]
+    prompts = [ids_of[text] for text in texts]
+    return rate_rows(rate, prompts, completions, UnscorableReward(unscorable_reward))
 
 
 @functools.cache
 def _environment() -> Any:
-    try:
-        interfaces = importlib.import_module("nemo_rl.environments.interfaces")
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise InputError(
-            "NeMo-RL is not installed here; it is run from its own repository, "
-            "github.com/NVIDIA-NeMo/RL, with sharpen added to its environment."
-        ) from error
+    message = (
+        "NeMo-RL is not installed here; it is run from its own repository, "
+        "github.com/NVIDIA-NeMo/RL, with sharpen added to its environment."
+    )
+    interfaces = require("nemo_rl.environments.interfaces", message)
+    ray = require("ray", message)
 
     class SelfRewardEnvironment(interfaces.EnvironmentInterface):
         """One turn; the reward of each response by a frozen model's own probabilities."""
 
         def __init__(self, cfg: dict[str, Any]):
-            self.rating = Rating.of(cfg)
-            if not self.rating.model:
-                raise InputError("`model` must be given for text: its tokenizer makes the ids.")
-            scorer = scorer_of(self.rating)
-            self.tokenizer = scorer.tokenizer
-            self.rate: Rate | None = rate_by(self.rating, scorer)
+            # not shared: `shutdown` lets it go
+            self.reward_model: RewardModel | None = RewardModel(Rating.of(cfg))
+            self.tokenizer = self.reward_model.tokenizer
 
         def step(self, message_log_batch: Any, metadata: Any) -> Any:
             """Rate a batch; every episode ends here.
@@ -94,14 +89,13 @@ def _environment() -> Any:
             Raises:
                 InputError: As `rate_logs`, and after `shutdown`.
             """
-            if self.rate is None:
+            model = self.reward_model
+            if model is None:
                 raise InputError("this environment was shut down; make another one.")
+            otherwise = model.rating.unscorable_reward
             rewards = torch.tensor(
                 rate_logs(
-                    self.tokenizer,
-                    self.rate,
-                    message_log_batch,
-                    unscorable_reward=self.rating.unscorable_reward,
+                    self.tokenizer, model.rate, message_log_batch, unscorable_reward=otherwise
                 )
             )
             return interfaces.EnvironmentReturn(
@@ -119,7 +113,7 @@ def _environment() -> Any:
 
         def shutdown(self) -> None:
             """Let the model go; NeMo-RL calls this where a run or an evaluation ends."""
-            self.rate = None
+            self.reward_model = None
 
     return ray.remote(SelfRewardEnvironment)
 

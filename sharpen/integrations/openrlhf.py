@@ -10,6 +10,7 @@ SHARPEN_UNSCORABLE_REWARD. OpenRLHF calls from many threads with one text each; 
 that overlap are scored together, and texts of one prompt share it. Nothing of OpenRLHF is imported.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -24,12 +25,12 @@ from sharpen.models import ModelLimits
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.server.batcher import MicroBatcher
-from sharpen.server.dialect import Desk, Unscorable
-from sharpen.server.rewards import read_get_reward
-from sharpen.server.schemas import ServerLimits
+from sharpen.server.limits import ServerLimits
+from sharpen.server.state import ServerState
 from sharpen.server.text import Texts
-
-from .reward_model import checked
+from sharpen.server.text_rewards import query_rewards
+from sharpen.server.unscorable import UnscorableReward, finite_or_none
+from sharpen_kernels import TokenStats
 
 if TYPE_CHECKING:
     import transformers
@@ -72,12 +73,12 @@ class SelfReward:
         wait_seconds: float = 0.01,
         unscorable_reward: float | None = None,
     ):
-        unscorable = Unscorable(checked(unscorable_reward))
+        unscorable = UnscorableReward(finite_or_none(unscorable_reward))
         if reward not in REWARDS or options_needed(reward):
             known = ", ".join(name for name in REWARDS if not options_needed(name))
             raise InputError(f"`reward` must be one of {known}, got {reward!r}.")
         scorer = Scorer(model, tokenizer=tokenizer, max_tokens=max_tokens)
-        self._desk = Desk(
+        self._state = ServerState(
             name=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
             model=ModelLimits.of(scorer.model),
             limits=ServerLimits(),
@@ -85,7 +86,7 @@ class SelfReward:
             reward=reward,
             unscorable=unscorable,
         )
-        self._batcher = MicroBatcher(
+        self._batcher: MicroBatcher[TokenStats] = MicroBatcher(
             scorer.score, max_tokens=max_tokens, wait_seconds=wait_seconds, max_queue=2**20
         )
         self._batcher.start()
@@ -114,20 +115,22 @@ class SelfReward:
             SharpenError: If a query does not begin with its prompt or an end of it, or has no
                 reward and `unscorable_reward` is not given.
         """
-        body = {"query": list(queries), "prompts": list(prompts)}
-        asked = read_get_reward(body, self._desk)
-        results = self._batcher.submit(asked.jobs).future.result()
-        answer = asked.answer(results)
-        rewards = torch.tensor(answer["rewards"], dtype=torch.float32)
-        logs = {
-            name: torch.tensor(column, dtype=torch.float32)
-            for name, column in answer["extra_logs"].items()
-        }
+        texts = query_rewards(list(queries), list(prompts), self._state)
+        request = self._state.parsed(texts.jobs, lambda results: {})
+        results = self._batcher.submit(request.jobs).future.result()
+        found, columns = texts.rewards(results)
+        rewards = torch.tensor(found, dtype=torch.float32)
+        logs = {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
         return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
 
 _LOCK = threading.Lock()
-_OPENED: dict[tuple[str, str, float | None], SelfReward] = {}
+
+
+# one a process for equal settings
+@functools.cache
+def _opened(model: str, reward: str, unscorable_reward: float | None) -> SelfReward:
+    return SelfReward(model, reward=reward, unscorable_reward=unscorable_reward)
 
 
 # as `SelfReward.__call__`
@@ -147,19 +150,17 @@ def reward_func(
             "set it, or give OpenRLHF a file of your own with a SelfReward."
         )
     otherwise = _number(os.environ.get(UNSCORABLE_VARIABLE))
-    key = model, os.environ.get(REWARD_VARIABLE, "logprob"), otherwise
     # threads come together at the first call
     with _LOCK:
-        if key not in _OPENED:
-            _OPENED[key] = SelfReward(model, reward=key[1], unscorable_reward=otherwise)
-    return _OPENED[key](queries, prompts, labels, **kwargs)
+        function = _opened(model, os.environ.get(REWARD_VARIABLE, "logprob"), otherwise)
+    return function(queries, prompts, labels, **kwargs)
 
 
 def _number(text: str | None) -> float | None:
     if not text:
         return None
     try:
-        return checked(float(text))
+        return finite_or_none(float(text))
     except ValueError as error:
         raise InputError(
             f"the environment variable {UNSCORABLE_VARIABLE} must be a finite number, got {text!r}."

@@ -1,274 +1,54 @@
-"""Responses that have no reward: empty ones, those too long, those whose reward is no number.
+"""Completions rated inside another program, by a frozen model here or one that is served.
 
-A rating puts `Unscorable` in their place, so that the others of their batch keep their rewards.
-The host is then given the number that the user named, or an error.
+    Rating        what rates, and by which reward: a host's configuration
+    rate_by       the function that rates groups of completions by it
+    RewardModel   a `Rating` opened once a process: text to ids, concurrent calls to batches
+    kept          rewards in a folder: a run that is begun again does not rate a completion twice
 
-Concurrent calls of one completion each, rated together: grouped by prompt, in one thread.
-
-Hosts that ask for one reward at a time ask for many at once. Calls that arrive within a short wait,
-or while a batch is being rated, make the next batch; completions of one prompt stand together, so
-that the prompt is read once. A call that cannot be rated fails alone: its batch is halved until it
-is found.
-
-Rewards kept in a folder: a run that is begun again does not rate the same completion twice.
-
-How completions are rated inside another program: a frozen model here, or one that is served.
+A completion that has no reward is an `Unscorable` in its place, so that the others of its batch
+keep theirs; the host then gets the number that the user named, or an error.
 """
 
 import asyncio
+import functools
 import hashlib
 import json
-import logging
 import math
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sharpen.errors import InputError, ServiceError
+from sharpen.errors import InputError
 from sharpen.evaluation.parity import server_logprobs
 from sharpen.models import ModelLimits
+from sharpen.records import PromptRecord, check_prompt
 from sharpen.runs import Journal
+from sharpen.sampling.base import render
 from sharpen.sampling.endpoint import EndpointClient
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
+from sharpen.server.batcher import Job, MicroBatcher
+from sharpen.server.unscorable import (
+    Unscorable,
+    UnscorableReward,
+    finite_or_none,
+    why_not_finite,
+)
 
-logger = logging.getLogger(__name__)
-
-SETTING = "unscorable_reward"
-
-
-@dataclass(frozen=True)
-class Unscorable:
-    """In place of a reward.
-
-    Attributes:
-        cause: Of which kind.
-        why: In words, without a full stop.
-    """
-
-    cause: Literal["empty", "too_long", "not_finite"]
-    why: str
-
+if TYPE_CHECKING:
+    import transformers
 
 Rated: TypeAlias = float | Unscorable
-
-EMPTY = Unscorable("empty", "a completion must hold at least one token to be rated, got none")
-
-
-def too_long(n_prompt: int, n_completion: int, max_length: int) -> Unscorable:
-    """Of a completion that the model that rates cannot read to its end."""
-    return Unscorable(
-        "too_long",
-        f"prompt and completion must fit the context of {max_length} tokens of the model that "
-        f"rates, got {n_prompt} + {n_completion}",
-    )
-
-
-def not_finite(reward: str, value: float) -> Unscorable:
-    """Of a completion whose reward is NaN or infinite."""
-    why = "the model's logits are; look for NaN in its weights, or overflow in half precision"
-    if not math.isnan(value):
-        why = "the model calls one of its tokens impossible"
-    return Unscorable("not_finite", f"`reward` {reward} is {value}: {why}".replace("nan", "NaN"))
-
-
-# of a configuration
-def checked(given: Any) -> float | None:
-    """The setting `unscorable_reward`.
-
-    Raises:
-        InputError: If it is neither a finite number nor None.
-    """
-    if given is None:
-        return None
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
-        raise InputError(f"`{SETTING}` must be a finite number, or left out, got {given!r}.")
-    return float(given)
-
-
-def settled(rated: Rated, otherwise: float | None) -> float:
-    """The number that a host gets which takes numbers alone.
-
-    Args:
-        rated: A reward, or why there is none.
-        otherwise: What the user wants in place of one; told once for each cause in the log.
-
-    Raises:
-        InputError: If there is no reward and nothing in its place.
-    """
-    if not isinstance(rated, Unscorable):
-        return rated
-    if otherwise is None:
-        raise InputError(
-            f"{rated.why}; set `{SETTING}` to what such a response shall get, a finite number, "
-            "and training goes on."
-        )
-    tell(rated, f"`{SETTING}`, {otherwise:g}")
-    return otherwise
-
-
-# causes that the log has told
-_TOLD: set[str] = set()
-
-
-def tell(found: Unscorable, given: str) -> None:
-    """Log that a response has no reward, once a process for each cause."""
-    if found.cause in _TOLD:
-        return
-    _TOLD.add(found.cause)
-    logger.warning(
-        "a response has no reward (%s); it gets %s. Others of its kind will too, untold.",
-        found.why,
-        given,
-    )
-
-
-Ids = tuple[int, ...]
 # prompts, completions of each -> rewards of each, or why there is none
 Rate = Callable[[list[list[int]], list[list[list[int]]]], list[list[Rated]]]
 
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One completion that waits for its reward."""
-
-    prompt: Ids
-    completion: Ids
-    future: "asyncio.Future[Rated]"
-
-
-class MicroBatches:
-    """Rates single completions in batches; for one event loop.
-
-    Args:
-        rate: Rates completions of several prompts; called from one thread of its own, never twice
-            at a time.
-        wait_s: How long the first call of a batch waits for others.
-        max_calls: Most calls in a batch.
-    """
-
-    def __init__(self, rate: Rate, *, wait_s: float = 0.01, max_calls: int = 1024):
-        self._rate = rate
-        self._wait_s = wait_s
-        self._max_calls = max_calls
-        self._pending: list[Call] = []
-        self._runner: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sharpen-rate")
-
-    async def reward(self, prompt: Sequence[int], completion: Sequence[int]) -> Rated:
-        """The reward of one completion, or why it has none.
-
-        Raises:
-            Exception: Whatever rating it alone raises.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Rated] = loop.create_future()
-        self._pending.append(Call(tuple(prompt), tuple(completion), future))
-        if self._runner is None or self._runner.done():
-            self._runner = loop.create_task(self._run())
-        return await future
-
-    async def _run(self) -> None:
-        while self._pending:
-            await asyncio.sleep(self._wait_s)
-            # a caller that was cancelled wants nothing any more
-            waiting = [call for call in self._pending if not call.future.done()]
-            batch, self._pending = waiting[: self._max_calls], waiting[self._max_calls :]
-            if batch:
-                await self._answer(batch)
-
-    async def _answer(self, batch: list[Call]) -> None:
-        groups: dict[Ids, list[Call]] = {}
-        for call in batch:
-            groups.setdefault(call.prompt, []).append(call)
-        prompts = [list(prompt) for prompt in groups]
-        completions = [[list(call.completion) for call in calls] for calls in groups.values()]
-        loop = asyncio.get_running_loop()
-        try:
-            rewards = await loop.run_in_executor(self._thread, self._rate, prompts, completions)
-        except Exception as error:
-            # a server that is away is away for all of them
-            if len(batch) == 1 or isinstance(error, ServiceError):
-                for call in batch:
-                    _fail(call, error)
-                return
-            half = len(batch) // 2
-            await self._answer(batch[:half])
-            await self._answer(batch[half:])
-            return
-        for calls, values in zip(groups.values(), rewards, strict=True):
-            for call, value in zip(calls, values, strict=True):
-                if not call.future.done():
-                    call.future.set_result(value)
-
-
-def _fail(call: Call, error: Exception) -> None:
-    if not call.future.done():
-        call.future.set_exception(error)
-
-
-# settings, ready for JSON
-def kept(depends: Mapping[str, Any], folder: Path, rate: Rate) -> Rate:
-    """`rate`, with what it found kept as JSON lines, one file a process.
-
-    What has no reward is not kept: it is asked for again.
-
-    Args:
-        depends: What a reward depends on beside prompt and completion.
-        folder: Made if it is not there; several processes may share it.
-        rate: Rates what is not known yet.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    base = json.dumps(dict(depends), sort_keys=True)
-    known = dict(_read(folder))
-    journal = Journal(folder / f"rewards-{uuid.uuid4().hex}.jsonl")
-
-    def key(prompt: list[int], completion: list[int]) -> str:
-        text = json.dumps([base, prompt, completion])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    def rate_new(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[Rated]]:
-        keys = [[key(p, c) for c in group] for p, group in zip(prompts, completions, strict=True)]
-        # the same completion twice is rated once
-        todo = [
-            {k: c for k, c in zip(ks, group, strict=True) if k not in known}
-            for ks, group in zip(keys, completions, strict=True)
-        ]
-        asked = [i for i, new in enumerate(todo) if new]
-        fresh: dict[str, Rated] = {}
-        if asked:
-            groups = [list(todo[i].values()) for i in asked]
-            found = rate([prompts[i] for i in asked], groups)
-            fresh = {
-                k: x
-                for i, values in zip(asked, found, strict=True)
-                for k, x in zip(todo[i], values, strict=True)
-            }
-            numbers = {k: x for k, x in fresh.items() if not isinstance(x, Unscorable)}
-            journal.append({"key": k, "reward": x} for k, x in numbers.items())
-            known.update(numbers)
-        return [[known[k] if k in known else fresh[k] for k in ks] for ks in keys]
-
-    return rate_new
-
-
-def _read(folder: Path) -> list[tuple[str, float]]:
-    found = []
-    for path in sorted(folder.glob("rewards-*.jsonl")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            # without its newline it is one that another process is writing, or that a crash tore
-            if line.endswith(b"\n"):
-                row = json.loads(line)
-                found.append((row["key"], row["reward"]))
-    return found
-
-
-# what a reward depends on
+# fields of `Rating` that a reward depends on
 NUMBERS_OF = ("model", "reward", "endpoint", "endpoint_model", "dtype")
+EMPTY = Unscorable("empty", "a completion must hold at least one token to be rated, got none")
 
 
 @dataclass(frozen=True)
@@ -306,12 +86,7 @@ class Rating:
     unscorable_reward: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot rate.
-
-        Raises:
-            InputError: If so.
-        """
-        checked(self.unscorable_reward)
+        finite_or_none(self.unscorable_reward)
         if self.reward not in REWARDS:
             raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {self.reward!r}.")
         if options_needed(self.reward):
@@ -340,7 +115,7 @@ class Rating:
             if name not in known:
                 raise InputError(f"unknown option {name!r} of sharpen; known: {', '.join(known)}.")
         # YAML says -3 where a float is meant
-        otherwise = checked(given.get("unscorable_reward"))
+        otherwise = finite_or_none(given.get("unscorable_reward"))
         return cls(**{**given, "unscorable_reward": otherwise})
 
 
@@ -361,33 +136,132 @@ def rate_by(rating: Rating, scorer: Scorer | None = None) -> Rate:
     return kept(depends, Path(rating.keep), rate)
 
 
-def rate_each(
-    rate: Rate, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> list[Rated]:
-    """The reward of each row, a prompt and one completion; equal prompts are read once.
+class RewardModel:
+    """What a `Rating` names, opened at first use.
 
-    Example:
-        >>> def rate(prompts, groups):
-        ...     return [[float(len(completion)) for completion in group] for group in groups]
-        >>> rate_each(rate, [[1], [2], [1]], [[5], [6, 6], [7, 7, 7]])
-        [1.0, 2.0, 3.0]
+    Args:
+        rating: See there.
+
+    Attributes:
+        unscorable: What a response gets that has no reward.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(row)
-    asked = [[list(completions[row]) for row in rows] for rows in groups.values()]
-    rated = rate([list(prompt) for prompt in groups], asked)
-    order = [row for rows in groups.values() for row in rows]
-    found = dict(zip(order, [x for values in rated for x in values], strict=True))
-    return [found[row] for row in range(len(prompts))]
+
+    def __init__(self, rating: Rating):
+        self.rating = rating
+        self.unscorable = UnscorableReward(rating.unscorable_reward)
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """The model, loaded.
+
+        Raises:
+            InputError: If `rating` names an endpoint alone, or the model cannot be loaded.
+        """
+        if not self.rating.model:
+            raise InputError("`model` must be given for text: its tokenizer makes the ids.")
+        return scorer_of(self.rating)
+
+    @property
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """Of the model that rates."""
+        return self.scorer.tokenizer
+
+    @functools.cached_property
+    def rate(self) -> Rate:
+        """See `rate_by`."""
+        return rate_by(self.rating, None if self.rating.endpoint is not None else self.scorer)
+
+    @functools.cached_property
+    def _batcher(self) -> MicroBatcher[Rated]:
+        return reward_batcher(self.rate, wait_seconds=self.rating.wait_ms / 1000)
+
+    def load(self) -> "RewardModel":
+        """Load what rates now, and not at first use."""
+        _ = self.rate
+        return self
+
+    async def reward(self, prompt: Sequence[int], completion: Sequence[int]) -> float:
+        """The reward of one completion, rated together with others that are asked for now.
+
+        Raises:
+            InputError: If it has none and `unscorable_reward` is not given, or it cannot be rated.
+        """
+        return self.unscorable.resolve(await reward_of(self._batcher, prompt, completion))
+
+    def rewards(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """The reward of each row, a prompt and one completion.
+
+        Raises:
+            InputError: As `reward`.
+        """
+        return rate_rows(self.rate, prompts, completions, self.unscorable)
+
+
+# one a process for equal settings: a host makes many reward functions of one model
+shared_reward_model = functools.cache(RewardModel)
+
+
+def rate_rows(
+    rate: Rate,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    unscorable: UnscorableReward,
+) -> list[float]:
+    """The reward of each row, a prompt and one completion; the scorer reads equal prompts once."""
+    rated = rate([list(prompt) for prompt in prompts], [[list(ids)] for ids in completions])
+    return [unscorable.resolve(one) for (one,) in rated]
+
+
+def reward_batcher(rate: Rate, *, wait_seconds: float) -> MicroBatcher[Rated]:
+    """A batcher of single completions; its batches are all that wait, the scorer cuts them."""
+
+    def score(
+        prompts: list[list[int]], completions: list[list[list[int]]], *, stats: Sequence[str]
+    ) -> list[list[Rated]]:
+        return rate(prompts, completions)
+
+    batcher: MicroBatcher[Rated] = MicroBatcher(
+        score,
+        lambda rated, _: [one for (one,) in rated],
+        max_tokens=sys.maxsize,
+        max_queue=sys.maxsize,
+        wait_seconds=wait_seconds,
+    )
+    batcher.start()
+    return batcher
+
+
+async def reward_of(
+    batcher: MicroBatcher[Rated], prompt: Sequence[int], completion: Sequence[int]
+) -> Rated:
+    """The reward of one completion, or why it has none; whatever rating it alone raises."""
+    pending = batcher.submit([Job(list(prompt), [list(completion)])])
+    try:
+        (rated,) = await asyncio.wrap_future(pending.future)
+    except asyncio.CancelledError:
+        batcher.abandon(pending)
+        raise
+    return rated
+
+
+# messages may be an array, as parquet has them
+def conversation_ids(
+    tokenizer: "transformers.PreTrainedTokenizerBase", place: str, prompt: Any
+) -> list[int]:
+    """Token ids of a host's prompt: text, or messages under the tokenizer's chat template.
+
+    Raises:
+        InputError: If it is neither, or there is no template.
+    """
+    plain = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    record = PromptRecord(place, place, check_prompt(place, {"prompt": plain}))
+    return list(render(record, tokenizer).ids)
 
 
 def scorer_of(rating: Rating) -> Scorer:
-    """The model, loaded.
-
-    Raises:
-        InputError: If it cannot be.
-    """
+    """The model of `rating`, loaded."""
     return Scorer(
         rating.model, device=rating.device, dtype=rating.dtype, max_tokens=rating.max_tokens
     )
@@ -464,7 +338,11 @@ def _unreadable(n_prompt: int, n_completion: int, max_length: int | None) -> Uns
         return EMPTY
     # the last token is predicted, and never read
     if max_length is not None and n_prompt + n_completion - 1 > max_length:
-        return too_long(n_prompt, n_completion, max_length)
+        return Unscorable(
+            "too_long",
+            f"prompt and completion must fit the context of {max_length} tokens of the model that "
+            f"rates, got {n_prompt} + {n_completion}",
+        )
     return None
 
 
@@ -472,12 +350,59 @@ def _finite(reward: str, value: float) -> Rated:
     return value if math.isfinite(value) else not_finite(reward, value)
 
 
-# one a process: a host makes many reward functions of one model
-_SHARED: dict[Rating, Any] = {}
+def not_finite(reward: str, value: float) -> Unscorable:
+    """Of a completion whose reward is NaN or infinite."""
+    shown = "NaN" if math.isnan(value) else value
+    return Unscorable("not_finite", f"`reward` {reward} is {shown}: {why_not_finite(value)}")
 
 
-def shared(rating: Rating, make: Callable[[], Any]) -> Any:
-    """What `make` makes, made once a process for equal settings."""
-    if rating not in _SHARED:
-        _SHARED[rating] = make()
-    return _SHARED[rating]
+# settings, ready for JSON
+def kept(depends: Mapping[str, Any], folder: Path, rate: Rate) -> Rate:
+    """`rate`, with what it found kept as JSON lines, one file a process.
+
+    What has no reward is not kept: it is asked for again.
+
+    Args:
+        depends: What a reward depends on beside prompt and completion.
+        folder: Made if it is not there; several processes may share it.
+        rate: Rates what is not known yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base = json.dumps(dict(depends), sort_keys=True)
+    known = dict(_read(folder))
+    journal = Journal(folder / f"rewards-{uuid.uuid4().hex}.jsonl")
+
+    def key(prompt: list[int], completion: list[int]) -> str:
+        text = json.dumps([base, prompt, completion])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def rate_new(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[Rated]]:
+        keys = [[key(p, c) for c in group] for p, group in zip(prompts, completions, strict=True)]
+        # the same completion twice is rated once
+        new = {
+            k: (prompt, completion)
+            for ks, prompt, group in zip(keys, prompts, completions, strict=True)
+            for k, completion in zip(ks, group, strict=True)
+            if k not in known
+        }
+        fresh: dict[str, Rated] = {}
+        if new:
+            rated = rate([prompt for prompt, _ in new.values()], [[c] for _, c in new.values()])
+            fresh = {k: one for k, (one,) in zip(new, rated, strict=True)}
+            numbers = {k: x for k, x in fresh.items() if not isinstance(x, Unscorable)}
+            journal.append({"key": k, "reward": x} for k, x in numbers.items())
+            known.update(numbers)
+        return [[known[k] if k in known else fresh[k] for k in ks] for ks in keys]
+
+    return rate_new
+
+
+def _read(folder: Path) -> list[tuple[str, float]]:
+    found = []
+    for path in sorted(folder.glob("rewards-*.jsonl")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            # without its newline it is one that another process is writing, or that a crash tore
+            if line.endswith(b"\n"):
+                row = json.loads(line)
+                found.append((row["key"], row["reward"]))
+    return found

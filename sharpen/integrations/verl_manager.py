@@ -10,12 +10,11 @@ Without `model` it is the one that training starts from, frozen. verl runs a man
 """
 
 import functools
-import importlib
 from typing import Any
 
-from sharpen.errors import InputError
+from sharpen.errors import require
 
-from .reward_model import MicroBatches, Rating, rate_by, settled, shared
+from .reward_model import Rating, shared_reward_model
 
 
 def response_ids(batch: Any) -> tuple[list[int], list[int]]:
@@ -33,12 +32,8 @@ def response_ids(batch: Any) -> tuple[list[int], list[int]]:
 @functools.cache
 def _manager() -> type:
     base = "verl.experimental.reward_loop.reward_manager.base"
-    try:
-        reward_manager_base: type = importlib.import_module(base).RewardManagerBase
-    except ImportError as error:
-        raise InputError(
-            f"{base} is not here ({error}): `pip install verl` in the environment of the trainer."
-        ) from error
+    how = "is not here ({error}): `pip install verl` in the environment of the trainer."
+    reward_manager_base: type = require(base, f"{base} {how}").RewardManagerBase
 
     class SelfRewardManager(reward_manager_base):
         """Rates each response by a model's own probabilities.
@@ -47,8 +42,8 @@ def _manager() -> type:
             config: verl's; `reward.reward_kwargs.sharpen` holds fields of `Rating`.
             tokenizer: Of the policy.
             compute_score: Not called.
-            reward_router_address: Not looked at.
-            reward_model_tokenizer: Not looked at.
+            reward_router_address: Not read.
+            reward_model_tokenizer: Not read.
 
         Raises:
             InputError: If an option is bad or the model cannot be loaded.
@@ -67,10 +62,8 @@ def _manager() -> type:
             options = {str(name): value for name, value in given.items()}
             if "endpoint" not in options:
                 options.setdefault("model", config.actor_rollout_ref.model.path)
-            rating = Rating.of(options)
-            rate = shared(rating, lambda: rate_by(rating))
-            self.unscorable_reward = rating.unscorable_reward
-            self.batches = MicroBatches(rate, wait_s=rating.wait_ms / 1000)
+            # loaded now: an option that is bad must not wait for the first response
+            self.reward_model = shared_reward_model(Rating.of(options)).load()
 
         async def run_single(self, data: Any) -> dict[str, Any]:
             """The reward of the last sequence of `data`, a verl DataProto.
@@ -83,8 +76,7 @@ def _manager() -> type:
                     verl then ends the run.
             """
             prompt, response = response_ids(data[-1:][0].batch)
-            rated = await self.batches.reward(prompt, response)
-            reward = settled(rated, self.unscorable_reward)
+            reward = await self.reward_model.reward(prompt, response)
             extra = {"self_reward": reward, "response_tokens": len(response)}
             return {"reward_score": reward, "reward_extra_info": extra}
 

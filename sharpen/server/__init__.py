@@ -1,8 +1,9 @@
 """The scorer over HTTP: requests in, micro-batches of one scorer, answers out.
 
-    bytes -> `bodies` -> a dialect (`score`, `completions`, `reward_hosts`) -> jobs
-          -> `micro_batcher` (one thread, one scorer) -> the dialect again -> `bodies` -> bytes
+    bytes -> `bodies` -> a route (`rewards`, `completions`) with its pydantic models -> jobs
+          -> `batcher` (one thread, one scorer) -> the answer of the route -> `bodies` -> bytes
 
-`answering` takes a request along this way, `gate` stands before it. `app`, `answering` and
-`running` alone know FastAPI, Starlette and uvicorn.
+`app` takes a request along this way, and alone knows FastAPI, Starlette and uvicorn. `batcher`,
+`text`, `text_rewards` and `unscorable` need nothing that `sharpen[serve]` brings: integrations use
+them inside a trainer.
 """

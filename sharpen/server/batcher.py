@@ -1,15 +1,11 @@
-"""Jobs: a prompt with completions to score; many jobs to one call of a scorer and back.
+"""Dynamic micro-batching: one thread that owns a scorer, and a bounded queue before it.
 
-A ticket: the jobs of one request, and the promise of their statistics.
-
-One call of a scorer for many jobs, and what it was.
-
-Dynamic micro-batching: one thread that owns a scorer, and a bounded queue before it.
-
-A job waits until nothing new has come for `wait_seconds`, until it has waited `LONGEST` times that,
-or until the queue fills a batch; behind a busy scorer jobs gather by themselves. A batch is one
-call of the scorer with the jobs regrouped by prompt. If the call fails, its jobs are tried again
-in halves, so that only a job that fails alone is told so.
+A job is a prompt with completions to score; the jobs of one request are queued together, and their
+results are promised by one future. A job waits until nothing new has come for `wait_seconds`,
+until it has waited `MAX_WAITS` times that, or until the queue fills a batch; behind a busy scorer
+jobs gather by themselves. A batch is one call of the scorer, in which jobs of a prompt stand
+together, so that the prompt is read once. If the call fails, its jobs are tried again in halves: a
+job that cannot be scored fails alone.
 """
 
 import contextlib
@@ -22,16 +18,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from sharpen.errors import ServiceError
 from sharpen.scoring.scores import Scores
 from sharpen_kernels import TokenStats
 
-from .schemas import RefusedError, shutting_down
+from .errors import HTTPError, shutting_down
 
-Span = tuple[int, int]
+logger = logging.getLogger(__name__)
+
+MAX_WAITS = 10
+MAX_RETRY_AFTER = 60  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,95 +113,20 @@ def choose(jobs: Sequence[Job], max_tokens: int) -> list[int]:
     return chosen
 
 
-def regroup(
-    jobs: Sequence[Job],
-) -> tuple[list[Sequence[int]], list[list[Sequence[int]]], list[Span]]:
-    """Prompts, each once, their completions, and which completions are those of each job.
-
-    Returns:
-        Prompts and completions as `Scorer.score` takes them, and of each job the range of its
-        completions among all of them, end to end.
-
-    Example:
-        >>> regroup([Job([1], [[2]]), Job([5], [[6]]), Job([1], [[3], [4]])])
-        ([[1], [5]], [[[2], [3], [4]], [[6]]], [(0, 1), (3, 4), (1, 3)])
-    """
-    group_of: dict[bytes, int] = {}
-    prompts: list[Sequence[int]] = []
-    completions: list[list[Sequence[int]]] = []
-    places: list[tuple[int, int]] = []
-    for job in jobs:
-        group = group_of.setdefault(job.key, len(prompts))
-        if group == len(prompts):
-            prompts.append(job.prompt)
-            completions.append([])
-        places.append((group, len(completions[group])))
-        completions[group].extend(job.completions)
-    starts = np.cumsum([0, *map(len, completions)]).tolist()
-    spans = [
-        (starts[group] + at, starts[group] + at + len(job.completions))
-        for job, (group, at) in zip(jobs, places, strict=True)
-    ]
-    return prompts, completions, spans
-
-
-def parted(scores: Scores, spans: Sequence[Span]) -> list[TokenStats]:
-    """The token statistics of each range of completions."""
-    offsets = scores.offsets.tolist()
+def split(scores: Scores, jobs: Sequence[Job]) -> list[TokenStats]:
+    """The token statistics of each job, from the scores of all of them."""
     columns: dict[str, Any] = {k: x for k, x in vars(scores.tokens).items() if x is not None}
-    return [
-        TokenStats(**{name: x[offsets[a] : offsets[b]] for name, x in columns.items()})
-        for a, b in spans
-    ]
-
-
-@dataclass(eq=False)
-class Ticket:
-    """The jobs of one request, and the promise of their statistics in the same order."""
-
-    n_left: int
-    results: list[TokenStats | None]
-    future: "Future[list[TokenStats]]" = field(default_factory=Future)
-    is_abandoned: bool = False
-
-    def deliver(self, index: int, tokens: TokenStats) -> None:
-        """One job is done."""
-        self.results[index] = tokens
-        self.n_left -= 1
-        if self.n_left == 0:
-            done = [x for x in self.results if x is not None]
-            self._settle(lambda: self.future.set_result(done))
-
-    def fail(self, error: Exception) -> None:
-        """One job cannot be done, so the request cannot."""
-        self.is_abandoned = True
-        # a traceback would keep the tensors of the call alive
-        self._settle(lambda: self.future.set_exception(error.with_traceback(None)))
-
-    def _settle(self, act: Callable[[], None]) -> None:
-        # told before, or nobody waits any more
-        with contextlib.suppress(InvalidStateError):
-            act()
-
-
-@runtime_checkable
-class Score(Protocol):
-    """What the thread calls: `Scorer.score`."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[Sequence[int]]],
-        *,
-        stats: Sequence[str],
-    ) -> Scores:
-        """Scores of every completion of every prompt."""
-        ...
+    found, start = [], 0
+    for job in jobs:
+        stop = start + job.n_own
+        found.append(TokenStats(**{name: x[start:stop] for name, x in columns.items()}))
+        start = stop
+    return found
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of the scorer was."""
+    """One call of the scorer: what it read, and how long it took."""
 
     n_jobs: int
     n_prompts: int
@@ -209,42 +134,66 @@ class Batch:
     n_tokens: int
     seconds: float
 
-
-def called(score: Score, jobs: Sequence[Job]) -> tuple[list[TokenStats], Batch]:
-    """The statistics of each job, from one call over all, and what the call was."""
-    begun = time.monotonic()
-    prompts, completions, spans = regroup(jobs)
-    # in an order that does not depend on who came first
-    stats = sorted({name for job in jobs for name in job.stats})
-    results = parted(score(prompts, completions, stats=stats), spans)
-    return results, Batch(
-        n_jobs=len(jobs),
-        n_prompts=len(prompts),
-        n_completions=sum(map(len, completions)),
-        n_tokens=sum(map(len, prompts)) + sum(job.n_own for job in jobs),
-        seconds=time.monotonic() - begun,
-    )
+    @classmethod
+    def of(cls, jobs: Sequence[Job], seconds: float) -> "Batch":
+        """The call for these jobs; a prompt that several have is counted once."""
+        n_tokens_of = {job.key: len(job.prompt) for job in jobs}
+        return cls(
+            n_jobs=len(jobs),
+            n_prompts=len(n_tokens_of),
+            n_completions=sum(len(job.completions) for job in jobs),
+            n_tokens=sum(n_tokens_of.values()) + sum(job.n_own for job in jobs),
+            seconds=seconds,
+        )
 
 
-logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
-LONGEST = 10
-MAX_RETRY_AFTER = 60
+
+@dataclass(eq=False)
+class PendingRequest(Generic[Result]):
+    """The jobs of one request, and the promise of their results in the same order."""
+
+    results: list[Result | None]
+    future: "Future[list[Result]]" = field(default_factory=Future)
+    is_abandoned: bool = False
+    n_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_left = len(self.results)
+
+    def deliver(self, index: int, result: Result) -> None:
+        """One job is done."""
+        self.results[index] = result
+        self.n_left -= 1
+        if self.n_left == 0:
+            done = [x for x in self.results if x is not None]
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_result(done)
+
+    def fail(self, error: Exception) -> None:
+        """One job cannot be done, so the request cannot."""
+        self.is_abandoned = True
+        # a second failure, or nobody waits any more
+        with contextlib.suppress(InvalidStateError):
+            # a traceback would keep the tensors of the call alive
+            self.future.set_exception(error.with_traceback(None))
 
 
 @dataclass(frozen=True, eq=False)
-class _Item:
+class _Item(Generic[Result]):
     job: Job
-    ticket: Ticket
+    request: PendingRequest[Result]
     index: int
     arrived: float
 
 
-class MicroBatcher:
+class MicroBatcher(Generic[Result]):
     """Scores the jobs of many threads, or of an event loop, in one thread.
 
     Args:
-        score: `Scorer.score`; called by one thread alone.
+        score: `Scorer.score`, or what takes the same arguments; called by one thread alone.
+        split: What `score` returns to one result per job.
         max_tokens: Tokens of one call, each prompt counted once; a larger job goes alone.
         max_queue: Jobs that may wait; those of one request may be more while no other waits.
         wait_seconds: How long the newest job waits for company.
@@ -260,7 +209,8 @@ class MicroBatcher:
 
     def __init__(
         self,
-        score: Score,
+        score: Callable[..., Any],
+        split: Callable[[Any, Sequence[Job]], Sequence[Any]] = split,
         *,
         max_tokens: int = 16384,
         max_queue: int = 1024,
@@ -271,15 +221,16 @@ class MicroBatcher:
         self.max_queue = max_queue
         self.wait_seconds = wait_seconds
         self._score = score
+        self._split = split
         self._observe = observe
         self._changed = threading.Condition()
-        self._waiting: deque[_Item] = deque()
+        self._waiting: deque[_Item[Result]] = deque()
         self._n_waiting_tokens = 0
         self._is_closing = False
         self._tokens_per_second = 0.0
         self._thread = threading.Thread(target=self._run, name="sharpen-scorer", daemon=True)
 
-    def __enter__(self) -> "MicroBatcher":
+    def __enter__(self) -> "MicroBatcher[Result]":
         self.start()
         return self
 
@@ -305,24 +256,24 @@ class MicroBatcher:
         """Jobs in the queue."""
         return len(self._waiting)
 
-    def submit(self, jobs: Sequence[Job]) -> Ticket:
+    def submit(self, jobs: Sequence[Job]) -> PendingRequest[Result]:
         """Queue the jobs of one request, all or none. Safe from any thread.
 
         Raises:
-            RefusedError: 429 with `retry_after` if the queue is full, 503 once it is closed.
+            HTTPError: 429 with `retry_after` if the queue is full, 503 once it is closed.
         """
-        ticket = Ticket(len(jobs), [None] * len(jobs))
+        request: PendingRequest[Result] = PendingRequest([None] * len(jobs))
         if not jobs:
-            ticket.future.set_result([])
-            return ticket
+            request.future.set_result([])
+            return request
         now = time.monotonic()
-        items = [_Item(job, ticket, i, now) for i, job in enumerate(jobs)]
+        items = [_Item(job, request, i, now) for i, job in enumerate(jobs)]
         with self._changed:
             if self._is_closing:
                 raise shutting_down()
             # more than the bound alone is let in while nothing waits, or it never would be
             if self._waiting and len(self._waiting) + len(jobs) > self.max_queue:
-                raise RefusedError(
+                raise HTTPError(
                     429,
                     f"{len(self._waiting)} prompts wait already, of at most {self.max_queue}, and "
                     f"the request has {len(jobs)}; send it again later.",
@@ -331,30 +282,30 @@ class MicroBatcher:
                 )
             self._add(items)
             self._changed.notify()
-        return ticket
+        return request
 
-    def abandon(self, ticket: Ticket) -> None:
+    def abandon(self, request: PendingRequest[Result]) -> None:
         """Nobody waits for it any more: what is still queued of it is never scored."""
         with self._changed:
-            ticket.is_abandoned = True
-            self._keep([item for item in self._waiting if item.ticket is not ticket])
-        ticket.future.cancel()
+            request.is_abandoned = True
+            self._keep([item for item in self._waiting if item.request is not request])
+        request.future.cancel()
 
     def close(self, *, drop: bool = False) -> None:
-        """Take no more, finish what waits, or refuse it if `drop`, and end the thread."""
-        dropped: list[_Item] = []
+        """Take no more, finish what waits, or reject it if `drop`, and end the thread."""
+        dropped: list[_Item[Result]] = []
         with self._changed:
             self._is_closing = True
             if drop:
                 dropped = list(self._waiting)
                 self._keep([])
             self._changed.notify_all()
-        _refuse(dropped)
+        _reject(dropped)
         if self._thread.ident is not None:
             self._thread.join()
 
     def _run(self) -> None:
-        items: list[_Item] = []
+        items: list[_Item[Result]] = []
         try:
             while items := self._next():
                 self._work(items)
@@ -364,17 +315,17 @@ class MicroBatcher:
                 self._is_closing = True
                 dropped = [*items, *self._waiting]
                 self._keep([])
-            _refuse(dropped)
+            _reject(dropped)
 
-    def _next(self) -> list[_Item]:
+    def _next(self) -> list[_Item[Result]]:
         """The next batch; empty at the end."""
         with self._changed:
-            queue: list[_Item] = []
+            queue: list[_Item[Result]] = []
             while not queue and not (self._is_closing and not self._waiting):
                 while (seconds := self._seconds_to_wait()) != 0:
                     self._changed.wait(seconds)
                 # the rest of a request that has failed
-                queue = [item for item in self._waiting if not item.ticket.is_abandoned]
+                queue = [item for item in self._waiting if not item.request.is_abandoned]
                 self._keep(queue)
             chosen = choose([item.job for item in queue], self.max_tokens)
             taken = set(chosen)
@@ -390,41 +341,50 @@ class MicroBatcher:
         if self._n_waiting_tokens >= self.max_tokens:
             return 0.0
         newest, oldest = self._waiting[-1].arrived, self._waiting[0].arrived
-        until = min(newest + self.wait_seconds, oldest + LONGEST * self.wait_seconds)
+        until = min(newest + self.wait_seconds, oldest + MAX_WAITS * self.wait_seconds)
         return max(0.0, until - time.monotonic())
 
-    def _keep(self, items: list[_Item]) -> None:
+    def _keep(self, items: list[_Item[Result]]) -> None:
         self._waiting.clear()
         self._n_waiting_tokens = 0
         self._add(items)
 
-    def _add(self, items: list[_Item]) -> None:
+    def _add(self, items: list[_Item[Result]]) -> None:
         for item in items:
             last = self._waiting[-1].job if self._waiting else None
             self._n_waiting_tokens += item.job.n_after(last)
             self._waiting.append(item)
 
-    def _work(self, items: Sequence[_Item]) -> None:
+    def _work(self, items: Sequence[_Item[Result]]) -> None:
         try:
             results = self._call([item.job for item in items])
         # whatever it is, the thread must outlive it, and the other jobs must not pay for it
         except Exception as error:
-            if len(items) == 1:
-                logger.warning("a job cannot be scored: %s", error)
-                items[0].ticket.fail(error)
+            # a server that is away is away for all of them
+            if len(items) == 1 or isinstance(error, ServiceError):
+                logger.warning("%d jobs cannot be scored: %s", len(items), error)
+                for item in items:
+                    item.request.fail(error)
                 return
             middle = len(items) // 2
             halves = items[:middle], items[middle:]
         else:
-            for item, tokens in zip(items, results, strict=True):
-                item.ticket.deliver(item.index, tokens)
+            for item, result in zip(items, results, strict=True):
+                item.request.deliver(item.index, result)
             return
         # outside the handler, whose error would keep the tensors of the call alive
         for half in halves:
             self._work(half)
 
-    def _call(self, jobs: Sequence[Job]) -> list[TokenStats]:
-        results, batch = called(self._score, jobs)
+    def _call(self, jobs: Sequence[Job]) -> Sequence[Result]:
+        """The result of each job, from one call over all."""
+        begun = time.monotonic()
+        # in an order that does not depend on who came first
+        stats = sorted({name for job in jobs for name in job.stats})
+        prompts = [job.prompt for job in jobs]
+        scores = self._score(prompts, [job.completions for job in jobs], stats=stats)
+        results = self._split(scores, jobs)
+        batch = Batch.of(jobs, time.monotonic() - begun)
         self._tokens_per_second = batch.n_tokens / max(batch.seconds, 1e-9)
         if self._observe is not None:
             self._observe(batch)
@@ -438,6 +398,6 @@ class MicroBatcher:
         return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
 
 
-def _refuse(items: Sequence[_Item]) -> None:
+def _reject(items: Sequence[_Item[Any]]) -> None:
     for item in items:
-        item.ticket.fail(shutting_down())
+        item.request.fail(shutting_down())

@@ -1,30 +1,78 @@
-"""One prompt of a completions answer: its tokens, their log-probs, the greedy token after them.
-
-`/v1/completions`: log-probs of given text, in the words of OpenAI's clients.
+"""`/v1/completions`: log-probs of given text, in the words of OpenAI's clients.
 
 What is answered: `echo` with `max_tokens` 0, or 1 for one greedy token more, and `logprobs`; that
-is what lm-eval's `local-completions` sends. Sampling is not, and is refused by name.
+is what lm-eval's `local-completions` sends. Sampling is not, and is rejected by name.
 
 A text of n tokens is scored as its first token and a completion of n - 1. The greedy token after
 it is read off one more position, whose own token is never read by the model.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 
 from sharpen_kernels import TokenStats
 
 from .batcher import Job
-from .dialect import Answer, Asked, Desk, refuse_broken
-from .schemas import Body, Made, RefusedError, as_object, boolean, text, whole, wrong
+from .errors import HTTPError, bad_field, check_unicode
+from .schemas import RequestModel, TextOrIds, parse
+from .state import Answer, ParsedRequest, ServerState, reject_not_finite
 from .text import Texts
 
+# how many per position the kernel finds
+MAX_LOGPROBS = 20
+STANDIN = 0  # the token at the position that predicts the one greedy token; it is not read
+
+# what a client may send only to say that it does not want it
+OFF: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": ("",),
+    "stop": ([], ""),
+    "top_p": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+}
+
 Best = list[tuple[int, float]]
+
+
+class CompletionsRequest(RequestModel):
+    """Text to echo with log-probs; `user` and `seed` change nothing."""
+
+    model: str | None = None
+    prompt: TextOrIds = Field(
+        description="text, token ids, or a list of these",
+    )
+    echo: bool = False
+    max_tokens: int | None = Field(None, ge=0, le=1, description="a whole number from 0 to 1")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}"
+    )
+    temperature: Any = None
+    add_special_tokens: bool = True
+    return_tokens_as_token_ids: bool = False
+    n: Any = None
+    best_of: Any = None
+    stream: Any = None
+    stream_options: Any = None
+    suffix: Any = None
+    stop: Any = None
+    top_p: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    user: Any = None
+    seed: Any = None
 
 
 class Given(NamedTuple):
@@ -52,6 +100,97 @@ class Style:
     as_ids: bool
 
 
+def read_completions(body: object, state: ServerState, created: int | None = None) -> ParsedRequest:
+    """What a request asks for; `created` is in seconds since 1970, by default now."""
+    asked = parse(CompletionsRequest, body)
+    _check(asked, state.name)
+    assert asked.max_tokens is not None
+    extra, k = asked.max_tokens, asked.logprobs
+    prompts = _prompts(asked, state)
+    state.limits.check_n("prompt", len(prompts))
+    style = Style(asked.echo, extra, k, asked.return_tokens_as_token_ids)
+    # without log-probs there may be nothing to compute
+    is_scored = k is not None or extra == 1
+    jobs = [_job(f"prompt[{i}]", one.ids, style, state) for i, one in enumerate(prompts)]
+    created = int(time.time()) if created is None else created
+
+    def answer(results: Sequence[TokenStats]) -> Answer:
+        found = results if is_scored else [None] * len(prompts)
+        n_prompt = sum(len(one.ids) for one in prompts)
+        n_extra = extra * len(prompts)
+        return {
+            "id": f"cmpl-{created}",
+            "object": "text_completion",
+            "created": created,
+            "model": state.name,
+            # one at a time: a dictionary per token is much where there are a hundred thousand
+            "choices": (
+                choice(i, one, tokens, style, state.texts)
+                for i, (one, tokens) in enumerate(zip(prompts, found, strict=True))
+            ),
+            "usage": {
+                "prompt_tokens": n_prompt,
+                "completion_tokens": n_extra,
+                "total_tokens": n_prompt + n_extra,
+            },
+        }
+
+    return state.parsed(jobs if is_scored else [], answer)
+
+
+def _check(asked: CompletionsRequest, name: str) -> None:
+    """Reject another model, and what would need sampling."""
+    if asked.model is not None and asked.model != name:
+        check_unicode(asked.model, "model")
+        raise HTTPError(
+            404,
+            f"`model` must be {name!r}, got {asked.model!r}; this server has no other.",
+            param="model",
+            code="model_not_found",
+        )
+    for field, allowed in OFF.items():
+        value = getattr(asked, field)
+        if value is not None and value not in allowed:
+            raise HTTPError(
+                422,
+                f"`{field}` is not supported: this server scores text and does not sample; "
+                "leave it out.",
+                param=field,
+                code="unsupported",
+            )
+    if asked.max_tokens is None or (asked.max_tokens == 0 and not asked.echo):
+        fix = "this server scores text and does not generate"
+        raise bad_field("max_tokens", "0 or 1 with `echo`, or 1 without", asked.max_tokens, fix)
+    if asked.max_tokens == 1 and asked.temperature not in (0, None):
+        wanted = "0, as the one token is the greedy one"
+        raise bad_field("temperature", wanted, asked.temperature)
+
+
+def _prompts(asked: CompletionsRequest, state: ServerState) -> list[Given]:
+    """Text, texts, ids, or lists of ids."""
+    value, special = asked.prompt, asked.add_special_tokens
+    if value == []:
+        raise bad_field("prompt", "text, token ids, or a list of these", "an empty list")
+    if not isinstance(value, list) or not isinstance(value[0], (str, list)):
+        return [_given(value, "prompt", special, state)]
+    return [_given(one, f"prompt[{i}]", special, state) for i, one in enumerate(value)]
+
+
+def _given(value: object, field: str, special: bool, state: ServerState) -> Given:
+    ids = state.texts.ids(value, field, special=special)
+    return Given(value if isinstance(value, str) else None, ids)
+
+
+def _job(name: str, ids: list[Any], style: Style, state: ServerState) -> Job:
+    """What to score of a prompt: its tokens after the first, and the one after them."""
+    first = 1 if style.echo else len(ids)
+    after = [*ids[first:], *[STANDIN] * style.extra]
+    # as in the scorer: the last token is predicted, and never read
+    state.model.check(name, ids, [STANDIN] * style.extra, unread=min(1, len(after)))
+    stats = ("logprob", "topk", "topk_id") if style.k or style.extra else ("logprob",)
+    return Job(ids[:first], [after], stats)
+
+
 def choice(
     index: int, given: Given, tokens: TokenStats | None, style: Style, texts: Texts
 ) -> dict[str, Any]:
@@ -66,7 +205,7 @@ def choice(
         texts: Names tokens.
 
     Raises:
-        RefusedError: If a log-prob is not finite.
+        HTTPError: 422 if a log-prob is not finite.
     """
     ids, logprobs, best = _positions(given.ids, tokens, style)
     names = [_name(token, style, texts) for token in ids]
@@ -100,12 +239,12 @@ def _positions(
         return ids, [None for _ in ids], [[] for _ in ids]
     assert tokens.logprob is not None
     given_S = tokens.logprob[: len(tokens.logprob) - style.extra]
-    refuse_broken("prompt", given_S)
+    reject_not_finite("prompt", given_S)
     logprobs = first + given_S.tolist()
     best = [[] for _ in first] + _best(tokens, style.k or style.extra)
     if style.extra:
         token, logprob = best[-1][0] if best[-1] else (0, math.nan)
-        refuse_broken("the token after the prompt", torch.tensor([logprob]))
+        reject_not_finite("the token after the prompt", torch.tensor([logprob]))
         ids.append(token)
         logprobs.append(logprob)
     return ids, logprobs, best
@@ -152,113 +291,3 @@ def _offsets(names: Sequence[str], text: str) -> list[int]:
     # special tokens before a prompt, or a first space, may be no part of its text
     before = max(0, ends[-1] - len(text)) if ends else 0
     return [max(0, end - len(name) - before) for name, end in zip(names, ends, strict=True)]
-
-
-# how many a position the kernel finds
-MAX_LOGPROBS = 20
-STANDIN = 0
-
-# what a client may send only to say that it does not want it
-OFF: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "stream": (False,), "stream_options": (), "suffix": ("",),
-    "stop": ([], ""), "top_p": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "logit_bias": ({},),
-}  # fmt: skip
-# what changes nothing here
-IGNORED = ("user", "seed")
-FIELDS = (
-    "model", "prompt", "echo", "max_tokens", "logprobs", "temperature", "add_special_tokens",
-    "return_tokens_as_token_ids", *OFF, *IGNORED,
-)  # fmt: skip
-
-
-def read_completions(body: object, desk: Desk, created: int) -> Asked:
-    """What a request asks for.
-
-    Args:
-        body: Of the request.
-        desk: What the server is.
-        created: Seconds since 1970, for the answer.
-
-    Raises:
-        SharpenError: If it is malformed, asks for sampling, is beyond a limit, or nothing the model
-            can read.
-    """
-    fields = as_object(body, FIELDS)
-    _refuse_sampling(fields, desk.name)
-    echo = boolean(fields, "echo", False)
-    extra = whole(fields, "max_tokens", None, (0, 1))
-    if extra is None or (extra == 0 and not echo):
-        fix = "this server scores text and does not generate"
-        raise wrong("max_tokens", "0 or 1 with `echo`, or 1 without", extra, fix)
-    if extra == 1 and fields.get("temperature") not in (0, None):
-        raise wrong("temperature", "0, as the one token is the greedy one", fields["temperature"])
-    k = whole(fields, "logprobs", None, (0, MAX_LOGPROBS))
-    prompts = _prompts(fields, desk)
-    desk.limits.check_n("prompt", len(prompts))
-    stats = ("logprob", "topk", "topk_id") if k or extra else ("logprob",)
-    # without log-probs there may be nothing to compute
-    is_scored = k is not None or extra == 1
-    jobs = []
-    for i, (_, ids) in enumerate(prompts):
-        first = 1 if echo else len(ids)
-        after = [*ids[first:], *[STANDIN] * extra]
-        # as in the scorer: the last token is predicted, and never read
-        desk.model.check(f"prompt[{i}]", ids, [STANDIN] * extra, unread=min(1, len(after)))
-        jobs.append(Job(ids[:first], [after], stats))
-    style = Style(echo, extra, k, boolean(fields, "return_tokens_as_token_ids", False))
-
-    def answer(results: Sequence[TokenStats]) -> Answer:
-        found = results if is_scored else [None] * len(prompts)
-        # a dictionary a token is much where there are a hundred thousand
-        choices = Made(len(prompts), lambda i: choice(i, prompts[i], found[i], style, desk.texts))
-        n_prompt = sum(len(ids) for _, ids in prompts)
-        usage = {"prompt_tokens": n_prompt, "completion_tokens": extra * len(prompts)}
-        return {
-            "id": f"cmpl-{created}",
-            "object": "text_completion",
-            "created": created,
-            "model": desk.name,
-            "choices": choices,
-            "usage": usage | {"total_tokens": sum(usage.values())},
-        }
-
-    return desk.check(Asked(jobs if is_scored else [], answer))
-
-
-def _refuse_sampling(fields: Body, name: str) -> None:
-    asked = fields.get("model")
-    if asked is not None and asked != name:
-        raise RefusedError(
-            404,
-            f"`model` must be {name!r}, got {text(asked, 'model')!r}; this server has no other.",
-            param="model",
-            code="model_not_found",
-        )
-    for field, allowed in OFF.items():
-        value = fields.get(field)
-        if value is not None and value not in allowed:
-            raise RefusedError(
-                422,
-                f"`{field}` is not supported: this server scores text and does not sample; "
-                "leave it out.",
-                param=field,
-                code="unsupported",
-            )
-
-
-def _prompts(fields: Body, desk: Desk) -> list[Given]:
-    """Text, texts, ids, or lists of ids."""
-    value = fields.get("prompt")
-    special = boolean(fields, "add_special_tokens", True)
-    is_many = isinstance(value, list) and bool(value) and isinstance(value[0], (str, list))
-    values = value if isinstance(value, list) and is_many else [value]
-    if value == []:
-        raise wrong("prompt", "text, token ids, or a list of these", "an empty list")
-    return [
-        Given(
-            one if isinstance(one, str) else None,
-            desk.texts.ids(one, f"prompt[{i}]" if is_many else "prompt", special=special),
-        )
-        for i, one in enumerate(values)
-    ]

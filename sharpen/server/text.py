@@ -1,11 +1,10 @@
-"""Where a prompt ends in a text that begins with it, or with what a host has left of it.
+"""Text of a request to token ids and back, with the tokenizer of the model or without one.
 
-A host whose prompts are too long cuts them on the left and sends the whole prompt beside a text
-that begins with the rest. So a text that does not begin with the prompt may begin with its end: of
-all ends of the prompt that the text begins with, the longest. Where a prompt repeats itself, a
-response that repeats it again counts as prompt. An end shorter than `MIN_KEPT` says nothing.
-
-Text of a request to token ids and back, with the tokenizer of the model or without one.
+`Texts.split` finds where the prompt ends in a text that should begin with it. A host whose prompts
+are too long cuts them on the left, and sends the whole prompt beside a text that begins with the
+rest. So a text that does not begin with the prompt may begin with an end of it: the longest one
+that it begins with. Where a prompt repeats itself, a response that repeats it again counts as
+prompt. An end shorter than `MIN_KEPT` says nothing.
 """
 
 from bisect import bisect_left
@@ -17,7 +16,7 @@ from sharpen.errors import InputError
 from sharpen.records import PromptRecord, check_prompt
 from sharpen.sampling.base import has_chat_template, render
 
-from .schemas import RefusedError, text, wrong
+from .errors import HTTPError, bad_field, check_unicode
 
 if TYPE_CHECKING:
     import transformers
@@ -28,59 +27,10 @@ MIN_KEPT = 32
 REPLACEMENT, MAX_REPLACED = "\ufffd", 3
 # tokens around the place that lengths of texts point to, as a cut character has other lengths
 NEAR = 4
-
-
-def kept_end(opening: str, text: str) -> int:
-    """Characters of `text` that are an end of `opening`: the longest, or 0 if it is too short.
-
-    Example:
-        >>> kept_end("Question: what is the sum of 17 and 25? Answer: ",
-        ...          "what is the sum of 17 and 25? Answer: 42")
-        38
-        >>> kept_end("Question: 17 + 25? Answer: ", "Answer: 42")
-        0
-    """
-    n_replaced = len(text) - len(text.lstrip(REPLACEMENT))
-    skip = n_replaced if n_replaced <= MAX_REPLACED else 0
-    n = _overlap(opening, text[skip:])
-    return n + skip if n >= MIN_KEPT else 0
-
-
-def kept_ids(ids: Sequence[int], kept: str, decode: Callable[[list[int]], str]) -> list[int] | None:
-    """The last of `ids` that are decoded to `kept`, as the host cut them; None if none are."""
-    n = len(ids)
-    at = bisect_left(range(n + 1), len(kept), key=lambda k: len(decode(list(ids[n - k :]))))
-    for k in sorted(range(max(1, at - NEAR), min(n, at + NEAR) + 1), key=lambda k: abs(k - at)):
-        last = list(ids[n - k :])
-        if decode(last) == kept:
-            return last
-    return None
-
-
-def _overlap(left: str, right: str) -> int:
-    """Length of the longest end of `left` that `right` begins with; Knuth, Morris and Pratt."""
-    right = right[: len(left)]
-    left = left[len(left) - len(right) :]
-    borders = [0] * len(right)
-    n = 0
-    for i in range(1, len(right)):
-        while n and right[i] != right[n]:
-            n = borders[n - 1]
-        n += right[i] == right[n]
-        borders[i] = n
-    n = 0
-    # both are as long, so all of `right` can be matched by the last character alone
-    for character in left:
-        while n and character != right[n]:
-            n = borders[n - 1]
-        n += character == right[n]
-    return n
-
-
 # a short conversation, rendered to see what the template writes before an answer
 PROBE = [{"role": "user", "content": "?"}]
 
-# what the refusal of a text is called that the context cannot hold
+# code of the error for a text that the context cannot hold
 TOO_LONG = "too_long"
 
 
@@ -104,39 +54,27 @@ class Texts:
 
     @property
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
-        """The tokenizer.
-
-        Raises:
-            RefusedError: If the model has none.
-        """
+        """The tokenizer; 422 if the model has none."""
         if self._given is None:
-            raise RefusedError(
+            raise HTTPError(
                 422, "this model has no tokenizer here; send token ids.", code="no_tokenizer"
             )
         return self._given
 
     # ids of a request are whatever it holds, until the model's limits have seen them
     def ids(self, value: object, field: str, *, special: bool) -> list[Any]:
-        """Token ids of text, or the ids themselves, which are not checked yet.
-
-        Raises:
-            RefusedError: If it is neither, or far too long to be read.
-        """
+        """Token ids of text, or the ids themselves, which are not checked yet; 422 for all else."""
         if isinstance(value, list):
             return value
         if isinstance(value, str):
             self._check_length(field, len(value))
-            return list(self.tokenizer.encode(text(value, field), add_special_tokens=special))
-        raise wrong(field, "text or a list of token ids", value)
+            check_unicode(value, field)
+            return list(self.tokenizer.encode(value, add_special_tokens=special))
+        raise bad_field(field, "text or a list of token ids", value)
 
     # as above
     def prompt_ids(self, value: object, *, special: bool) -> list[Any]:
-        """Token ids of a prompt: text, ids, or messages, which the chat template renders.
-
-        Raises:
-            RefusedError: If it is none of these.
-            InputError: If messages are malformed, or there is no template.
-        """
+        """Token ids of a prompt: text, ids, or messages, which the chat template renders."""
         if isinstance(value, list) and value and isinstance(value[0], dict):
             prompt = check_prompt("the request", {"prompt": value})
             self._check_length("prompt", sum(len(message["content"]) for message in value))
@@ -146,7 +84,7 @@ class Texts:
 
     def _check_length(self, field: str, n: int) -> None:
         if self._max_chars is not None and n > self._max_chars:
-            raise RefusedError(
+            raise HTTPError(
                 422,
                 f"`{field}` must have at most {self._max_chars} characters, got {n}; the model's "
                 "context could not hold it.",
@@ -155,11 +93,7 @@ class Texts:
             )
 
     def eos(self) -> list[int]:
-        """The token that ends a completion.
-
-        Raises:
-            InputError: If the tokenizer has none.
-        """
+        """The token that ends a completion."""
         if not isinstance(self.tokenizer.eos_token_id, int):
             raise InputError("`add_eos` needs a tokenizer with one EOS token; leave it out.")
         return [self.tokenizer.eos_token_id]
@@ -168,10 +102,8 @@ class Texts:
         """Ids of the prompt, and of what follows it in `query`; special tokens stand in the text.
 
         A query that was decoded from ids may spell its prompt as the tokenizer does, so that
-        spelling counts as well; and it may begin with the end of a prompt that was too long.
-
-        Raises:
-            RefusedError: If `query` begins with none of these.
+        spelling counts as well; and it may begin with the end of a prompt that was too long. One
+        that begins with none of these is rejected with 422.
         """
         # of a longer prompt a query that fits the model can hold the end alone
         tail = prompt if self._max_chars is None else prompt[-self._max_chars :]
@@ -188,7 +120,7 @@ class Texts:
                 kept_of_prompt or self.ids(kept, field, special=False),
                 self.ids(response, field, special=False),
             )
-        raise RefusedError(
+        raise HTTPError(
             422,
             f"`{field}` must begin with its prompt {prompt[:40]!r}, or with {MIN_KEPT} characters "
             f"or more of the end of it, got {query[:40]!r}; send prompt and query as one tokenizer "
@@ -256,3 +188,41 @@ class Texts:
     def _decode(self, ids: list[int]) -> str:
         options: dict[str, Any] = {"clean_up_tokenization_spaces": False}
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, **options))
+
+
+def kept_end(opening: str, text: str) -> int:
+    """Characters of `text` that are an end of `opening`: the longest, or 0 if it is too short.
+
+    Example:
+        >>> kept_end("Question: what is the sum of 17 and 25? Answer: ",
+        ...          "what is the sum of 17 and 25? Answer: 42")
+        38
+        >>> kept_end("Question: 17 + 25? Answer: ", "Answer: 42")
+        0
+    """
+    n_replaced = len(text) - len(text.lstrip(REPLACEMENT))
+    skip = n_replaced if n_replaced <= MAX_REPLACED else 0
+    n = _overlap(opening, text[skip:])
+    return n + skip if n else 0
+
+
+def kept_ids(ids: Sequence[int], kept: str, decode: Callable[[list[int]], str]) -> list[int] | None:
+    """The last of `ids` that are decoded to `kept`, as the host cut them; None if none are."""
+    n = len(ids)
+    at = bisect_left(range(n + 1), len(kept), key=lambda k: len(decode(list(ids[n - k :]))))
+    for k in sorted(range(max(1, at - NEAR), min(n, at + NEAR) + 1), key=lambda k: abs(k - at)):
+        last = list(ids[n - k :])
+        if decode(last) == kept:
+            return last
+    return None
+
+
+def _overlap(left: str, right: str) -> int:
+    """Length of the longest end of `left` that `right` begins with; 0 if it is too short."""
+    start = right[:MIN_KEPT]
+    if len(start) < MIN_KEPT:
+        return 0
+    at = left.find(start, max(0, len(left) - len(right)))
+    while at >= 0 and not right.startswith(left[at:]):
+        at = left.find(start, at + 1)
+    return len(left) - at if at >= 0 else 0

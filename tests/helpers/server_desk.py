@@ -4,9 +4,9 @@ import functools
 
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
-from sharpen.server.batcher import called
-from sharpen.server.dialect import Desk
-from sharpen.server.schemas import ServerLimits
+from sharpen.server.batcher import split
+from sharpen.server.limits import ServerLimits
+from sharpen.server.state import ServerState
 from sharpen.server.text import Texts
 
 PROMPT = "Numbers: 4 4 6 8 Target: 24\n"
@@ -19,12 +19,16 @@ def scorer() -> Scorer:
     return Scorer(load_model("game24", device="cpu"), tokenizer=load_tokenizer("game24"))
 
 
-def desk(**limits) -> Desk:
+def desk(**limits) -> ServerState:
     texts = Texts(scorer().tokenizer)
-    return Desk("game24", ModelLimits.of(scorer().model), ServerLimits(**limits), texts)
+    return ServerState("game24", ModelLimits.of(scorer().model), ServerLimits(**limits), texts)
 
 
 def answered(asked):
     """What the request is answered, from one call of the scorer."""
-    results = called(scorer().score, asked.jobs)[0] if asked.jobs else []
-    return asked.answer(results)
+    jobs = asked.jobs
+    if not jobs:
+        return asked.answer([])
+    stats = sorted({name for job in jobs for name in job.stats})
+    prompts, completions = [job.prompt for job in jobs], [job.completions for job in jobs]
+    return asked.answer(split(scorer().score(prompts, completions, stats=stats), jobs))

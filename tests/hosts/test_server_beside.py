@@ -12,8 +12,8 @@ from helpers.server_desk import desk
 from sharpen.scoring.scores import Scores
 from sharpen.server.app import Service, build
 from sharpen.server.batcher import MicroBatcher
+from sharpen.server.limits import N_INSIDE
 from sharpen.server.metrics import Metrics
-from sharpen.server.schemas import N_INSIDE
 from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 
@@ -82,7 +82,8 @@ def application(texts, **limits):
     metrics = Metrics()
     with MicroBatcher(score, wait_seconds=0.0) as batcher:
         service = Service(replace(desk(**limits), texts=texts), batcher, metrics)
-        yield *build(service), service
+        admission = build(service)
+        yield admission, admission, service
         service.bodies.shutdown()
 
 
@@ -128,10 +129,10 @@ def test_bodies_inside_are_bounded_together():
         padded = [
             asyncio.ensure_future(asked(app, "/score", body, [b" " * 50, end])) for end in rest
         ]
-        while gate.inside.n_bytes < N_INSIDE * 80:
+        while gate.in_flight.n_bytes < N_INSIDE * 80:
             await asyncio.sleep(0)
-        assert gate.inside.n_requests == N_INSIDE
-        held = gate.inside.n_bytes
+        assert gate.in_flight.n_requests == N_INSIDE
+        held = gate.in_flight.n_bytes
         # all of them together may have so many bytes, but no more
         fits = N_INSIDE * size - held
         status, said = await asked(app, "/score", "x" * size)
@@ -143,7 +144,7 @@ def test_bodies_inside_are_bounded_together():
             late.append((end, asyncio.ensure_future(asked(app, "/score", "y" * (n - 2), [end]))))
             await asyncio.sleep(0)
             fits -= n
-        while gate.inside.n_bytes < N_INSIDE * size:
+        while gate.in_flight.n_bytes < N_INSIDE * size:
             await asyncio.sleep(0)
         status, said = await asked(app, "/score", body)
         assert (status, said["error"]["code"]) == (429, "too_many_bytes")
@@ -157,7 +158,7 @@ def test_bodies_inside_are_bounded_together():
         answers, after = asyncio.run(run(app, gate))
         assert [status for status, _ in answers] == [200] * N_INSIDE
         assert after[0] == 200
-        assert (gate.inside.n_requests, gate.inside.n_bytes) == (0, 0)
+        assert (gate.in_flight.n_requests, gate.in_flight.n_bytes) == (0, 0)
 
 
 def test_a_body_that_waits_for_the_thread_is_refused_once_the_queue_is_dropped():

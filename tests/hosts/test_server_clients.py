@@ -196,4 +196,4 @@ def test_samples_without_a_reward_get_the_chosen_one_and_are_counted():
     assert seen['sharpen_unscorable_total{cause="empty"}'] == 3
     assert seen['sharpen_unscorable_total{cause="too_long"}'] == 2
     assert code == 0
-    assert log.count("as of all that cannot be rated") == 2
+    assert log.count("a response has no reward") == 2

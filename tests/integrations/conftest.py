@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sharpen.integrations import nemo_rl, reward_model
+from sharpen.integrations import nemo_rl
 from sharpen.scoring import Scorer
+from sharpen.server import unscorable
 
 
 def put(monkeypatch, name, **members):
@@ -26,7 +27,7 @@ def put(monkeypatch, name, **members):
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
     """What is logged once a process is logged once a test."""
-    monkeypatch.setattr(reward_model, "_TOLD", set())
+    monkeypatch.setattr(unscorable, "_LOGGED", set())
 
 
 @pytest.fixture(scope="session")

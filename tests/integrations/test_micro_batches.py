@@ -1,4 +1,4 @@
-"""Concurrent single calls: one batch by prompt, each its own answer, the poisoned one alone."""
+"""Concurrent single calls: one batch, each its own answer, the poisoned one alone."""
 
 import asyncio
 import threading
@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from sharpen.errors import InputError, ServiceError
-from sharpen.integrations.reward_model import MicroBatches
+from sharpen.integrations.reward_model import reward_batcher, reward_of
 
 
 class Rater:
@@ -30,55 +30,53 @@ class Rater:
         ]
 
 
+def batcher(rater, wait_seconds=0.01):
+    return reward_batcher(rater, wait_seconds=wait_seconds)
+
+
 def gather(batches, calls):
     async def run():
-        tasks = [asyncio.ensure_future(batches.reward(p, c)) for p, c in calls]
+        tasks = [asyncio.ensure_future(reward_of(batches, p, c)) for p, c in calls]
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     return asyncio.run(run())
 
 
-def test_calls_are_one_batch_grouped_by_prompt_and_answered_in_place():
+def test_calls_are_one_batch_with_a_prompts_together_and_answered_in_place():
     rater = Rater()
     calls = [([p], [c, c]) for c in range(1, 6) for p in (1, 2, 3)]
-    assert gather(MicroBatches(rater), calls) == [100.0 * p[0] + sum(c) for p, c in calls]
+    assert gather(batcher(rater), calls) == [100.0 * p[0] + sum(c) for p, c in calls]
     assert len(rater.calls) == 1
     prompts, completions = rater.calls[0]
-    assert prompts == [[1], [2], [3]]
-    assert completions == [[[c, c] for c in range(1, 6)]] * 3
+    # neighbours, which the scorer reads as one
+    assert prompts == [[p] for p in (1, 2, 3) for _ in range(5)]
+    assert completions == [[[c, c]] for c in range(1, 6)] * 3
     assert rater.threads.isdisjoint({threading.get_ident()})
-
-
-def test_a_batch_holds_so_many():
-    rater = Rater()
-    calls = [([1], [c]) for c in range(14, 24)]
-    assert gather(MicroBatches(rater, max_calls=4), calls) == [100.0 + c[0] for _, c in calls]
-    assert [len(completions[0]) for _, completions in rater.calls] == [4, 4, 2]
 
 
 def test_what_arrives_during_a_forward_is_the_next_batch():
     release = threading.Event()
     rater = Rater(release)
-    batches = MicroBatches(rater, wait_s=0.0)
+    batches = batcher(rater, wait_seconds=0.0)
 
     async def run():
-        first = asyncio.ensure_future(batches.reward([1], [1]))
+        first = asyncio.ensure_future(reward_of(batches, [1], [1]))
         while not rater.calls:
             await asyncio.sleep(0.001)
-        later = [asyncio.ensure_future(batches.reward([1], [c])) for c in (2, 3)]
+        later = [asyncio.ensure_future(reward_of(batches, [1], [c])) for c in (2, 3)]
         await asyncio.sleep(0.01)
         release.set()
         return [await first, *[await call for call in later]]
 
     assert asyncio.run(run()) == [101.0, 102.0, 103.0]
-    assert [c for _, c in rater.calls] == [[[[1]]], [[[2], [3]]]]
+    assert [c for _, c in rater.calls] == [[[[1]]], [[[2]], [[3]]]]
     assert len(rater.threads) == 1
 
 
 def test_a_poisoned_call_fails_alone():
     rater = Rater()
     calls = [([p], [c]) for p in (1, 2) for c in (11, 12, 13, 14)]
-    found = gather(MicroBatches(rater), calls)
+    found = gather(batcher(rater), calls)
     for (prompt, ids), answer in zip(calls, found, strict=True):
         if ids == [13]:
             assert answer is rater.error
@@ -91,17 +89,17 @@ def test_a_poisoned_call_fails_alone():
 def test_a_server_that_is_away_is_asked_once():
     rater = Rater()
     rater.error = ServiceError("away")
-    found = gather(MicroBatches(rater), [([1], [c]) for c in (11, 12, 13, 14)])
+    found = gather(batcher(rater), [([1], [c]) for c in (11, 12, 13, 14)])
     assert found == [rater.error] * 4
     assert len(rater.calls) == 1
 
 
 def test_a_cancelled_call_does_not_hold_up_the_others():
     rater = Rater()
-    batches = MicroBatches(rater, wait_s=0.02)
+    batches = batcher(rater, wait_seconds=0.02)
 
     async def run():
-        calls = [asyncio.ensure_future(batches.reward([1], [c])) for c in (1, 13, 3)]
+        calls = [asyncio.ensure_future(reward_of(batches, [1], [c])) for c in (1, 13, 3)]
         await asyncio.sleep(0)
         calls[1].cancel()
         return await asyncio.gather(*calls, return_exceptions=True)
@@ -114,12 +112,12 @@ def test_a_cancelled_call_does_not_hold_up_the_others():
 
 def test_it_goes_on_after_a_pause():
     rater = Rater()
-    batches = MicroBatches(rater)
+    batches = batcher(rater)
 
     async def run():
-        first = await batches.reward([1], [1])
+        first = await reward_of(batches, [1], [1])
         await asyncio.sleep(0.03)
-        return first, await batches.reward([1], [2])
+        return first, await reward_of(batches, [1], [2])
 
     assert asyncio.run(run()) == (101.0, 102.0)
     assert len(rater.calls) == 2
@@ -127,4 +125,4 @@ def test_it_goes_on_after_a_pause():
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_calls(n):
-    assert gather(MicroBatches(Rater()), [([1], [2])] * n) == [102.0] * n
+    assert gather(batcher(Rater()), [([1], [2])] * n) == [102.0] * n

@@ -118,8 +118,8 @@ def test_ms_swift_example_of_the_page(swift, scorer, monkeypatch):
     exec(page.replace("Qwen/Qwen2.5-0.5B-Instruct", "game24"), {})
     made = swift.orms["sharpen"](args=None)
     tokenizer = chatting(scorer, monkeypatch)
-    monkeypatch.setattr(ms_swift, "scorer_of", lambda rating: scorer)
-    monkeypatch.setattr(reward_model, "_SHARED", {})
+    monkeypatch.setattr(reward_model, "scorer_of", lambda rating: scorer)
+    reward_model.shared_reward_model.cache_clear()
     # the columns of a row, as rl_core/data.py hands them over
     columns = {name: [[], []] for name in ("images", "videos", "audios", "tools", "objects")}
     texts = [TEXTS[0], ""]

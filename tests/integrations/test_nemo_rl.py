@@ -10,7 +10,7 @@ import yaml
 
 from helpers.other_pythons import code_block
 from sharpen.errors import InputError
-from sharpen.integrations import nemo_rl
+from sharpen.integrations import nemo_rl, reward_model
 
 PROMPT = "Numbers: 4 4 6 8 Target: 24\n"
 TEXTS = ["8 + 4 = 12 left: 4 6 12\n6 - 4 = 2 left: 2 12\n12 * 2 = 24", "8 * 4 = 32 left: 4 6 32"]
@@ -58,14 +58,14 @@ def test_nemo_rl_conversations_of_many_turns_are_refused(roles):
 
 
 def test_nemo_rl_environment_lets_its_model_go_at_shutdown(nemo, monkeypatch):
-    made, own = [], nemo_rl.scorer_of
+    made, own = [], reward_model.scorer_of
 
     def watched(rating):
         scorer = own(rating)
         made.append(weakref.ref(scorer.model))
         return scorer
 
-    monkeypatch.setattr(nemo_rl, "scorer_of", watched)
+    monkeypatch.setattr(reward_model, "scorer_of", watched)
     environment = nemo_rl.SelfRewardEnvironment(OPTIONS)
     environment.step(logs(TEXTS), [{}, {}])
     # nemo_rl/evals/eval.py calls it, whatever the environment
@@ -90,7 +90,7 @@ class NoEnd:
 
 
 def test_nemo_rl_response_without_a_reward_needs_a_number_for_it(scorer, caplog):
-    rate = nemo_rl.rate_by(nemo_rl.Rating(**OPTIONS), scorer)
+    rate = reward_model.rate_by(reward_model.Rating(**OPTIONS), scorer)
     batch = logs(["8", "", "4"])
     tokenizer = NoEnd(scorer.tokenizer)
     with pytest.raises(InputError, match="set `unscorable_reward` to what such a response"):

@@ -41,7 +41,7 @@ def test_a_response_without_a_reward_gets_the_number_and_the_others_keep_theirs(
     assert logs["logprob"].tolist() == [0, want, 0]
     assert logs["unscorable"].tolist() == [1, 0, 1]
     # once
-    assert caplog.text.count("the reward of a sample is -30") == 1
+    assert caplog.text.count("it gets `unscorable_reward`, -30") == 1
 
 
 def test_so_does_one_of_log_probs_that_are_not_finite(caplog):
@@ -57,7 +57,7 @@ def test_so_does_one_of_log_probs_that_are_not_finite(caplog):
 
 
 def test_the_number_comes_from_the_environment(monkeypatch):
-    monkeypatch.setattr(openrlhf, "_OPENED", {})
+    openrlhf._opened.cache_clear()
     monkeypatch.setenv("SHARPEN_MODEL", "game24")
     monkeypatch.setenv("SHARPEN_UNSCORABLE_REWARD", "-12.5")
     assert ask(reward_func, "")["rewards"].tolist() == [-12.5]

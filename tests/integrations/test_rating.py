@@ -9,8 +9,9 @@ import torch
 from helpers.completions_server import serving
 from helpers.tiny import alone, ragged, tiny
 from sharpen.errors import InputError
-from sharpen.integrations.reward_model import EMPTY, Rating, not_finite, rate_by, settled
+from sharpen.integrations.reward_model import EMPTY, Rating, not_finite, rate_by
 from sharpen.scoring import Scorer, Scores
+from sharpen.server.unscorable import UnscorableReward
 
 
 @pytest.fixture
@@ -22,6 +23,10 @@ def groups():
     """`ragged` without its empty completion and its prompt without any."""
     prompts, completions = ragged()
     return [prompts[0], prompts[3]], [[c for c in completions[0] if c], completions[3]]
+
+
+def settled(rated, otherwise):
+    return UnscorableReward(otherwise).resolve(rated)
 
 
 def flat(rewards):

@@ -2,7 +2,7 @@ import pytest
 
 from sharpen.errors import InputError
 from sharpen.server.app import api_key, check_key, is_loopback
-from sharpen.server.schemas import RefusedError
+from sharpen.server.errors import HTTPError
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -37,7 +37,7 @@ def test_only_the_whole_key_opens():
         b"Basic secret",
         b"Bearer \xff",
     ):
-        with pytest.raises(RefusedError, match="must be `Bearer KEY`") as refused:
+        with pytest.raises(HTTPError, match="must be `Bearer KEY`") as refused:
             check_key("secret", wrong)
         assert refused.value.status == 401
         assert refused.value.headers == {"WWW-Authenticate": "Bearer"}

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from sharpen.server.schemas import PIECE, Made, RefusedError, _json_pieces, decoded, encoded
+from sharpen.server.bodies import PIECE, decoded, encoded, json_pieces
+from sharpen.server.errors import HTTPError
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from sharpen.server.schemas import PIECE, Made, RefusedError, _json_pieces, deco
     ],
 )
 def test_bodies_that_are_not_what_they_say(body, kind, status, told):
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(HTTPError) as refused:
         decoded(body, kind)
     assert refused.value.status == status
     assert told in refused.value.message
@@ -37,19 +38,6 @@ def test_json_numbers_are_exact_and_holes_are_null():
     assert found["x"][1:3] == [None, None]
     assert np.array_equal(np.float32([found["x"][0], found["x"][3]]), values[[0, 3]])
     assert found["y"] == {"z": [[1, 2]]}
-
-
-def test_npz_holds_every_array_with_its_bits(tmp_path):
-    values = np.float32([-1.5, np.nan])
-    body, kind = encoded(
-        {"a": {"b": values}, "c": np.int64([3]), "d": "x"}, "text/*, application/x-npz;q=1"
-    )
-    assert kind == "application/x-npz"
-    path = tmp_path / "x.npz"
-    path.write_bytes(body)
-    with np.load(path) as found:
-        assert sorted(found) == ["a.b", "c"]
-        assert np.array_equal(found["a.b"], values, equal_nan=True)
 
 
 ODD = {"a": "\ud800\u2028", "b": {}, "c": [], "d": None, "e": True, "": {"": [1, {"x": []}]}}
@@ -78,7 +66,7 @@ def test_long_arrays_keep_their_rows():
     assert found["flat"] == table[:, 0].tolist()
     assert found["none"] == []
     # in pieces, so that others run between them
-    assert max(map(len, _json_pieces({"x": table}))) < len(body) / 4
+    assert max(map(len, json_pieces({"x": table}))) < len(body) / 4
 
 
 def test_what_is_made_as_it_is_read_is_a_list_in_every_form():
@@ -88,12 +76,14 @@ def test_what_is_made_as_it_is_read_is_a_list_in_every_form():
         made.append(i)
         return {"i": i, "x": list(range(PIECE + i))}
 
+    def answer():
+        return {"choices": map(make, range(3)), "none": iter([])}
+
     made = []
-    answer = {"choices": Made(3, make), "none": Made(0, make)}
     want = {"choices": [{"i": i, "x": list(range(PIECE + i))} for i in range(3)], "none": []}
+    pieces = json_pieces(answer())
     assert made == []
-    assert json.loads(encoded(answer)[0]) == want
+    assert json.loads("".join(pieces)) == want
     assert made == [0, 1, 2]
-    assert answer["choices"][-1] == want["choices"][2]
-    assert answer["choices"][1:] == want["choices"][1:]
-    assert msgpack.unpackb(encoded(answer, "application/msgpack")[0]) == want
+    assert json.loads(encoded(answer())[0]) == want
+    assert msgpack.unpackb(encoded(answer(), "application/msgpack")[0]) == want

@@ -100,7 +100,8 @@ def test_a_greedy_token_has_one_log_prob_also_where_two_sums_differ_in_their_las
     tokens = TokenStats(
         logprob=torch.tensor([own]), topk=torch.tensor([[other]]), topk_id=torch.tensor([[5]])
     )
-    found = asked.answer([tokens])["choices"][0]["logprobs"]
+    (choice,) = asked.answer([tokens])["choices"]
+    found = choice["logprobs"]
     assert found["token_logprobs"] == [None, own]
     assert list(found["top_logprobs"][1].values()) == [own]
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from sharpen.server.metrics import Inside
-from sharpen.server.schemas import RefusedError, ServerLimits
+from sharpen.server.errors import HTTPError
+from sharpen.server.limits import InFlight, ServerLimits
 
 
 def test_what_a_request_held_is_given_back():
-    inside = Inside(ServerLimits(max_request_bytes=100))
+    inside = InFlight(ServerLimits(max_request_bytes=100))
     first, second = inside.enter(), inside.enter()
     first.receive(60)
     first.receive(30)
@@ -21,22 +21,22 @@ def test_what_a_request_held_is_given_back():
 
 
 def test_a_body_that_is_too_large_is_refused_and_not_counted():
-    inside = Inside(ServerLimits(max_request_bytes=100))
+    inside = InFlight(ServerLimits(max_request_bytes=100))
     held = inside.enter()
     held.receive(90)
     for refused in (held.receive, lambda n: held.check(90 + n)):
-        with pytest.raises(RefusedError) as told:
+        with pytest.raises(HTTPError) as told:
             refused(11)
         assert told.value.status == 413
     assert inside.n_bytes == 90
 
 
 def test_all_together_are_bounded():
-    inside = Inside(ServerLimits(max_request_bytes=100))
+    inside = InFlight(ServerLimits(max_request_bytes=100))
     others = [inside.enter() for _ in range(32)]
     for other in others:
         other.receive(100)
-    with pytest.raises(RefusedError) as told:
+    with pytest.raises(HTTPError) as told:
         inside.enter().receive(1)
     assert told.value.status == 429
     others[0].leave()

@@ -4,22 +4,11 @@ from hypothesis import strategies as st
 
 from helpers.tiny import tiny
 from sharpen.scoring import Scorer
-from sharpen.server.batcher import Job, choose, parted, regroup
+from sharpen.server.batcher import Job, choose, split
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 # made into jobs in the test: the checks of types draw random numbers, which a strategy must not
 JOBS = st.lists(st.tuples(IDS, st.lists(IDS, min_size=0, max_size=3)), max_size=8)
-
-
-@given(JOBS)
-def test_regrouping_keeps_every_completion_in_its_place(pairs):
-    jobs = [Job(*pair) for pair in pairs]
-    prompts, completions, spans = regroup(jobs)
-    assert len({tuple(p) for p in prompts}) == len(prompts)
-    flat = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
-    for job, (a, b) in zip(jobs, spans, strict=True):
-        assert flat[a:b] == [(job.prompt, c) for c in job.completions]
-    assert sum(len(job.completions) for job in jobs) == len(flat)
 
 
 @given(JOBS, st.integers(1, 30))
@@ -59,9 +48,8 @@ def test_parts_are_the_bits_of_one_call_over_all():
     scorer = Scorer(tiny())
     jobs = [Job([5, 6, 7], [[8, 9], [10]]), Job([3], [[], [4]]), Job([5, 6, 7], [[11, 12, 13]])]
     stats = ("logprob", "entropy", "topk_id")
-    prompts, completions, spans = regroup(jobs)
-    scores = scorer.score(prompts, completions, stats=stats)
-    first, second, third = parted(scores, spans)
+    prompts, completions = [job.prompt for job in jobs], [job.completions for job in jobs]
+    first, second, third = split(scorer.score(prompts, completions, stats=stats), jobs)
     whole = scorer.score([[5, 6, 7], [3]], [[[8, 9], [10], [11, 12, 13]], [[], [4]]], stats=stats)
     for name in stats:
         column = getattr(whole.tokens, name)

@@ -9,7 +9,7 @@ from sharpen.errors import InputError
 from sharpen.scoring import Scorer
 from sharpen.scoring.scores import Scores
 from sharpen.server.batcher import Job, MicroBatcher
-from sharpen.server.schemas import RefusedError, refusal_of
+from sharpen.server.errors import HTTPError, http_error_of
 from sharpen_kernels import TokenStats
 
 LONG = 20.0  # seconds; nothing that a test waits for on purpose
@@ -47,17 +47,19 @@ def busy(batcher, score):
     return ticket
 
 
-def test_requests_of_one_prompt_are_one_call_and_one_group():
+def test_requests_of_one_prompt_are_one_call_and_stand_together():
     score = Recorded()
     batcher = MicroBatcher(score)
-    tickets = [batcher.submit([Job([1, 2], [[i], [i, i]])]) for i in range(5)]
+    tickets = [batcher.submit([Job([1, 2], [[i], [i, i]])]) for i in range(2)]
     other = batcher.submit([Job([9], [[7]])])
+    tickets += [batcher.submit([Job([1, 2], [[i], [i, i]])]) for i in range(2, 5)]
     with batcher:
         assert [values(t) for t in tickets] == [[[i, i, i]] for i in map(float, range(5))]
         assert values(other) == [[7.0]]
     ((prompts, completions, _),) = score.calls
-    assert prompts == [[1, 2], [9]]
-    assert completions == [[c for i in range(5) for c in ([i], [i, i])], [[7]]]
+    # neighbours, which the scorer reads as one
+    assert prompts == [[1, 2]] * 5 + [[9]]
+    assert completions == [[[i], [i, i]] for i in range(5)] + [[[7]]]
 
 
 def test_a_batch_has_the_bits_of_the_scorer_alone():
@@ -110,7 +112,7 @@ def test_what_waits_is_bounded_and_the_refusal_says_when_to_come_back():
     with MicroBatcher(score, max_queue=2, wait_seconds=0.0) as batcher:
         first = busy(batcher, score)
         kept = [batcher.submit([Job([1], [[i]])]) for i in range(2)]
-        with pytest.raises(RefusedError, match="2 prompts wait already, of at most 2") as refused:
+        with pytest.raises(HTTPError, match="2 prompts wait already, of at most 2") as refused:
             batcher.submit([Job([1], [[5]])])
         assert refused.value.status == 429
         assert int(refused.value.headers["Retry-After"]) >= 1
@@ -125,11 +127,11 @@ def test_a_request_of_many_jobs_cannot_overshoot_the_bound():
         first = busy(batcher, score)
         # nothing waits, so that more than the bound gets in, or it never would
         large = batcher.submit([Job([1], [[i]]) for i in range(4)])
-        with pytest.raises(RefusedError, match="4 prompts wait already, of at most 3, and"):
+        with pytest.raises(HTTPError, match="4 prompts wait already, of at most 3, and"):
             batcher.submit([Job([1], [[5]])])
         batcher.abandon(large)
         kept = batcher.submit([Job([1], [[6]]), Job([1], [[7]])])
-        with pytest.raises(RefusedError, match="2 prompts wait already, of at most 3, and"):
+        with pytest.raises(HTTPError, match="2 prompts wait already, of at most 3, and"):
             batcher.submit([Job([1], [[8]]), Job([1], [[9]])])
         last = batcher.submit([Job([1], [[8]])])
         assert batcher.n_waiting == 3
@@ -171,7 +173,7 @@ def test_closing_answers_what_was_accepted_and_takes_no_more():
     assert time.monotonic() - begun < LONG / 2
     assert [values(t) for t in tickets] == [[[0.0]], [[1.0]], [[2.0]]]
     assert not batcher.is_alive
-    with pytest.raises(RefusedError, match="shutting down") as refused:
+    with pytest.raises(HTTPError, match="shutting down") as refused:
         batcher.submit([Job([1], [[2]])])
     assert refused.value.status == 503
 
@@ -185,7 +187,7 @@ def test_closing_at_once_refuses_what_waits():
     threading.Timer(0.05, score.gate.set).start()
     batcher.close(drop=True)
     assert values(first) == [[0.0]]
-    with pytest.raises(RefusedError, match="shutting down"):
+    with pytest.raises(HTTPError, match="shutting down"):
         values(waits)
 
 
@@ -210,11 +212,11 @@ def test_every_statistic_that_some_job_wants_is_computed_once():
         (InputError("`a` must be b."), 422, "`a` must be b."),
         (RuntimeError("CUDA out of memory. Tried"), 413, "more memory"),
         (ZeroDivisionError("x"), 500, "scoring failed (ZeroDivisionError: x)"),
-        (RefusedError(429, "later"), 429, "later"),
+        (HTTPError(429, "later"), 429, "later"),
     ],
 )
 def test_errors_have_the_status_that_clients_act_on(error, status, told):
-    refusal = refusal_of(error)
+    refusal = http_error_of(error)
     assert refusal.status == status
     assert told in refusal.body["error"]["message"]
 
@@ -230,9 +232,9 @@ def test_nobody_waits_for_a_thread_that_has_ended():
     tickets = [batcher.submit([Job([1], [[2]])]) for _ in range(2)]
     batcher.start()
     for ticket in tickets:
-        with pytest.raises(RefusedError, match="shutting down"):
+        with pytest.raises(HTTPError, match="shutting down"):
             ticket.future.result(timeout=LONG)
-    with pytest.raises(RefusedError, match="shutting down"):
+    with pytest.raises(HTTPError, match="shutting down"):
         batcher.submit([Job([1], [[2]])])
     batcher.close()
     assert not batcher.is_alive

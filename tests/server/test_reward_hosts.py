@@ -38,6 +38,7 @@ def test_a_prompt_may_be_spelt_as_the_tokenizer_decodes_it():
         ({"query": [RIGHT, PROMPT]}, "`query[0]` must begin with its prompt"),
         ({"prompts": [PROMPT]}, "`prompts` must be a list of 2, one a query, got '1 of them'"),
         ({"query": "x"}, "`query` must be a list of texts"),
+        ({"query": ["\ud800", ""]}, "`query[0]` must be valid Unicode"),
         ({"prompts": [PROMPT, 3]}, "`prompts[1]` must be text, got 3"),
         ({"query": [""], "prompts": [""]}, "query[0]: the prompt must hold at least one token"),
     ],

@@ -4,8 +4,8 @@ import torch
 
 from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError
+from sharpen.server.errors import HTTPError
 from sharpen.server.rewards import read_score
-from sharpen.server.schemas import RefusedError
 
 BODY = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 
@@ -90,10 +90,13 @@ def test_votes_get_answers_and_validity_from_the_request():
         ({"add_eos": 1}, "`add_eos` must be true or false, got 1"),
         ({"valid": [True, 0]}, "`valid[1]` must be true or false, got 0"),
         ({"temperature": 1}, "unknown field `temperature`"),
+        ({"\ud800": 1}, "unknown field `\ud800`"),
+        ({3: 1}, "unknown field `3`"),
+        ({"rewards": [["logprob"]]}, "`rewards` must be of logprob, mean_logprob"),
     ],
 )
 def test_what_is_wrong_is_told_by_name(change, told):
-    with pytest.raises((RefusedError, InputError)) as refused:
+    with pytest.raises((HTTPError, InputError)) as refused:
         read_score(BODY | change, desk())
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -109,7 +112,7 @@ def test_a_completion_may_end_one_token_after_the_context_as_in_the_scorer():
 
 @pytest.mark.parametrize("body", [[], "x", None, 3])
 def test_a_body_must_be_an_object(body):
-    with pytest.raises(RefusedError, match="must be an object"):
+    with pytest.raises(HTTPError, match="must be an object"):
         read_score(body, desk())
 
 
@@ -121,7 +124,7 @@ def test_a_body_must_be_an_object(body):
     ],
 )
 def test_limits_are_told_with_what_was_wanted(limits, status, told):
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(HTTPError) as refused:
         read_score(BODY, desk(**limits))
     assert refused.value.status == status
     assert told in refused.value.message
@@ -132,5 +135,5 @@ def test_limits_that_are_kept_are_not_felt():
     assert read_score(BODY, desk(max_n=2, max_request_tokens=prompt + 48)).jobs
     with pytest.raises(InputError, match="`max_queue` must be at least 1, got 0"):
         desk(max_queue=0)
-    with pytest.raises(RefusedError, match="at most 10 bytes, got 11"):
+    with pytest.raises(HTTPError, match="at most 10 bytes, got 11"):
         desk(max_request_bytes=10).limits.check_bytes(11)

@@ -9,9 +9,9 @@ import torch
 from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import InputError, SharpenError
 from sharpen.models import ModelLimits
-from sharpen.server.dialect import Unscorable
 from sharpen.server.rewards import read_evaluation, read_get_reward
 from sharpen.server.text import Texts
+from sharpen.server.unscorable import UnscorableReward
 from sharpen_kernels import TokenStats
 
 LONG = "8 " * 1100
@@ -25,7 +25,7 @@ def openrlhf(*queries):
 def given(reward):
     """A desk that answers `reward`, and the causes it has been told."""
     causes = []
-    return replace(desk(), unscorable=Unscorable(reward, causes.append)), causes
+    return replace(desk(), unscorable=UnscorableReward(reward, causes.append)), causes
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_openrlhf_gets_the_chosen_reward_beside_real_ones(caplog):
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert "-500" in told[0]
-    assert "the first that is empty: `query[0]` must hold at least one" in told[0]
-    assert "the first that is too_long: query[2]: prompt and completion must fit" in told[1]
+    assert "a response has no reward (`query[0]` must hold at least one" in told[0]
+    assert "a response has no reward (query[2]: prompt and completion must fit" in told[1]
 
 
 def test_llama_factory_gets_the_chosen_reward_beside_real_ones():
@@ -136,7 +136,7 @@ def test_a_wrong_set_up_is_refused_all_the_same(change, told):
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
 def test_the_chosen_reward_is_a_number(reward):
     with pytest.raises(InputError, match="`unscorable_reward` must be a finite number, got"):
-        Unscorable(reward)
+        UnscorableReward(reward)
 
 
 def test_a_text_of_the_whole_context_is_rated():
