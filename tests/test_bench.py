@@ -105,16 +105,18 @@ def test_recorded_clock_replays_what_it_was_given():
 
 def row(impl, kind, median_us):
     facts = {"op": "o", "shape": "s", "dtype": "d", "spread": 0.0, "rounds": 5, "tflop_per_s": 0.0}
-    return Row(
-        impl=impl, kind=kind, median_us=median_us, peak_extra_mib=0.0, machine={}, **facts
-    )  # fmt: skip
+    return Row(impl=impl, kind=kind, median_us=median_us, peak_extra_mib=0.0, machine={}, **facts)
 
 
 def test_ratios_are_to_the_fastest_exact_peer_and_floor():
     rows = [
-        row("ours", "ours", 2e3), row("b", "exact", 6e3), row("c", "exact", 8e3),
-        row("d", "rounded", 1.5e3), row("e", "floor", 1e3), row("f", "floor", 4e3),
-    ]  # fmt: skip
+        row("ours", "ours", 2e3),
+        row("b", "exact", 6e3),
+        row("c", "exact", 8e3),
+        row("d", "rounded", 1.5e3),
+        row("e", "floor", 1e3),
+        row("f", "floor", 4e3),
+    ]
     text = table("title", rows, {"g": "no module", "h": "no module"})
     (ours,) = (line for line in text.splitlines() if line.startswith("  ours "))
     assert "3.00 x" in ours

@@ -56,9 +56,18 @@ def test_truth_is_the_reference_of_the_op():
 
 def attention_row(impl, kind, median_us, rate):
     return AttentionRow(
-        op="tree_attention forward", impl=impl, kind=kind, shape="s", dtype="bfloat16",
-        median_us=median_us, spread=0.0, rounds=5, tflop_per_s=rate, peak_extra_mib=0.0, machine={},
-    )  # fmt: skip
+        op="tree_attention forward",
+        impl=impl,
+        kind=kind,
+        shape="s",
+        dtype="bfloat16",
+        median_us=median_us,
+        spread=0.0,
+        rounds=5,
+        tflop_per_s=rate,
+        peak_extra_mib=0.0,
+        machine={},
+    )
 
 
 def test_goals_of_attention_are_of_flash_attn_where_it_is():
@@ -137,9 +146,12 @@ def test_gpu_checklist_goes_on_behind_a_step_that_fails(tmp_path):
     python.write_text(FAKE)
     python.chmod(0o755)
     done = subprocess.run(
-        ["bash", "bench/gpu.sh", str(out)], cwd=ROOT, env=os.environ | {"PYTHON": str(python)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        ["bash", "bench/gpu.sh", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
     told = (out / "summary.txt").read_text()
     assert done.returncode == 1, done.stderr
     assert "sharing: FAILED with 3, see sharing.log" in told

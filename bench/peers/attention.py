@@ -78,7 +78,5 @@ PEERS = (
     Peer("causal, flash-attn 3", lambda: _flash("flash_attn_interface"), ("cuda",)),
     Peer("causal, flash-attn 2", lambda: _flash("flash_attn"), ("cuda",)),
     Peer("causal, SDPA flash", lambda: {"causal": _sdpa(SDPBackend.FLASH_ATTENTION)}),
-    Peer(
-        "causal, SDPA cuDNN", lambda: {"causal": _sdpa(SDPBackend.CUDNN_ATTENTION)}, ("cuda",)
-    ),
-)  # fmt: skip
+    Peer("causal, SDPA cuDNN", lambda: {"causal": _sdpa(SDPBackend.CUDNN_ATTENTION)}, ("cuda",)),
+)

@@ -43,8 +43,13 @@ def test_run_holds_every_file_and_ends_with_a_table_and_the_report(run, capsys):
 def test_summary_has_the_promised_keys(run):
     summary = json.loads((run / "summary.json").read_text())
     assert {k: summary[k] for k in ("task", "model", "n", "prompts", "seed", "reward")} == {
-        "task": "game24", "model": "game24", "n": 8, "prompts": 6, "seed": 0, "reward": "logprob",
-    }  # fmt: skip
+        "task": "game24",
+        "model": "game24",
+        "n": 8,
+        "prompts": 6,
+        "seed": 0,
+        "reward": "logprob",
+    }
     accuracy = summary["accuracy"]
     assert set(accuracy) == {"greedy", "sample", "pass_at_n", "best_of_n"}
     for reward in ("logprob", "mean_logprob", "majority"):

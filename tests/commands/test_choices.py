@@ -23,12 +23,13 @@ LOGPROBS = [[[-1.0, -2.0], [-2.0], [-4.0], [-0.5]], [[-INF], [-6.0, -1.0], [-5.0
 FINISHED = [[True, True, True, False], [True, True, True]]
 ROWS = [
     {
-        "prompt_id": f"p{p}", "prompt_ids": [p],
+        "prompt_id": f"p{p}",
+        "prompt_ids": [p],
         "completions": [f"c{p}{g}" for g in range(len(group))],
         "completion_ids": [[10 * p + g] * len(x) for g, x in enumerate(group)],
     }
     for p, group in enumerate(LOGPROBS)
-]  # fmt: skip
+]
 MESSAGES = [{"role": "user", "content": "q1"}]
 PROMPTS = ["q0", MESSAGES]
 
@@ -42,9 +43,13 @@ def drawn(reward=None):
 
 def test_the_reference_is_the_log_prob_whatever_the_reward(tmp_path):
     rows = [
-        {"prompt_id": "p", "prompt_ids": [1], "completion_ids": [[2, 3], [4]],
-         "finish_reasons": ["stop", "stop"]}
-    ]  # fmt: skip
+        {
+            "prompt_id": "p",
+            "prompt_ids": [1],
+            "completion_ids": [[2, 3], [4]],
+            "finish_reasons": ["stop", "stop"],
+        }
+    ]
     # all are scored: the scorer is not called
     scored = {"prompt_id": "p", "logprob": [[-1.0, -2.0], [-4.0]]}
     (tmp_path / "scores.jsonl").write_text(json.dumps(scored) + "\n")
@@ -88,8 +93,9 @@ def test_soft_and_equal_weights():
 def test_what_sft_fits_and_says():
     choice = choose_best(sft(per="sequence"), drawn())
     assert [(g.prompt_ids, g.completion_ids, g.weight) for g in choice.groups] == [
-        ([0], [[1]], [1.0]), ([1], [[12]], [1.0]),
-    ]  # fmt: skip
+        ([0], [[1]], [1.0]),
+        ([1], [[12]], [1.0]),
+    ]
     assert choice.objective == Likelihood("sequence")
     assert choice.what == "2 completions"
     assert choice.found == {
@@ -143,16 +149,24 @@ def test_preferences_are_written_as_trl_reads_them(tmp_path):
     found = [json.loads(line) for line in (tmp_path / PAIRS).read_text().splitlines()]
     assert found == [
         {
-            "prompt_id": "p0", "prompt": "q0", "chosen": "c01", "rejected": "c02",
-            "prompt_ids": [0], "chosen_ids": [1], "rejected_ids": [2],
+            "prompt_id": "p0",
+            "prompt": "q0",
+            "chosen": "c01",
+            "rejected": "c02",
+            "prompt_ids": [0],
+            "chosen_ids": [1],
+            "rejected_ids": [2],
         },
         {
-            "prompt_id": "p1", "prompt": MESSAGES,
+            "prompt_id": "p1",
+            "prompt": MESSAGES,
             "chosen": [{"role": "assistant", "content": "c12"}],
             "rejected": [{"role": "assistant", "content": "c11"}],
-            "prompt_ids": [1], "chosen_ids": [12], "rejected_ids": [11, 11],
+            "prompt_ids": [1],
+            "chosen_ids": [12],
+            "rejected_ids": [11, 11],
         },
-    ]  # fmt: skip
+    ]
     assert list(pair_rows(ROWS[0], "q0", [])) == []
 
 

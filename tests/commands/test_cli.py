@@ -157,45 +157,53 @@ FROM_FILE = [*BON, "--prompts", "in.jsonl"]
         pytest.param(FROM_FILE, ['{"text": "a"}'], "in.jsonl:1: must have the field", id="field"),
         pytest.param(FROM_FILE, ['{"prompt": ""}'], "in.jsonl:1: `prompt` must not", id="empty"),
         pytest.param(
-            FROM_FILE, ['{"prompt": [{"role": "user", "content": "a"}]}'],
+            FROM_FILE,
+            ['{"prompt": [{"role": "user", "content": "a"}]}'],
             "in.jsonl:1: `prompt` holds messages, but the model's tokenizer has no chat template",
             id="messages",
         ),
         pytest.param(
-            FROM_FILE, [json.dumps({"prompt": "1 " * 1100})],
+            FROM_FILE,
+            [json.dumps({"prompt": "1 " * 1100})],
             "in.jsonl:1: prompt and completion must fit the model's context of 1024",
             id="prompt-too-long",
         ),
         pytest.param([*BON, "--task", "game25"], None, "`task` must be one of game24", id="task"),
         pytest.param(
-            [*BON, "--task", "game24", "--split", "dev"], None,
-            "`split` must be one of base, sharpen, test, free", id="split",
+            [*BON, "--task", "game24", "--split", "dev"],
+            None,
+            "`split` must be one of base, sharpen, test, free",
+            id="split",
         ),
         pytest.param(
-            [*BON, "--task", "game24", "--split", "sharpen+dev"], None,
-            "for task game24, got 'dev'", id="split-of-two",
+            [*BON, "--task", "game24", "--split", "sharpen+dev"],
+            None,
+            "for task game24, got 'dev'",
+            id="split-of-two",
         ),
         pytest.param(BON, None, "give one of `--task` and `--prompts`, got neither", id="neither"),
-        pytest.param(
-            [*FROM_FILE, "--task", "game24"], [GOOD], "`--prompts`, got both", id="both"
-        ),
-        pytest.param(
-            [*FROM_FILE, "-n", "0"], [GOOD], "`n` must be at least 1, got 0", id="n-zero"
-        ),
+        pytest.param([*FROM_FILE, "--task", "game24"], [GOOD], "`--prompts`, got both", id="both"),
+        pytest.param([*FROM_FILE, "-n", "0"], [GOOD], "`n` must be at least 1, got 0", id="n-zero"),
         pytest.param(
             [*FROM_FILE, "--reward", "beauty"], [GOOD], "`reward` must be one of", id="reward"
         ),
         pytest.param(
-            [*FROM_FILE, "--reward", "majority"], [GOOD],
-            "`reward` majority needs answers, which only a task can extract", id="majority",
+            [*FROM_FILE, "--reward", "majority"],
+            [GOOD],
+            "`reward` majority needs answers, which only a task can extract",
+            id="majority",
         ),
         pytest.param(
-            [*FROM_FILE, "--reward", "neg_entropy"], [GOOD],
-            "needs entropy, which sampling does not keep; add `--scores scorer`", id="needs",
+            [*FROM_FILE, "--reward", "neg_entropy"],
+            [GOOD],
+            "needs entropy, which sampling does not keep; add `--scores scorer`",
+            id="needs",
         ),
         pytest.param(
-            [*FROM_FILE, "--model", "./no/such/model"], [GOOD],
-            "where no such folder exists", id="no-model",
+            [*FROM_FILE, "--model", "./no/such/model"],
+            [GOOD],
+            "where no such folder exists",
+            id="no-model",
         ),
         pytest.param(
             [*FROM_FILE, "--max-tokens", "0"], [GOOD], "`max_tokens` must be at least", id="budget"
@@ -203,24 +211,32 @@ FROM_FILE = [*BON, "--prompts", "in.jsonl"]
         pytest.param([*SCORE, "--rewards", "x"], [GOOD], "`rewards` must be among", id="rewards"),
         pytest.param(SCORE, [GOOD, '{"prompt": "1"}'], "in.jsonl:2: must have one of", id="no-c"),
         pytest.param(
-            SCORE, [GOOD, '{"prompt": "1", "completions": "1"}'],
-            "in.jsonl:2: `completions` must be a list, got str", id="not-a-list",
+            SCORE,
+            [GOOD, '{"prompt": "1", "completions": "1"}'],
+            "in.jsonl:2: `completions` must be a list, got str",
+            id="not-a-list",
         ),
         pytest.param(
-            SCORE, ['{"prompt": "1", "completion": "", "completion_ids": [214]}'],
-            "in.jsonl:1: token ids must be in [0, 214), got 214 at position 0", id="vocabulary",
+            SCORE,
+            ['{"prompt": "1", "completion": "", "completion_ids": [214]}'],
+            "in.jsonl:1: token ids must be in [0, 214), got 214 at position 0",
+            id="vocabulary",
         ),
         pytest.param(
-            SCORE, [json.dumps({"prompt": "1", "completion": "1 " * 1100})],
-            "in.jsonl:1: prompt and completion must fit the model's context of 1024", id="context",
+            SCORE,
+            [json.dumps({"prompt": "1", "completion": "1 " * 1100})],
+            "in.jsonl:1: prompt and completion must fit the model's context of 1024",
+            id="context",
         ),
         pytest.param(
-            SCORE, ['{"prompt": "1", "completion": "a", "completion_ids": ["a"]}'],
-            "in.jsonl:1: `completion_ids` must be a list of integers", id="ids",
+            SCORE,
+            ['{"prompt": "1", "completion": "a", "completion_ids": ["a"]}'],
+            "in.jsonl:1: `completion_ids` must be a list of integers",
+            id="ids",
         ),
         pytest.param(SCORE, [""], "must hold at least one record", id="no-records"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_exit_two_and_nothing_written(
     argv, lines, message, tmp_path, monkeypatch, capsys
 ):

@@ -35,9 +35,18 @@ def endpoint():
 
 def command(verb, url, out, *extra):
     return [
-        verb, "--endpoint", url, "--endpoint-model", "instruct", "--out", str(out), *QUICK,
-        "--max-new-tokens", "30", *extra,
-    ]  # fmt: skip
+        verb,
+        "--endpoint",
+        url,
+        "--endpoint-model",
+        "instruct",
+        "--out",
+        str(out),
+        *QUICK,
+        "--max-new-tokens",
+        "30",
+        *extra,
+    ]
 
 
 def prompts_file(tmp_path, n=4):
@@ -62,9 +71,14 @@ def test_samples_are_written_without_what_is_unknown(endpoint, tmp_path, capsys)
     for row in rows:
         # no ids: only the server has a tokenizer
         assert set(row) == {
-            "prompt_id", "prompt", "completions", "logprobs", "finish_reasons", "tokens",
+            "prompt_id",
+            "prompt",
+            "completions",
+            "logprobs",
+            "finish_reasons",
+            "tokens",
             "served_model",
-        }  # fmt: skip
+        }
         assert row["completions"][1] == "6 - 4 = 2 left: 2 12"
         assert row["finish_reasons"] == ["length", "stop", "stop", "stop"]
     assert {body["seed"] for body in server.asked} == {

@@ -8,12 +8,15 @@ import pytest
 from sharpen.cli import main
 
 ROW = {
-    "prompt_id": "p", "prompt": "q", "prompt_ids": [1, 5], "completions": ["a", "b", "", "d"],
+    "prompt_id": "p",
+    "prompt": "q",
+    "prompt_ids": [1, 5],
+    "completions": ["a", "b", "", "d"],
     "completion_ids": [[6, 2], [7, 2], [2], [8]],
     "finish_reasons": ["stop", "stop", "stop", "length"],
     "logprobs": [[-1.0, -2.0], [-0.5, -0.25], [-0.1], [-0.1]],
     "rewards": {"logprob": [-3.0, -0.75, -0.1, -0.1], "mine": [2, 1.5, 9, 9]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ SFT = ["--shape", "sft", "--reward", "mine"]
         ([*SFT[:3], "majority"], "in.jsonl:1: `reward` 'majority' must be among"),
     ],
     ids=lambda x: " ".join(x[2:]) if isinstance(x, list) else "",
-)  # fmt: skip
+)
 def test_bad_options_are_refused(export, flags, message):
     code, _, said = export([ROW], *flags)
     assert code == 2
@@ -166,7 +169,7 @@ def test_bad_options_are_refused(export, flags, message):
         ({"prompt": ""}, "`prompt` must not be empty"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)  # fmt: skip
+)
 def test_bad_records_are_told_by_place(export, change, message):
     code, _, said = export([ROW, ROW | {"prompt_id": "second"} | change], *SFT)
     assert code == 2

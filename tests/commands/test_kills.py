@@ -12,20 +12,46 @@ from sharpen.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMON = [
-    "--model", "game24", "--task", "game24", "--limit", "4", "--max-new-tokens", "40", "-n", "4",
-    "--max-tokens", "2000", "--device", "cpu", "--batch", "1", "--save-every", "1",
-    "--trainer", "logging_steps=1",
-]  # fmt: skip
+    "--model",
+    "game24",
+    "--task",
+    "game24",
+    "--limit",
+    "4",
+    "--max-new-tokens",
+    "40",
+    "-n",
+    "4",
+    "--max-tokens",
+    "2000",
+    "--device",
+    "cpu",
+    "--batch",
+    "1",
+    "--save-every",
+    "1",
+    "--trainer",
+    "logging_steps=1",
+]
 JOURNAL, SEAL = "sharpen.runs:Journal.append", "sharpen.training.fit:CompleteMarker.on_save"
 OPTIMIZER = "transformers.trainer:Trainer._save_optimizer_and_scheduler"
 MODEL, STAGE = "sharpen.training.fit:flush", "sharpen.commands.xpo:Stage"
 ARGV = {
     "sft": ["sft", *COMMON, "--lr", "1e-4"],
     "rlhf": [
-        "rlhf", *COMMON, "--lr", "1e-5", "--loss", "dpo", "--pairs", "all", "--lora-rank", "2",
+        "rlhf",
+        *COMMON,
+        "--lr",
+        "1e-5",
+        "--loss",
+        "dpo",
+        "--pairs",
+        "all",
+        "--lora-rank",
+        "2",
     ],
     "xpo": ["xpo", *COMMON, "-n", "1", "--lr", "1e-5", "--rounds", "2", "--validation", "2"],
-}  # fmt: skip
+}
 # in this order, each a run that goes on from where the one before was killed
 KILLS = {
     "sft": [
@@ -55,9 +81,12 @@ def cut(tmp_path_factory):
     paths = os.pathsep.join(str(ROOT / x) for x in ("", "kernels"))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "killed_runs.py")],
-        input=json.dumps(jobs), text=True, capture_output=True, cwd=ROOT,
+        input=json.dumps(jobs),
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 

@@ -15,10 +15,25 @@ from sharpen.sampling import Prompt
 from sharpen.scoring import Scorer, Scores
 
 COMMON = [
-    "--model", "game24", "--task", "game24", "--limit", "6", "--max-new-tokens", "40",
-    "--max-tokens", "2000", "--device", "cpu", "--batch", "2", "--save-every", "1",
-    "--trainer", "logging_steps=1",
-]  # fmt: skip
+    "--model",
+    "game24",
+    "--task",
+    "game24",
+    "--limit",
+    "6",
+    "--max-new-tokens",
+    "40",
+    "--max-tokens",
+    "2000",
+    "--device",
+    "cpu",
+    "--batch",
+    "2",
+    "--save-every",
+    "1",
+    "--trainer",
+    "logging_steps=1",
+]
 PROMPTS = [Prompt(f"p{p}", "", (p,), "here") for p in range(2)]
 
 

@@ -5,9 +5,22 @@ import pytest
 from sharpen.cli import main
 
 SAMPLE = [
-    "sample", "--model", "game24", "--task", "game24", "--split", "sharpen", "--limit", "4",
-    "-n", "3", "--max-new-tokens", "40", "--device", "cpu",
-]  # fmt: skip
+    "sample",
+    "--model",
+    "game24",
+    "--task",
+    "game24",
+    "--split",
+    "sharpen",
+    "--limit",
+    "4",
+    "-n",
+    "3",
+    "--max-new-tokens",
+    "40",
+    "--device",
+    "cpu",
+]
 
 
 def sample(out, *extra):

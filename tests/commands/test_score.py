@@ -69,8 +69,22 @@ def test_scores_are_of_the_temperature_asked_for(tmp_path, capsys):
     want = by_hand(PROMPT, ids, 0.5).sum().item()
     assert row["rewards"]["logprob"] == pytest.approx(want, abs=1e-4)
     # the same output of another law is not gone on with
-    assert main(["score", "--model", "game24", "--input", str(tmp_path / "in.jsonl"),
-                 "--out", str(tmp_path / "out.jsonl"), "--device", "cpu"]) == 2  # fmt: skip
+    assert (
+        main(
+            [
+                "score",
+                "--model",
+                "game24",
+                "--input",
+                str(tmp_path / "in.jsonl"),
+                "--out",
+                str(tmp_path / "out.jsonl"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
     assert "temperature was 0.5, is 1.0" in capsys.readouterr().err
 
 

@@ -11,11 +11,13 @@ from sharpen.scoring import Scores
 N = 2 * CHUNK + 3
 SAMPLES = [
     {
-        "prompt_id": f"p{p}", "prompt_ids": [p], "completion_ids": [[p, 1], [2]],
+        "prompt_id": f"p{p}",
+        "prompt_ids": [p],
+        "completion_ids": [[p, 1], [2]],
         "finish_reasons": ["stop", "length"],
     }
     for p in range(N)
-]  # fmt: skip
+]
 
 
 class ByBatch:

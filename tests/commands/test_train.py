@@ -12,10 +12,25 @@ from sharpen.scoring import Scorer
 from sharpen.training.trainer import GroupTrainer
 
 COMMON = [
-    "--model", "game24", "--task", "game24", "--limit", "6", "--max-new-tokens", "40",
-    "--max-tokens", "2000", "--device", "cpu", "--batch", "2", "--save-every", "1",
-    "--trainer", "logging_steps=1",
-]  # fmt: skip
+    "--model",
+    "game24",
+    "--task",
+    "game24",
+    "--limit",
+    "6",
+    "--max-new-tokens",
+    "40",
+    "--max-tokens",
+    "2000",
+    "--device",
+    "cpu",
+    "--batch",
+    "2",
+    "--save-every",
+    "1",
+    "--trainer",
+    "logging_steps=1",
+]
 
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")

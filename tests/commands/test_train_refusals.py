@@ -99,9 +99,13 @@ def test_bad_settings_are_one_line_and_nothing_is_written(
 
 def row(prompt_id="p", **changes):
     good = {
-        "prompt_id": prompt_id, "prompt": PROMPT, "prompt_ids": IDS, "completions": ["a", "b"],
-        "completion_ids": [[5, 2], [6, 2]], "finish_reasons": ["stop", "stop"],
-    }  # fmt: skip
+        "prompt_id": prompt_id,
+        "prompt": PROMPT,
+        "prompt_ids": IDS,
+        "completions": ["a", "b"],
+        "completion_ids": [[5, 2], [6, 2]],
+        "finish_reasons": ["stop", "stop"],
+    }
     return {name: value for name, value in (good | changes).items() if value is not None}
 
 

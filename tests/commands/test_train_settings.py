@@ -16,14 +16,39 @@ CPU = torch.device("cpu")
 # where and how it runs, not what comes out
 FREE = {"out", "trust_remote_code", "allow_pickle"}
 OTHER = {
-    "model": "other", "device": "cuda", "dtype": "bfloat16", "max_tokens": 7, "task": "other",
-    "split": "test", "shots": 1, "limit": 3, "n": 7, "temperature": 0.5,
-    "top_p": 0.5, "max_new_tokens": 7, "seed": 7, "lr": 0.5, "epochs": 0.5, "batch": 7,
-    "lora_rank": 7, "save_every": 7, "trainer": ["bf16=true"], "reward": "mean_logprob",
-    "weights": "soft", "soft_temperature": 0.5, "per": "sequence", "beta": 0.5,
-    "pairs": "all", "standardise": "all", "loss": "dpo", "alpha": "0.5", "rounds": 7,
-    "exploration": 0.5, "validation": 7, "scores": "sampler",
-}  # fmt: skip
+    "model": "other",
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "max_tokens": 7,
+    "task": "other",
+    "split": "test",
+    "shots": 1,
+    "limit": 3,
+    "n": 7,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "max_new_tokens": 7,
+    "seed": 7,
+    "lr": 0.5,
+    "epochs": 0.5,
+    "batch": 7,
+    "lora_rank": 7,
+    "save_every": 7,
+    "trainer": ["bf16=true"],
+    "reward": "mean_logprob",
+    "weights": "soft",
+    "soft_temperature": 0.5,
+    "per": "sequence",
+    "beta": 0.5,
+    "pairs": "all",
+    "standardise": "all",
+    "loss": "dpo",
+    "alpha": "0.5",
+    "rounds": 7,
+    "exploration": 0.5,
+    "validation": 7,
+    "scores": "sampler",
+}
 
 
 def of(config, n_processes=1):
@@ -57,8 +82,9 @@ def test_each_option_is_in_the_settings(name, tmp_path):
     assert {"n", "lr", "reward", "seed", "limit"} <= changed.keys()
 
 
-@pytest.mark.parametrize(("name", "file"), [("sft", "samples"), ("rlhf", "samples"),
-                                            ("xpo", "prompts")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "file"), [("sft", "samples"), ("rlhf", "samples"), ("xpo", "prompts")]
+)
 def test_other_content_under_the_same_name_is_another_run(name, file, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("{}\n")
@@ -84,8 +110,19 @@ def test_three_commands_are_three_runs():
 )
 def test_other_flags_on_a_rerun_are_refused(flags, message, tmp_path, capsys):
     """Before anything is drawn: the folder holds a run of the other settings, no output yet."""
-    argv = ["rlhf", "--model", "game24", "--task", "game24", "--limit", "2", "--device", "cpu",
-            "--out", str(tmp_path)]  # fmt: skip
+    argv = [
+        "rlhf",
+        "--model",
+        "game24",
+        "--task",
+        "game24",
+        "--limit",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     config = replace(CONFIGS["rlhf"], limit=2, device="cpu", out=str(tmp_path))
     (tmp_path / "run.json").write_text(json.dumps(of(config)))
     assert main([*argv, *flags]) == 2

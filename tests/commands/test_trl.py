@@ -23,11 +23,35 @@ STEPS, LR, BETA, BATCH = 4, 1e-4, 0.5, 2
 def test_trl_reads_the_same_tokens_and_takes_the_same_steps(tmp_path):
     out = tmp_path / "rlhf"
     argv = [
-        "rlhf", "--model", "game24", "--task", "game24", "--limit", "8", "--device", "cpu",
-        "--max-new-tokens", "40", "-n", "6", "--loss", "dpo", "--pairs", "best_worst",
-        "--beta", str(BETA), "--lr", str(LR), "--batch", str(BATCH), "--trainer",
-        f"max_steps={STEPS}", "logging_steps=1", "--out", str(out),
-    ]  # fmt: skip
+        "rlhf",
+        "--model",
+        "game24",
+        "--task",
+        "game24",
+        "--limit",
+        "8",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "40",
+        "-n",
+        "6",
+        "--loss",
+        "dpo",
+        "--pairs",
+        "best_worst",
+        "--beta",
+        str(BETA),
+        "--lr",
+        str(LR),
+        "--batch",
+        str(BATCH),
+        "--trainer",
+        f"max_steps={STEPS}",
+        "logging_steps=1",
+        "--out",
+        str(out),
+    ]
     assert main(argv) == 0
     pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     losses = [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
@@ -35,9 +59,11 @@ def test_trl_reads_the_same_tokens_and_takes_the_same_steps(tmp_path):
     paths = [str(ROOT), str(ROOT / "kernels"), str(PEERS)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "trl_dpo.py"), *map(str, asked)],
-        text=True, capture_output=True, cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     names = ("prompt_ids", "chosen_ids", "rejected_ids")

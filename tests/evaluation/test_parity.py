@@ -97,9 +97,15 @@ def test_the_worst_come_first_and_ties_by_place():
 
 @pytest.mark.parametrize(
     ("measure", "tolerance", "holds"),
-    [("max", 0.5, True), ("max", 0.49, False), ("mean", 0.25, True), ("mean", 0.24, False),
-     ("p99", 0.5, True), ("p99", 0.49, False)],
-)  # fmt: skip
+    [
+        ("max", 0.5, True),
+        ("max", 0.49, False),
+        ("mean", 0.25, True),
+        ("mean", 0.24, False),
+        ("p99", 0.5, True),
+        ("p99", 0.49, False),
+    ],
+)
 def test_the_tolerance_is_on_the_measure(measure, tolerance, holds):
     assert is_within(compare(pair(OURS, THEIRS)), tolerance, measure) == holds
 
@@ -132,9 +138,14 @@ def test_a_token_is_shown_with_what_stands_around_it():
     assert (shown["token_id"], shown["position"], shown["difference"]) == (2, 1, 0.5)
     found = compare(pairs)
     report = {
-        "ours": "a", "theirs": "b", "tolerance": 0.1, "measure": "max", "is_within": False,
-        "differences": found, "worst": [{"place": "prompt-1", **shown}],
-    }  # fmt: skip
+        "ours": "a",
+        "theirs": "b",
+        "tolerance": 0.1,
+        "measure": "max",
+        "is_within": False,
+        "differences": found,
+        "worst": [{"place": "prompt-1", **shown}],
+    }
     text = format_parity(report)
     assert "prompt-1, completion 0, token 1" in text
     assert "7 8 1[2]3" in text

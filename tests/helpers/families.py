@@ -29,35 +29,60 @@ TREE: dict[str, dict[str, Any]] = {
     "cohere2": {"head_dim": 8, **ALTERNATING},
     "olmo3": ALTERNATING,
     "deepseek_v3": {
-        "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "n_group": 1,
-        "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, **MOE,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        **MOE,
     },
-}  # fmt: skip
+}
 CACHE: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA, "mamba_n_heads": 8, "mamba_expand": 2, "attn_layer_indices": [1]},
     "lfm2": {
-        "layer_types": ["conv", "full_attention"], "block_multiple_of": 8, "block_ff_dim": 48,
+        "layer_types": ["conv", "full_attention"],
+        "block_multiple_of": 8,
+        "block_ff_dim": 48,
     },
     # its gated recurrence amplifies rounding at the initial range of the others
     "qwen3_next": {
         "initializer_range": 0.1,
-        "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, **MOE,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        **MOE,
         "layer_types": ["linear_attention", "full_attention"],
-        "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 1,
     },
     "llama4_text": {
-        "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
-        "attention_chunk_size": 8, "interleave_moe_layer_step": 1,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 8,
+        "interleave_moe_layer_step": 1,
     },
     "falcon_h1": {**MAMBA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_expand": 1},
     "nemotron_h": {
-        "head_dim": 8, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4,
-        "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "expand": 1,
+        "head_dim": 8,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "expand": 1,
     },
-}  # fmt: skip
+}
 
 
 def family(name: str, **changes: Any) -> Any:

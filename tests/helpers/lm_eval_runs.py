@@ -54,9 +54,13 @@ def manager(folder: Path) -> TaskManager:
 def evaluated(lm, folder: Path, tasks=TASKS, **options):
     """Results and samples of `tasks` under a model, or the name of a model type."""
     return lm_eval.simple_evaluate(
-        model=lm, tasks=list(tasks), task_manager=manager(folder), log_samples=True,
-        bootstrap_iters=0, **options,
-    )  # fmt: skip
+        model=lm,
+        tasks=list(tasks),
+        task_manager=manager(folder),
+        log_samples=True,
+        bootstrap_iters=0,
+        **options,
+    )
 
 
 def numbers(found, task: str) -> list:

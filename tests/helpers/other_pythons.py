@@ -22,10 +22,17 @@ def run(python, *arguments, code=0, cwd=None, **environment):
     """Standard output of one run with our own code first on the path."""
     done = subprocess.run(
         [python, *arguments],
-        capture_output=True, text=True, timeout=600, cwd=cwd,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-             "TOKENIZERS_PARALLELISM": "false", **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=cwd,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+            "TOKENIZERS_PARALLELISM": "false",
+            **environment,
+        },
+    )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"[-4000:]
     return done.stdout
 

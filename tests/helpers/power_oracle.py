@@ -64,9 +64,16 @@ def two_tokens():
 def small_llama(seed=5, V=4):
     """A Llama of V tokens, one of which ends."""
     model = tiny(
-        seed=seed, vocab_size=V, hidden_size=16, intermediate_size=24, num_attention_heads=2,
-        num_key_value_heads=1, eos_token_id=EOS, pad_token_id=1, initializer_range=0.5,
-    )  # fmt: skip
+        seed=seed,
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=EOS,
+        pad_token_id=1,
+        initializer_range=0.5,
+    )
     model.generation_config.eos_token_id = EOS
     return model
 

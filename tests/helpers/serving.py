@@ -58,9 +58,18 @@ class Serving:
 
 def command(model, *flags):
     return [
-        sys.executable, "-m", "sharpen", "serve", "--model", str(model), "--device", "cpu",
-        "--port", "0", *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sharpen",
+        "serve",
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+        *flags,
+    ]
 
 
 def environment(**variables):
@@ -72,9 +81,13 @@ def environment(**variables):
 @contextlib.contextmanager
 def serving(model, *flags, **variables):
     process = subprocess.Popen(
-        command(model, *flags), env=environment(**variables), cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command(model, *flags),
+        env=environment(**variables),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         line = process.stdout.readline()
         assert "serving" in line, process.communicate()[1]

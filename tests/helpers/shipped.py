@@ -8,9 +8,22 @@ from sharpen.cli import main
 from sharpen.models import load_model, load_tokenizer
 
 SMALL_RUN = [
-    "bon", "--model", "game24", "--task", "game24", "--limit", "6", "-n", "8",
-    "--max-new-tokens", "40", "--max-tokens", "400", "--device", "cpu",
-]  # fmt: skip
+    "bon",
+    "--model",
+    "game24",
+    "--task",
+    "game24",
+    "--limit",
+    "6",
+    "-n",
+    "8",
+    "--max-new-tokens",
+    "40",
+    "--max-tokens",
+    "400",
+    "--device",
+    "cpu",
+]
 
 
 def bon(out: Path, *extra: str) -> int:

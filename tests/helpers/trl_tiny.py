@@ -16,9 +16,15 @@ from sharpen.models import load_tokenizer
 
 V = 214
 QUIET = {
-    "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 0,
-    "logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False,
-}  # fmt: skip
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "seed": 0,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 PROMPTS = ["Numbers: 4 4 6 8 Target: 24\n", "Numbers: 1 2 3 4 Target: 24\n"]
 
 

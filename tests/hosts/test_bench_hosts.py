@@ -20,8 +20,11 @@ def test_benchmark_checks_itself_beside_its_host(name):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{name}", "--check"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
     for contender in CONTENDERS[name]:

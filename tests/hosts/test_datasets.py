@@ -34,13 +34,18 @@ def features(shape, said):
         "sft": {"prompt": said, "completion": said, **source},
         "tokens": {"input_ids": IDS, "completion_mask": IDS, **source},
         "dpo": {
-            "prompt": said, "chosen": said, "rejected": said, "score_chosen": NUMBER,
-            "score_rejected": NUMBER, "prompt_id": TEXT, "chosen_sample_id": COUNT,
+            "prompt": said,
+            "chosen": said,
+            "rejected": said,
+            "score_chosen": NUMBER,
+            "score_rejected": NUMBER,
+            "prompt_id": TEXT,
+            "chosen_sample_id": COUNT,
             "rejected_sample_id": COUNT,
         },
         "kto": {"prompt": said, "completion": said, "label": "Value('bool')", **source},
         "prompt": {"prompt": said, "prompt_id": TEXT},
-    }[shape]  # fmt: skip
+    }[shape]
 
 
 @pytest.fixture(scope="module")

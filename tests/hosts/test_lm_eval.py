@@ -27,12 +27,16 @@ def runs(paths):
     model, folder = paths
     return {
         (kind, shots): evaluated(
-            kind, folder, model_args={"pretrained": str(model)}, device="cpu", batch_size=4,
+            kind,
+            folder,
+            model_args={"pretrained": str(model)},
+            device="cpu",
+            batch_size=4,
             num_fewshot=shots,
         )
         for kind in ("hf", "sharpen")
         for shots in (0, 2)
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("shots", [0, 2])

@@ -42,10 +42,23 @@ def _answer(x):
 
 def test_the_command_writes_the_results_of_hf(paths, tmp_path):
     done = ran(
-        ["sharpen", "lm-eval"], "--model", "sharpen", "--model_args", f"pretrained={paths[0]}",
-        "--device", "cpu", "--batch_size", 4, "--include_path", paths[1],
-        "--tasks", ",".join(TASKS), "--log_samples", "--output_path", tmp_path,
-    )  # fmt: skip
+        ["sharpen", "lm-eval"],
+        "--model",
+        "sharpen",
+        "--model_args",
+        f"pretrained={paths[0]}",
+        "--device",
+        "cpu",
+        "--batch_size",
+        4,
+        "--include_path",
+        paths[1],
+        "--tasks",
+        ",".join(TASKS),
+        "--log_samples",
+        "--output_path",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "sharpen (" in done.stdout
     wanted = evaluated(model_of("hf", paths[0]), paths[1], TASKS)
@@ -69,9 +82,18 @@ def test_help_is_ours_and_then_theirs():
 
 def test_a_refusal_is_one_line(paths):
     done = ran(
-        ["sharpen", "lm-eval"], "--model", "sharpen", "--device", "cpu", "--tasks", "two",
-        "--model_args", f"pretrained={paths[0]},softmax_dtype=bfloat16", "--include_path", paths[1],
-    )  # fmt: skip
+        ["sharpen", "lm-eval"],
+        "--model",
+        "sharpen",
+        "--device",
+        "cpu",
+        "--tasks",
+        "two",
+        "--model_args",
+        f"pretrained={paths[0]},softmax_dtype=bfloat16",
+        "--include_path",
+        paths[1],
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         "sharpen: `softmax_dtype` must be float32, got torch.bfloat16: log-probs are always summed "

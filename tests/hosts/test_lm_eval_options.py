@@ -102,9 +102,11 @@ def test_an_adapter_counts_and_so_does_a_loaded_model(paths, plain, tmp_path):
 
 def test_chat_templates_and_turns(paths, plain):
     run = {
-        "apply_chat_template": True, "num_fewshot": 1, "fewshot_as_multiturn": True,
+        "apply_chat_template": True,
+        "num_fewshot": 1,
+        "fewshot_as_multiturn": True,
         "system_instruction": "Be brief.",
-    }  # fmt: skip
+    }
     found = both(paths, ["two"], run)
     (first, _), *_ = found["samples"]["two"][0]["arguments"]
     assert first.startswith("[system]Be brief.\n[user]")
@@ -192,7 +194,7 @@ def test_batches_shrink_where_memory_runs_out(paths, plain, monkeypatch):
         ({"sharing": "some"}, "`sharing` must be 'auto', tree, cache, none, got 'some'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_refused(paths, options, message):
     with pytest.raises(InputError, match=message):
         model_of("sharpen", paths[0], **options)
@@ -207,7 +209,7 @@ def test_what_cannot_be_done_is_refused(paths, options, message):
         ("abc", "x" * (CONTEXT + 1), "the continuation must fit .* 512 tokens, got 513"),
     ],
     ids=["nothing", "continuation", "context", "long"],
-)  # fmt: skip
+)
 def test_what_hf_cannot_score_is_refused_by_name(paths, context, continuation, message):
     pairs = [("a", " b"), (context, continuation)]
     with pytest.raises((AssertionError, IndexError)):

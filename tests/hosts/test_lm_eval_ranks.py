@@ -27,19 +27,26 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     model, folder = prepared(tmp_path)
     wanted = evaluated(model_of("sharpen", model), folder, TASKS)
     shared = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
-    }  # fmt: skip
+    }
     script = Path(__file__).parents[1] / "workers" / "lm_eval_rank.py"
     command = [sys.executable, str(script), str(model), str(folder), str(tmp_path / "out.json")]
     ranks = [
         subprocess.Popen(
-            [*command, *TASKS], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [*command, *TASKS],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     errors = [rank.communicate(timeout=150)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     found = json.loads((tmp_path / "out.json").read_text())

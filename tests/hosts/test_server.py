@@ -35,7 +35,7 @@ def test_scores_are_the_bits_of_the_scorer(shipped, offline):
     found = shipped.post("/score", body)
     want = offline.score_text(
         [PROMPT], [[WRONG, RIGHT]], stats=("logprob", "self_certainty", "topk_id")
-    )  # fmt: skip
+    )
     for name in ("logprob", "self_certainty"):
         assert torch.equal(torch.tensor(found["rewards"][name]), want.reward(name))
     assert torch.equal(torch.tensor(found["token_stats"]["logprob"]), want.tokens.logprob)

@@ -68,11 +68,19 @@ async def asked(app, path, body=None, parts=()):
         sent.append(message)
 
     scope = {
-        "type": "http", "method": "GET" if body is None else "POST", "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "http_version": "1.1",
-        "headers": [(b"content-type", b"application/json")], "scheme": "http",
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "asgi": {"version": "3.0"},
-    }  # fmt: skip
+        "type": "http",
+        "method": "GET" if body is None else "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "http_version": "1.1",
+        "headers": [(b"content-type", b"application/json")],
+        "scheme": "http",
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "asgi": {"version": "3.0"},
+    }
     await app(scope, receive, send)
     return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
 

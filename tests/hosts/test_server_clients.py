@@ -67,29 +67,39 @@ def test_openai_client_reads_refusals(client):
 def tasks(folder):
     """A multiple-choice and a perplexity task from JSON lines files."""
     questions = [
-        {"question": f"Numbers: {a} 4 6 8 Target: 24\n", "choices": [WRONG, RIGHT, "8 / 4 = 2"],
-         "answer": 1}
+        {
+            "question": f"Numbers: {a} 4 6 8 Target: 24\n",
+            "choices": [WRONG, RIGHT, "8 / 4 = 2"],
+            "answer": 1,
+        }
         for a in (1, 2, 3, 4, 5)
-    ]  # fmt: skip
+    ]
     pages = [{"text": PROMPT + RIGHT}, {"text": PROMPT + WRONG + "\n" + WRONG}]
     for name, rows in (("questions", questions), ("pages", pages)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = {"dataset_path": "json", "test_split": "test"}
     return [
-        shared | {
-            "task": "questions", "output_type": "multiple_choice",
+        shared
+        | {
+            "task": "questions",
+            "output_type": "multiple_choice",
             "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
-            "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer", "target_delimiter": "",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "target_delimiter": "",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         },
-        shared | {
-            "task": "pages", "output_type": "loglikelihood_rolling",
+        shared
+        | {
+            "task": "pages",
+            "output_type": "loglikelihood_rolling",
             "dataset_kwargs": {"data_files": {"test": str(folder / "pages.jsonl")}},
-            "doc_to_text": "", "doc_to_target": "{{text}}",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
             "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
         },
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and of datasets
@@ -105,9 +115,13 @@ def test_lm_eval_through_the_server_equals_hf(server, tmp_path, monkeypatch):
         "hf": f"pretrained={PATH},device=cpu,dtype=float32,{bos}",
     }.items():
         found[name] = lm_eval.simple_evaluate(
-            model=name, model_args=arguments, tasks=tasks(tmp_path), bootstrap_iters=0,
-            task_manager=TaskManager(), log_samples=True,
-        )  # fmt: skip
+            model=name,
+            model_args=arguments,
+            tasks=tasks(tmp_path),
+            bootstrap_iters=0,
+            task_manager=TaskManager(),
+            log_samples=True,
+        )
     ours, theirs = (
         [
             (float(x), y)
@@ -138,9 +152,8 @@ def flat(responses):
 def test_openrlhf_gets_the_same_over_http_and_from_its_file(server):
     texts = [RIGHT, WRONG, "8 + 4 = 12", "8 / 4 = 2"]
     asked = [
-        {"query": [PROMPT + text], "prompts": [PROMPT], "labels": ["24"]}
-        for text in texts * 4
-    ]  # fmt: skip
+        {"query": [PROMPT + text], "prompts": [PROMPT], "labels": ["24"]} for text in texts * 4
+    ]
     reward_func = SelfReward("game24")
     with ThreadPoolExecutor(16) as pool:
         remote = list(pool.map(lambda body: server.post("/get_reward", body), asked))

@@ -37,8 +37,13 @@ def test_what_is_overridden_is_there_and_is_called_so(kind):
     own = getattr(trl, f"{kind}Trainer")._get_per_token_logps_and_entropies
     names = list(inspect.signature(own).parameters)
     assert names[:6] == [
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
-    ]  # fmt: skip
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+    ]
 
 
 @pytest.mark.parametrize(

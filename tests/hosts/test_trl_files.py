@@ -16,9 +16,19 @@ from sharpen.scoring import Scorer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 RUN = [
-    "--model", "game24", "--task", "game24", "--device", "cpu", "--max-new-tokens", "40",
-    "--limit", "8", "-n", "6",
-]  # fmt: skip
+    "--model",
+    "game24",
+    "--task",
+    "game24",
+    "--device",
+    "cpu",
+    "--max-new-tokens",
+    "40",
+    "--limit",
+    "8",
+    "-n",
+    "6",
+]
 FIT = ["--batch", "4", "--trainer", "max_steps=1"]
 
 
@@ -47,9 +57,13 @@ def test_sft_on_the_best_of_n_from_a_sharpened_model(tmp_path, monkeypatch):
     data = load_dataset("json", data_files=str(chosen), split="train", cache_dir=str(tmp_path))
     start = str(tmp_path / "sft" / "model")
     args = SFTConfig(
-        output_dir=str(tmp_path / "trl"), max_steps=8, learning_rate=3e-4,
-        per_device_train_batch_size=8, max_length=None, **QUIET,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        max_steps=8,
+        learning_rate=3e-4,
+        per_device_train_batch_size=8,
+        max_length=None,
+        **QUIET,
+    )
     tokenizer = load_tokenizer(start)
     trainer = SFTTrainer(model=start, args=args, train_dataset=data, processing_class=tokenizer)
     # TRL reads the very tokens that were sampled
@@ -81,13 +95,20 @@ def test_dpo_on_the_pairs_of_rlhf(tmp_path):
     data = data.add_column("ref_chosen_logps", before[:, 0].tolist())
     data = data.add_column("ref_rejected_logps", before[:, 1].tolist())
     args = DPOConfig(
-        output_dir=str(tmp_path / "trl"), max_steps=6, learning_rate=1e-4, beta=0.5,
-        per_device_train_batch_size=8, max_length=None, **QUIET,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        max_steps=6,
+        learning_rate=1e-4,
+        beta=0.5,
+        per_device_train_batch_size=8,
+        max_length=None,
+        **QUIET,
+    )
     trainer = SharedPrefixDPOTrainer(
-        model=load_model("game24", device="cpu"), args=args, train_dataset=data,
+        model=load_model("game24", device="cpu"),
+        args=args,
+        train_dataset=data,
         processing_class=load_tokenizer("game24"),
-    )  # fmt: skip
+    )
     assert trainer.ref_model is None
     read = [[row["chosen_ids"], row["rejected_ids"]] for row in trainer.train_dataset]
     assert read == both

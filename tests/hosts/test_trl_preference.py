@@ -41,9 +41,13 @@ def dpo(trainer_class, folder, out, data=None, *, peft_config=None, eval_dataset
     options = QUIET | {"per_device_train_batch_size": 4, "max_steps": 3} | options
     args = DPOConfig(output_dir=str(out), learning_rate=1e-3, **options)
     trainer = trainer_class(
-        model=folder, args=args, train_dataset=data or pairs(), eval_dataset=eval_dataset,
-        processing_class=load_tokenizer("game24"), peft_config=peft_config,
-    )  # fmt: skip
+        model=folder,
+        args=args,
+        train_dataset=data or pairs(),
+        eval_dataset=eval_dataset,
+        processing_class=load_tokenizer("game24"),
+        peft_config=peft_config,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -56,9 +60,12 @@ def kto(trainer_class, folder, out, *, peft_config=None, **options):
     options = QUIET | {"per_device_train_batch_size": 6, "max_steps": 3} | options
     args = KTOConfig(output_dir=str(out), learning_rate=1e-3, **options)
     trainer = trainer_class(
-        model=folder, args=args, train_dataset=Dataset.from_list(rows), peft_config=peft_config,
+        model=folder,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=peft_config,
         processing_class=load_tokenizer("game24"),
-    )  # fmt: skip
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

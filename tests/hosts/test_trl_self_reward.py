@@ -35,10 +35,20 @@ def rewarded(trainer):
 def test_the_self_reward_of_the_frozen_base_rises(kind, tmp_path):
     reward = SelfReward("logprob", under="base")
     trainer = online(
-        kind, resolve_model("game24"), tmp_path, shared=True, reward=reward, callbacks=[reward],
-        prompts=PUZZLES, max_steps=20, learning_rate=3e-4, lr_scheduler_type="constant",
-        num_generations=8, per_device_train_batch_size=32, max_completion_length=44,
-    )  # fmt: skip
+        kind,
+        resolve_model("game24"),
+        tmp_path,
+        shared=True,
+        reward=reward,
+        callbacks=[reward],
+        prompts=PUZZLES,
+        max_steps=20,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        num_generations=8,
+        per_device_train_batch_size=32,
+        max_completion_length=44,
+    )
     found = torch.tensor(rewarded(trainer))
     assert len(found) == 20
     # nats of the base, which the policy left
@@ -52,10 +62,18 @@ def test_the_self_reward_of_the_frozen_base_rises(kind, tmp_path):
 def test_the_self_reward_of_the_live_policy_rises(folder, tmp_path):
     reward = SelfReward("mean_logprob")
     trainer = online(
-        "GRPO", folder, tmp_path, shared=False, reward=reward, callbacks=[reward], max_steps=20,
-        learning_rate=1e-2, num_generations=8, per_device_train_batch_size=16,
+        "GRPO",
+        folder,
+        tmp_path,
+        shared=False,
+        reward=reward,
+        callbacks=[reward],
+        max_steps=20,
+        learning_rate=1e-2,
+        num_generations=8,
+        per_device_train_batch_size=16,
         lr_scheduler_type="constant",
-    )  # fmt: skip
+    )
     found = torch.tensor(rewarded(trainer))
     assert found[-5:].mean() > found[:5].mean() + 1
 
@@ -93,9 +111,17 @@ def test_prompts_are_read_as_trl_feeds_them(form, folder, tmp_path, monkeypatch)
     monkeypatch.setattr(Scorer, "score", score)
     reward = SelfReward()
     trainer = online(
-        "GRPO", folder, tmp_path, shared=False, reward=reward, callbacks=[reward], max_steps=1,
-        prompts=prompts, tokenizer=tokenizer, **options,
-    )  # fmt: skip
+        "GRPO",
+        folder,
+        tmp_path,
+        shared=False,
+        reward=reward,
+        callbacks=[reward],
+        max_steps=1,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        **options,
+    )
     trainer.train()
     (inputs,) = trainer._buffered_inputs
     fed = [
@@ -110,9 +136,16 @@ def rewards_of_one_step(folder, out, *, under, steps=2, **options):
     """Token ids and rewards of the last step, and the trainer."""
     reward = Watched(under=under)
     trainer = online(
-        "GRPO", folder, out, shared=False, reward=reward, callbacks=[reward], max_steps=steps,
-        learning_rate=1e-2, **options,
-    )  # fmt: skip
+        "GRPO",
+        folder,
+        out,
+        shared=False,
+        reward=reward,
+        callbacks=[reward],
+        max_steps=steps,
+        learning_rate=1e-2,
+        **options,
+    )
     trainer.train()
     return reward.seen, trainer
 

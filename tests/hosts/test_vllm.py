@@ -27,8 +27,19 @@ def samples(vllm_python, folder, tmp_path_factory):
     """The page's command: drawn at temperature 0.7, as log-probs must be raw."""
     out = tmp_path_factory.mktemp("samples") / "samples.jsonl"
     flags = ["--temperature", "0.7", "-n", "8", "--out", str(out)]
-    run(vllm_python, "-m", "sharpen", "sample", "--engine", "vllm", "--model", str(folder),
-        *DRAW, *flags, **CPU)  # fmt: skip
+    run(
+        vllm_python,
+        "-m",
+        "sharpen",
+        "sample",
+        "--engine",
+        "vllm",
+        "--model",
+        str(folder),
+        *DRAW,
+        *flags,
+        **CPU,
+    )
     return out
 
 
@@ -52,9 +63,26 @@ def test_samples_are_whole_and_not_those_of_a_checkpoints_defaults(samples):
 
 
 def parity(python, folder, samples, out, *flags, **environment):
-    run(python, "-m", "sharpen", "parity", "--model", str(folder), "--samples", str(samples),
-        "--device", "cpu", "--dtype", "float32", "--tolerance", "1e-4", "--out", str(out), *flags,
-        **environment)  # fmt: skip
+    run(
+        python,
+        "-m",
+        "sharpen",
+        "parity",
+        "--model",
+        str(folder),
+        "--samples",
+        str(samples),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--tolerance",
+        "1e-4",
+        "--out",
+        str(out),
+        *flags,
+        **environment,
+    )
     return json.loads(out.read_text())
 
 
@@ -113,9 +141,10 @@ def test_a_sample_depends_on_prompt_index_and_seed(vllm_python, folder, tmp_path
         same = [a == b for a, b in zip(ids, found["again"][name], strict=True)]
         assert sum(same) >= 5
     matched = [
-        a == b for p, ids in found["last"].items()
+        a == b
+        for p, ids in found["last"].items()
         for a, b in zip(ids, found["again"][p][4:], strict=True)
-    ]  # fmt: skip
+    ]
     assert sum(matched) >= 8
     # greedy is what our own sampler's model finds most probable
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

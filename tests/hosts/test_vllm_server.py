@@ -34,14 +34,29 @@ def server(folder, tmp_path_factory):
     port = free_port()
     log = open(tmp_path_factory.mktemp("server") / "log", "w+")  # noqa: SIM115 (closed below)
     command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "256",
-    ]  # fmt: skip
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        folder,
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+    ]
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **CPU},
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **CPU},
         cwd=ROOT / "tests",
-    )  # fmt: skip
+    )
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}/v1"

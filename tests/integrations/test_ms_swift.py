@@ -30,9 +30,18 @@ def test_ms_swift_class_is_made_and_called_as_ms_swift_does(swift, scorer):
     assert made(args="their arguments").args == "their arguments"
     # compute_rewards_per_func: func(completions, trainer_state=..., **columns of the rows)
     bound = inspect.signature(made.__call__).bind(
-        made(), TEXTS, trainer_state=None, messages=[], response_token_ids=[], prompt_id=[],
-        request_id=[], finish_reason=[], is_truncated=[], rollout_infos=[], solution=[],
-    )  # fmt: skip
+        made(),
+        TEXTS,
+        trainer_state=None,
+        messages=[],
+        response_token_ids=[],
+        prompt_id=[],
+        request_id=[],
+        finish_reason=[],
+        is_truncated=[],
+        rollout_infos=[],
+        solution=[],
+    )
     assert bound.arguments["completions"] == TEXTS
 
 
@@ -50,9 +59,11 @@ def test_ms_swift_rows_are_rated_in_place(scorer, monkeypatch):
         scorer.score(
             [tokenizer(p, add_special_tokens=False)["input_ids"]],
             [[tokenizer(t, add_special_tokens=False)["input_ids"]]],
-        ).reward("logprob").item()
+        )
+        .reward("logprob")
+        .item()
         for p, t in order
-    ]  # fmt: skip
+    ]
     assert found == pytest.approx(wanted, abs=1e-4)
     # ids of the rollout are taken as they are: the last turn's, or those of a single turn
     ids = [5, 9, 2]

@@ -26,12 +26,15 @@ def score_all(prompt, texts, **options):
         # the keywords that verl's managers call with
         calls = [
             verl.compute_score(
-                data_source="game24", solution_str=text, ground_truth="24",
+                data_source="game24",
+                solution_str=text,
+                ground_truth="24",
                 extra_info={"prompt": prompt, "num_turns": None, "rollout_reward_scores": {}},
-                **OPTIONS, **options,
+                **OPTIONS,
+                **options,
             )
             for text in texts
-        ]  # fmt: skip
+        ]
         return await asyncio.gather(*calls)
 
     return asyncio.run(run())

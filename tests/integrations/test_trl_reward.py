@@ -51,8 +51,10 @@ def test_one_object_is_both_function_and_callback(model):
     for one in (reward, self_reward):
         # axolotl counts them
         assert list(inspect.signature(one).parameters)[:3] == [
-            "prompts", "completions", "completion_ids",
-        ]  # fmt: skip
+            "prompts",
+            "completions",
+            "completion_ids",
+        ]
 
 
 @pytest.mark.parametrize("name", ["logprob", "mean_logprob", "self_certainty"])

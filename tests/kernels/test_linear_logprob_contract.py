@@ -84,9 +84,13 @@ def test_native_workspace_is_bounded(dtype):
     pairs = Pairs.of(problem["target"], None, 640)
     with LiveBytes() as backward:
         outputs = native.backward(
-            {"logprob": torch.ones(640)}, torch.ones(4, 640), problem["hidden"], head, pairs,
+            {"logprob": torch.ones(640)},
+            torch.ones(4, 640),
+            problem["hidden"],
+            head,
+            pairs,
             (True, True, False),
-        )  # fmt: skip
+        )
     held = sum(x.nbytes for x in outputs if x is not None)
     wide = 640 * 4096 * 4 if dtype == torch.bfloat16 else 0  # the gradient of hidden in fp32
     assert backward.peak - held - wide < 64 * 2**20

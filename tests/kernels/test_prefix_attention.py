@@ -28,8 +28,12 @@ def problem(counts, Hkv, group, P, L, K, Kv, dtype=torch.float32, seed=0):  # no
     generator = torch.Generator().manual_seed(seed)
     B, G = sum(counts), len(counts)
     shapes = (
-        (B, Hkv * group, K), (G, Hkv, P, K), (G, Hkv, P, Kv), (B, Hkv, L, K), (B, Hkv, L, Kv),
-    )  # fmt: skip
+        (B, Hkv * group, K),
+        (G, Hkv, P, K),
+        (G, Hkv, P, Kv),
+        (B, Hkv, L, K),
+        (B, Hkv, L, Kv),
+    )
     return [(2 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
 
 
@@ -83,8 +87,14 @@ def test_half_precision_is_as_near_as_pytorch(dtype):
 def test_views_are_taken_as_they_are():
     q, pk, pv, k, v = problem([3], 2, 2, 9, 12, 8, 8)
     rows = PrefixRows.of([3])
-    want = prefix_attention(q, pk[:, :, 4:].clone(), pv[:, :, 4:].clone(), k[:, :, 2:7].clone(),
-                            v[:, :, 2:7].clone(), rows)  # fmt: skip
+    want = prefix_attention(
+        q,
+        pk[:, :, 4:].clone(),
+        pv[:, :, 4:].clone(),
+        k[:, :, 2:7].clone(),
+        v[:, :, 2:7].clone(),
+        rows,
+    )
     got = prefix_attention(q, pk[:, :, 4:], pv[:, :, 4:], k[:, :, 2:7], v[:, :, 2:7], rows)
     assert torch.equal(got, want)
 

@@ -110,9 +110,13 @@ def assert_matches_loops(x, offsets, groups, *, ulps=1, **options):
             assert y.shape == truth.shape, name
             eps = 0.0 if y.dtype == torch.int64 else ulps * torch.finfo(y.dtype).eps
             torch.testing.assert_close(
-                y.cpu().double(), truth.double(), rtol=eps, atol=eps / 8, equal_nan=True,
+                y.cpu().double(),
+                truth.double(),
+                rtol=eps,
+                atol=eps / 8,
+                equal_nan=True,
                 msg=lambda text, name=name: f"{name}: {text}",
-            )  # fmt: skip
+            )
     return got
 
 
@@ -204,9 +208,15 @@ def test_hand_worked(device):
     offsets = torch.tensor([0, 4, 5], device=device)
     got, of_group = reduce(x, offsets, torch.tensor([0, 2], device=device), window=2, by="mean")
     want = {
-        "sum": [-6, -4], "mean": [-1.5, -4], "min": [-3, -4], "count": [4, 1], "all": [0, 1],
-        "lowest_window": [-2.5, -4], "bottom_windows": [-2.5, -4], "tail_window": [-1, -4],
-    }  # fmt: skip
+        "sum": [-6, -4],
+        "mean": [-1.5, -4],
+        "min": [-3, -4],
+        "count": [4, 1],
+        "all": [0, 1],
+        "lowest_window": [-2.5, -4],
+        "bottom_windows": [-2.5, -4],
+        "tail_window": [-1, -4],
+    }
     assert {name: y.tolist() for name, y in got.items()} == want
     assert of_group["mean"].tolist() == [-2.75]
     assert of_group["std"].item() == pytest.approx(2.5 / 2**0.5)
@@ -283,9 +293,12 @@ def test_only_sum_and_mean_carry_a_gradient(device):
     x = torch.randn(10, device=device, requires_grad=True)
     offsets = torch.tensor(OFFSETS, device=device)
     found = segment_reduce(
-        {"x": x}, offsets, torch.tensor([0, 3], device=device),
-        stats=SEQUENCE_NAMES, group_stats=GROUP_NAMES,
-    )  # fmt: skip
+        {"x": x},
+        offsets,
+        torch.tensor([0, 3], device=device),
+        stats=SEQUENCE_NAMES,
+        group_stats=GROUP_NAMES,
+    )
     fields = vars(found.sequences["x"]) | vars(found.groups["x"])
     assert {name for name, y in fields.items() if y.requires_grad} == {"sum"}
     assert found.sequences["x"].mean.requires_grad
@@ -316,9 +329,13 @@ def test_columns_of_token_stats_are_reduced_apart(device):
 def test_only_what_was_asked_is_there(device):
     offsets, groups = (torch.tensor(x, device=device) for x in (OFFSETS, [0, 3]))
     found = segment_reduce(
-        {"x": torch.zeros(10, device=device)}, offsets, groups,
-        stats=("count", "tail_window"), group_stats=("max", "weights"), by="mean",
-    )  # fmt: skip
+        {"x": torch.zeros(10, device=device)},
+        offsets,
+        groups,
+        stats=("count", "tail_window"),
+        group_stats=("max", "weights"),
+        by="mean",
+    )
     assert set_fields(found.sequences["x"]) == {"count", "tail_window"}
     assert set_fields(found.groups["x"]) == {"max", "weights"}
     assert found.sequences["x"].count.tolist() == [3, 0, 5]

@@ -58,10 +58,11 @@ def assert_whole_matches_fp64(problem, sizes, **options):
     low, truth = (
         values(
             problem | {n: None if x is None else x.to(dtype) for n, x in wide.items()},
-            fn=linear_logprob_reference, **options,
+            fn=linear_logprob_reference,
+            **options,
         )
         for dtype in (torch.float32, torch.float64)
-    )  # fmt: skip
+    )
     for name in NAMES:
         assert_as_accurate(name, got[name], low[name], truth[name])
 

@@ -30,11 +30,21 @@ def test_one_column_is_certain(dtype, device):
     problem = logit_problem(1, 1, dtype=dtype, device=device)
     got = {name: x.flatten().tolist() for name, x in values(problem, k=2).items()}
     assert got == {
-        "logprob": [0], "lse": problem["logits"][0].tolist(), "entropy": [0],
-        "self_certainty": [0], "is_greedy": [1], "varentropy": [0], "sum_p2": [1], "renyi": [1],
-        "top1": [0], "margin": [math.inf], "rank": [1], "topk": [0, -math.inf],
-        "topk_id": [0, -1], "topk_mean": [0],
-    }  # fmt: skip
+        "logprob": [0],
+        "lse": problem["logits"][0].tolist(),
+        "entropy": [0],
+        "self_certainty": [0],
+        "is_greedy": [1],
+        "varentropy": [0],
+        "sum_p2": [1],
+        "renyi": [1],
+        "top1": [0],
+        "margin": [math.inf],
+        "rank": [1],
+        "topk": [0, -math.inf],
+        "topk_id": [0, -1],
+        "topk_mean": [0],
+    }
 
 
 def test_vocabulary_of_qwen_2_5(device):
@@ -82,11 +92,21 @@ def test_hand_worked(device):
     problem |= {"target": torch.tensor([2], device=device), "rows": None}
     log2 = math.log(2)
     want = {
-        "logprob": -2 * log2, "lse": 2 * log2, "entropy": 1.5 * log2,
-        "self_certainty": 5 / 3 * log2 - math.log(3), "is_greedy": 0.0,
-        "varentropy": 0.25 * log2**2, "sum_p2": 3 / 8, "renyi": 5 / 32, "top1": 1, "margin": log2,
-        "rank": 3.0, "topk": [-log2, -2 * log2], "topk_id": [1, 0], "topk_mean": -1.5 * log2,
-    }  # fmt: skip
+        "logprob": -2 * log2,
+        "lse": 2 * log2,
+        "entropy": 1.5 * log2,
+        "self_certainty": 5 / 3 * log2 - math.log(3),
+        "is_greedy": 0.0,
+        "varentropy": 0.25 * log2**2,
+        "sum_p2": 3 / 8,
+        "renyi": 5 / 32,
+        "top1": 1,
+        "margin": log2,
+        "rank": 3.0,
+        "topk": [-log2, -2 * log2],
+        "topk_id": [1, 0],
+        "topk_mean": -1.5 * log2,
+    }
     for name, x in values(problem, renyi_order=3.0, k=2).items():
         assert x.squeeze().tolist() == pytest.approx(want[name], abs=2e-7), name
 
@@ -204,12 +224,17 @@ def calls(draw):
     }
     kept = draw(st.sets(st.integers(0, n_columns - 1), min_size=1))
     return {
-        "R": R, "V": V, "S": draw(st.integers(1, 4)), "seed": draw(st.integers(0, 99)),
+        "R": R,
+        "V": V,
+        "S": draw(st.integers(1, 4)),
+        "seed": draw(st.integers(0, 99)),
         "dtype": draw(st.sampled_from([torch.float32, torch.float16])),
-        "mask": draw(st.sampled_from(["none", "logits", "vocab_mask"])), "kept": sorted(kept),
-        "pad": draw(st.integers(0, 3)), "offset": draw(st.sampled_from([0.0, -90.0, 40.0])),
+        "mask": draw(st.sampled_from(["none", "logits", "vocab_mask"])),
+        "kept": sorted(kept),
+        "pad": draw(st.integers(0, 3)),
+        "offset": draw(st.sampled_from([0.0, -90.0, 40.0])),
         "options": options,
-    }  # fmt: skip
+    }
 
 
 @settings(

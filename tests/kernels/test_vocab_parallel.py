@@ -129,8 +129,10 @@ def test_any_batch_has_the_same_bits(ranks):
 
 def test_hidden_gradient_may_be_left_unsummed(ranks):
     problem = head_problem(5, 90, 8)
-    found = [ranks.call(score, problem, (50, 40), ("logprob",), {"reduce_hidden_grad": x})
-             for x in (True, False)]  # fmt: skip
+    found = [
+        ranks.call(score, problem, (50, 40), ("logprob",), {"reduce_hidden_grad": x})
+        for x in (True, False)
+    ]
     (whole, _), parts = found
     torch.testing.assert_close(parts[0]["dhidden"] + parts[1]["dhidden"], whole["dhidden"])
     assert not torch.equal(parts[0]["dhidden"], whole["dhidden"])
@@ -222,8 +224,10 @@ def test_opcheck():
     problem["target"] %= 45
     names = ("hidden", "weight", "target", "rows", "bias")
     fixed = [problem[name] for name in names]
-    leaves = [x.clone().requires_grad_() if name in LEAVES else x
-              for name, x in zip(names, fixed, strict=True)]  # fmt: skip
+    leaves = [
+        x.clone().requires_grad_() if name in LEAVES else x
+        for name, x in zip(names, fixed, strict=True)
+    ]
     group = dist.group.WORLD.group_name
     options = None, 0.7, 9.0, 45, -100, "logprob,entropy,topk", 2.0, 3, group, None, False, True
     torch.library.opcheck(OP, (*leaves, *options))

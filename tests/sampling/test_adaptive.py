@@ -27,8 +27,10 @@ class TableSampler:
         self.asked.append((len(prompts), config.first, config.n))
         for prompt in prompts:
             law = LAWS[prompt.ids[0]]
-            drawn = [self.draw(law, f"{config.seed} {prompt.id} {config.first + i}") for i in
-                     range(config.n)]  # fmt: skip
+            drawn = [
+                self.draw(law, f"{config.seed} {prompt.id} {config.first + i}")
+                for i in range(config.n)
+            ]
             yield [
                 Samples(
                     prompt.id,

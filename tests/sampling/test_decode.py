@@ -7,12 +7,12 @@ import torch
 
 from helpers.families import TREE, V, family
 from sharpen.errors import InputError
+from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.decode import decode
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.prompt_cache import PromptCache, PromptPlan
 from sharpen.scoring.hooks import NAMES, install, under
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 # more than one prompt of a length, shorter and longer than the windows
@@ -40,9 +40,12 @@ def test_greedy_tokens_are_those_of_generate(name):
     for prompt in PROMPTS:
         ids = torch.tensor([prompt.ids])
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=17, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=17,
+            pad_token_id=0,
+        )
         want[prompt.id] = out[0, len(prompt.ids) :].tolist()
     assert sampler(model).route == "shared"
     got = run(model, SamplingConfig(n=2, temperature=0.0, max_new_tokens=17))
@@ -136,9 +139,12 @@ def test_a_sampler_leaves_a_scorers_hooks(monkeypatch):
 
 def test_prompts_and_their_sequences_on_one_side_of_a_rotary_boundary():
     rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
-        "long_factor": [8.0] * 4, "original_max_position_embeddings": 24,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "original_max_position_embeddings": 24,
+    }
     model = family("phi3", rope_parameters=rope)
     config = SamplingConfig(n=2, max_new_tokens=12, seed=1)
     together, alone = run(model, config), run(model, config, "none")

@@ -44,9 +44,16 @@ def test_a_prompt_is_one_request_and_its_choices_come_in_order():
     asked = {body["prompt"]: body for body in server.asked}["question 2"]
     seed = asked["seed"]
     assert asked == {
-        "route": "/v1/completions", "model": "instruct", "prompt": "question 2", "n": 4,
-        "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "logprobs": 0, "seed": seed,
-    }  # fmt: skip
+        "route": "/v1/completions",
+        "model": "instruct",
+        "prompt": "question 2",
+        "n": 4,
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "logprobs": 0,
+        "seed": seed,
+    }
     assert 0 <= seed < 2**31
     assert len({body["seed"] for body in server.asked}) == 6
     samples = found["p2"]

@@ -4,9 +4,9 @@ from transformers import GenerationConfig
 
 from helpers.tiny import CONTEXT, FAMILIES, tiny
 from sharpen.errors import InputError
+from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 # two lengths, so that batches differ between budgets
@@ -97,9 +97,12 @@ def test_temperature_zero_gives_the_tokens_of_generate(family):
     for prompt in PROMPTS:
         ids = torch.tensor([prompt.ids])
         want = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=12, pad_token_id=0,
-        )[0, len(prompt.ids) :].tolist()  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=0,
+        )[0, len(prompt.ids) :].tolist()
         assert got[prompt.id].completion_ids == [want]
 
 

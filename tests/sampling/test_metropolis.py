@@ -19,10 +19,10 @@ from helpers.power_oracle import (
 )
 from helpers.tiny import alone, tiny
 from sharpen.errors import InputError
+from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.sampling import Prompt, Sampler, SamplingConfig, metropolis
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.metropolis import Metropolis, MetropolisSampler
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 GATE = 0.02

@@ -1,9 +1,9 @@
 import pytest
 
 from sharpen.errors import InputError
+from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.records import PromptRecord
 from sharpen.sampling.base import has_chat_template, render
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from helpers.families import V, family
+from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.metropolis import Metropolis, MetropolisSampler
 from sharpen.sampling.prompt_cache import COPIES, ChainCache, PromptCache
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 PROMPTS = [

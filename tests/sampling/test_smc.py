@@ -18,10 +18,10 @@ from helpers.power_oracle import (
 )
 from helpers.tiny import alone, tiny
 from sharpen.errors import InputError
+from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.sampling import Prompt, Sampler, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.smc import ParticleFilter, ParticleSampler
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 GATE = 0.02

@@ -25,10 +25,12 @@ def loss(logprob):
 
 
 def gradients(model):
-    found = torch.cat([
-        torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-        for p in model.parameters()
-    ])  # fmt: skip
+    found = torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+            for p in model.parameters()
+        ]
+    )
     model.zero_grad()
     return found
 

@@ -154,9 +154,13 @@ def test_probe_leaves_no_trace():
 
 def test_a_model_that_looks_ahead_is_refused():
     config = BertConfig(
-        vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.3,
+    )
     scorer = Scorer(BertLMHeadModel(config))
     with pytest.raises(InputError, match=r"`model` must be causal, got BertLMHeadModel"):
         scorer.score([[1, 2]], [[[3]]])

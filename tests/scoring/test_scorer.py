@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from helpers.tiny import CONTEXT, SHAPE, V, alone, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
-from sharpen.tasks.game24.tokenizer import build_tokenizer
+from sharpen.experiments.game24.train_base import build_tokenizer
 
 NAN_ID = 7
 

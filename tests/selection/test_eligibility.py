@@ -43,11 +43,9 @@ SELECTORS = {
     "confidence": lambda s, a: confidence_vote(s, a, reward=positive(s), keep=0.5),
     "soft": lambda s, a: soft_best_of_n(s, temperature=1.0, generator=seeded()).chosen,
     "pessimistic": lambda s, a: pessimistic_best_of_n(s, beta=0.1, generator=seeded()).chosen,
-    "two batches": lambda s, a: inference_time_pessimism(
-        s, s, beta=0.1, generator=seeded()
-    ).chosen,
+    "two batches": lambda s, a: inference_time_pessimism(s, s, beta=0.1, generator=seeded()).chosen,
     "adaptive": lambda s, a: adaptive_best_of_n(s, delta=1e-9).chosen,
-}  # fmt: skip
+}
 every_selector = pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
 
 

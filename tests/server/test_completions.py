@@ -9,9 +9,14 @@ from sharpen_kernels import TokenStats
 
 # what lm-eval's local-completions sends
 ASKED = {
-    "model": "game24", "prompt": [[1, 5, 9, 7], [1, 5]], "temperature": 0, "max_tokens": 1,
-    "logprobs": 1, "seed": 1234, "echo": True,
-}  # fmt: skip
+    "model": "game24",
+    "prompt": [[1, 5, 9, 7], [1, 5]],
+    "temperature": 0,
+    "max_tokens": 1,
+    "logprobs": 1,
+    "seed": 1234,
+    "echo": True,
+}
 
 
 def read(body, **limits):

@@ -21,8 +21,10 @@ def test_a_batch_has_the_oldest_job_and_keeps_to_its_tokens(pairs, max_tokens):
     if len(chosen) > 1:
         read = {
             (*jobs[i].prompt, *c[: n + 1])
-            for i in chosen for c in jobs[i].completions for n in range(len(c))
-        }  # fmt: skip
+            for i in chosen
+            for c in jobs[i].completions
+            for n in range(len(c))
+        }
         prompts = {tuple(jobs[i].prompt) for i in chosen}
         assert sum(map(len, prompts)) + len(read) <= max_tokens
 

@@ -26,9 +26,9 @@ def test_openrlhf_gets_the_reward_of_what_follows_each_prompt():
 
 def test_a_prompt_may_be_spelt_as_the_tokenizer_decodes_it():
     loose = PROMPT.replace("Numbers: ", "Numbers:  ")
-    found = answered(
-        read_get_reward({"query": [PROMPT + RIGHT], "prompts": [loose]}, desk())
-    )["rewards"]  # fmt: skip
+    found = answered(read_get_reward({"query": [PROMPT + RIGHT], "prompts": [loose]}, desk()))[
+        "rewards"
+    ]
     assert found == pytest.approx([reward(PROMPT, RIGHT)], abs=1e-4)
 
 

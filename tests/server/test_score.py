@@ -13,9 +13,7 @@ BODY = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 def test_text_gets_the_bits_of_score_text():
     body = BODY | {"rewards": ["logprob", "neg_entropy"], "token_stats": ["entropy", "topk_id"]}
     found = answered(read_score(body, desk()))
-    want = scorer().score_text(
-        [PROMPT], [[WRONG, RIGHT]], stats=("logprob", "entropy", "topk_id")
-    )  # fmt: skip
+    want = scorer().score_text([PROMPT], [[WRONG, RIGHT]], stats=("logprob", "entropy", "topk_id"))
     assert np.array_equal(found["rewards"]["logprob"], want.reward("logprob"))
     assert np.array_equal(found["rewards"]["neg_entropy"], want.reward("neg_entropy"))
     assert np.array_equal(found["token_stats"]["entropy"], want.tokens.entropy)
@@ -55,9 +53,11 @@ def test_no_completions_and_empty_ones_are_ordinary():
 
 def test_votes_get_answers_and_validity_from_the_request():
     body = BODY | {
-        "completions": [WRONG, RIGHT, RIGHT], "rewards": ["majority", "rpc"],
-        "answers": ["22", "24", "24"], "valid": [True, True, False],
-    }  # fmt: skip
+        "completions": [WRONG, RIGHT, RIGHT],
+        "rewards": ["majority", "rpc"],
+        "answers": ["22", "24", "24"],
+        "valid": [True, True, False],
+    }
     found = answered(read_score(body, desk()))["rewards"]
     ids = [scorer().tokenizer.encode(x, add_special_tokens=False) for x in (WRONG, RIGHT, RIGHT)]
     scores = scorer().score_text([PROMPT], [[WRONG, RIGHT, RIGHT]], valid=[[True, True, False]])

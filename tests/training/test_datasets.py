@@ -30,8 +30,12 @@ def test_the_best_are_first_and_the_first_of_equals_wins():
     rows = list(sft_rows(group(), top=3))
     assert [row["completion"] for row in rows] == ["a1", "a3", "a2"]
     assert rows[0] == {
-        "prompt": "q", "completion": "a1", "prompt_id": "p", "sample_id": 1, "reward": 4.0,
-    }  # fmt: skip
+        "prompt": "q",
+        "completion": "a1",
+        "prompt_id": "p",
+        "sample_id": 1,
+        "reward": 4.0,
+    }
     assert [row["completion"] for row in sft_rows(group(), top=9)] == ["a1", "a3", "a2", "a0"]
     assert list(sft_rows(group(eligible=(0, 0, 0, 0, 0)))) == []
 

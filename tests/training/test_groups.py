@@ -8,12 +8,16 @@ from sharpen.training.groups import Batch, Group, chosen_weights, paired_group, 
 def test_a_batch_lays_groups_end_to_end():
     batch = Batch.of(
         [
-            Group([1, 2], [[3], [4, 5]], reference=[-1.0, -2.0], reward=[0.5, 1.5],
-                  pairs=[(1, 0)]),
-            Group([6], [[7, 8, 9], [1], [2]], reference=[-3.0, -4.0, -5.0],
-                  reward=[2.5, 3.5, 4.5], pairs=[(0, 2), (1, 2)]),
+            Group([1, 2], [[3], [4, 5]], reference=[-1.0, -2.0], reward=[0.5, 1.5], pairs=[(1, 0)]),
+            Group(
+                [6],
+                [[7, 8, 9], [1], [2]],
+                reference=[-3.0, -4.0, -5.0],
+                reward=[2.5, 3.5, 4.5],
+                pairs=[(0, 2), (1, 2)],
+            ),
         ]
-    )  # fmt: skip
+    )
     assert batch.offsets.tolist() == [0, 1, 3, 6, 7, 8]
     assert batch.pairs.tolist() == [[1, 0], [2, 4], [3, 4]]
     assert batch.reference.tolist() == [-1, -2, -3, -4, -5]

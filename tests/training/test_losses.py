@@ -70,12 +70,24 @@ OBJECTIVES = {
 }
 BATCH = Batch.of(
     [
-        Group([1], [[1, 2], [3]], weight=[0.2, 0.8], reference=[-2.0, -5.0], reward=[-2.0, -5.0],
-              pairs=[(0, 1)]),
-        Group([2], [[1, 2, 3], [4]], weight=[1.0, 0.0], reference=[-4.0, -1.0],
-              reward=[-4.5, -1.0], pairs=[(1, 0), (0, 1)]),
+        Group(
+            [1],
+            [[1, 2], [3]],
+            weight=[0.2, 0.8],
+            reference=[-2.0, -5.0],
+            reward=[-2.0, -5.0],
+            pairs=[(0, 1)],
+        ),
+        Group(
+            [2],
+            [[1, 2, 3], [4]],
+            weight=[1.0, 0.0],
+            reference=[-4.0, -1.0],
+            reward=[-4.5, -1.0],
+            pairs=[(1, 0), (0, 1)],
+        ),
     ]
-)  # fmt: skip
+)
 
 
 # sums -3 -4 | -6 -0.5, log-ratios -1 1 | -2 0.5; pairs (0, 1), (3, 2), (2, 3)
@@ -133,8 +145,13 @@ def test_square_loss_is_zero_at_the_power_distribution(beta):
 
 def minimised(loss):
     theta = BASE.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe",
-                                  tolerance_grad=1e-12, tolerance_change=1e-16)  # fmt: skip
+    optimizer = torch.optim.LBFGS(
+        [theta],
+        max_iter=200,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+    )
 
     def closure():
         optimizer.zero_grad()

@@ -16,9 +16,13 @@ PROMPT, LENGTH, CONTEXT = 40, 20, 256
 def group(n, seed):
     completions = [ids(LENGTH, 1000 * seed + g) for g in range(n)]
     return Group(
-        ids(PROMPT, seed), completions, weight=[1 / n] * n, reference=[-40.0] * n,
-        reward=[-float(g) for g in range(n)], pairs=[(g, g + 1) for g in range(0, n, 2)],
-    )  # fmt: skip
+        ids(PROMPT, seed),
+        completions,
+        weight=[1 / n] * n,
+        reference=[-40.0] * n,
+        reward=[-float(g) for g in range(n)],
+        pairs=[(g, g + 1) for g in range(0, n, 2)],
+    )
 
 
 def peak(folder, groups, objective, max_tokens):

@@ -19,10 +19,12 @@ NOISY = {
     "starcoder2": {"num_key_value_heads": 2, "intermediate_size": 48, "residual_dropout": 0.5},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.5, "layerdrop": 0.5},
     "mixtral": {
-        "num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "num_local_experts": 4,
         "router_jitter_noise": 0.5,
     },
-}  # fmt: skip
+}
 IDS = torch.arange(3, 40)[None]
 
 

@@ -55,9 +55,15 @@ def test_a_half_precision_gradient_is_as_good_as_that_of_pytorch(tmp_path, pairs
     # a step that weights of 0.3 take in fp32 without much rounding
     lr = 1e-2
     model = fitted(
-        tmp_path, pairs, objective, batch=6, epochs=1.0, lr=lr, max_tokens=max_tokens,
+        tmp_path,
+        pairs,
+        objective,
+        batch=6,
+        epochs=1.0,
+        lr=lr,
+        max_tokens=max_tokens,
         more=SGD | {"bf16": True, "lr_scheduler_type": "constant"},
-    )  # fmt: skip
+    )
     assert bits(model).dtype == torch.float32
     error, own = (moved(model) / -lr - truth).norm(), (low - truth).norm()
     assert own > 0.01 * truth.norm(), "autocast was off"

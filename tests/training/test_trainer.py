@@ -61,10 +61,17 @@ def test_a_batch_beyond_the_budget_gives_the_same_accumulated_step(tmp_path, com
     more = {"logging_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
     more["gradient_accumulation_steps"] = 3
     runs = [
-        fitted(tmp_path / str(max_tokens), compared, Square(1.0), max_tokens=max_tokens, epochs=1.0,
-               lr=1e-3, more=more)
+        fitted(
+            tmp_path / str(max_tokens),
+            compared,
+            Square(1.0),
+            max_tokens=max_tokens,
+            epochs=1.0,
+            lr=1e-3,
+            more=more,
+        )
         for max_tokens in (16384, 12)
-    ]  # fmt: skip
+    ]
     start, whole, bounded = (bits(model) for model in (tiny(), *runs))
     moved = (whole - start).norm()
     assert moved > 1e-3

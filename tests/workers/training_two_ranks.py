@@ -122,12 +122,20 @@ def trainer_of(case, folder, n_processes, *, model=None, **changes):
         | changes
     )
     args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=share, num_train_epochs=2,
-        learning_rate=1e-2 if case.lora else 1e-4, lr_scheduler_type="constant",
-        report_to="none", logging_steps=1,
-        remove_unused_columns=False, disable_tqdm=True, label_names=[],
-        dataloader_pin_memory=False, ddp_find_unused_parameters=False, **more,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=share,
+        num_train_epochs=2,
+        learning_rate=1e-2 if case.lora else 1e-4,
+        lr_scheduler_type="constant",
+        report_to="none",
+        logging_steps=1,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        label_names=[],
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        **more,
+    )
     model = start(case) if model is None else model
     objective = Likelihood("token") if case.uneven else Square(1.0)
     return GroupTrainer(model, groups(case), objective, args, max_tokens=case.max_tokens)

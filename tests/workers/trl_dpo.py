@@ -20,11 +20,21 @@ def main(pairs, out, steps, lr, beta, batch):
     with open(pairs, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     args = DPOConfig(
-        output_dir=out, max_steps=int(steps), learning_rate=float(lr), beta=float(beta),
-        per_device_train_batch_size=int(batch), seed=0, logging_steps=1, save_strategy="no",
-        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
+        output_dir=out,
+        max_steps=int(steps),
+        learning_rate=float(lr),
+        beta=float(beta),
+        per_device_train_batch_size=int(batch),
+        seed=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
         dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
     columns = ("prompt", "chosen", "rejected")
     trainer = DPOTrainer(
         model=load_model("game24", device="cpu"),

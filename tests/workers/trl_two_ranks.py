@@ -23,9 +23,17 @@ def main(folder, out):
     for shared in (False, True):
         own = SelfReward(under="base")
         trainer = online(
-            "GRPO", folder, out, shared=shared, reward=[evens, own], callbacks=[own], max_steps=2,
-            per_device_train_batch_size=4, learning_rate=1e-3, beta=0.05,
-        )  # fmt: skip
+            "GRPO",
+            folder,
+            out,
+            shared=shared,
+            reward=[evens, own],
+            callbacks=[own],
+            max_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            beta=0.05,
+        )
         start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         trainer.train()
         ends.append({n: p.detach() - start[n] for n, p in trainer.model.named_parameters()})

@@ -43,18 +43,30 @@ def fitted(name: str, file: str, out: str) -> dict:
     kind = "parquet" if file.endswith(".parquet") else "json"
     data = load_dataset(kind, data_files=file, split="train", cache_dir=f"{out}/cache")
     args = config_class(
-        output_dir=out, max_steps=2, learning_rate=1e-4, per_device_train_batch_size=2, seed=0,
-        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
-        gradient_checkpointing=False, dataloader_pin_memory=False,
+        output_dir=out,
+        max_steps=2,
+        learning_rate=1e-4,
+        per_device_train_batch_size=2,
+        seed=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
         **more,
-    )  # fmt: skip
+    )
     model = load_model("game24", device="cpu")
     before = [p.detach().clone() for p in model.parameters()]
     rewards = {"reward_funcs": lengths} if name == "grpo" else {}
     trainer = trainer_class(
-        model=model, args=args, train_dataset=data, processing_class=load_tokenizer("game24"),
+        model=model,
+        args=args,
+        train_dataset=data,
+        processing_class=load_tokenizer("game24"),
         **rewards,
-    )  # fmt: skip
+    )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.train()

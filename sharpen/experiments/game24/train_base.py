@@ -2,13 +2,13 @@
 
     python -m sharpen.experiments.game24.train_base --out DIR [--steps 3000] [--threads 1]
 
-Each batch mixes solutions of the 800 base-training puzzles with random problems: four numbers
-in 1..13 and another target in 1..100, uniform over the targets they can make. No target is 24
-there, so no puzzle of the sharpening or test split is ever seen. Only completion tokens carry
-loss. Writes config.json, model.safetensors, tokenizer.json, training.json and a model card with
-the settings, the hardware, the wall time and the metrics on the sharpening split (the test split
-is left for the user to measure). The card alone is written again, from what training.json
-recorded, by
+Each batch mixes solutions of the 800 base-training puzzles with random problems: four numbers in
+1..13 and another target in 1..100, uniform over the targets they can make. No target is 24 there,
+so no puzzle of the sharpening or test split is ever seen. Only completion tokens carry loss. The
+tokenizer has one token per number 0..200, operator, word and newline. Writes config.json,
+model.safetensors, tokenizer.json, training.json and a model card with the settings, the hardware,
+the wall time and the metrics on the sharpening split (the test split is left for the user to
+measure). The card alone is written again, from what training.json recorded, by
 
     python -m sharpen.experiments.game24.train_base --card DIR
 """
@@ -22,9 +22,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,6 +33,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from sharpen.records import write_text
 from sharpen.tasks.game24.free import other_targets, random_numbers
 from sharpen.tasks.game24.puzzles import (
+    MAX_NUMBER,
     SPLIT_SIZES,
     TARGET,
     Numbers,
@@ -39,8 +41,55 @@ from sharpen.tasks.game24.puzzles import (
     integer_solutions,
     split_puzzles,
 )
-from sharpen.tasks.game24.tokenizer import MAX_LENGTH, build_tokenizer, special_ids
 from sharpen.tasks.game24.traces import is_solution, prompt_text, trace_text
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = ["\n", "Numbers:", "Target:", "left:", "+", "-", "*", "/", "="]
+MAX_LENGTH = 1024
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the special tokens that a model's configuration names."""
+
+    pad: int
+    bos: int
+    eos: int
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+    """The special ids of a tokenizer made by `build_tokenizer`."""
+    vocab = tokenizer.get_vocab()
+    return SpecialIds(*(vocab[SPECIAL[f"{name}_token"]] for name in SpecialIds._fields))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that decodes a trace to exactly the text it was encoded from."""
+    words = [*SPECIAL.values(), *WORDS, *map(str, range(MAX_NUMBER + 1))]
+    vocab = {word: index for index, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=SPECIAL["unk_token"]))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    # tokens are joined by spaces, then the spaces around a newline are taken away again
+    core.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="\x00", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" ?\n ?"), "\n"),
+        ]
+    )
+    bos = SPECIAL["bos_token"]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=MAX_LENGTH,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **SPECIAL,
+    )
+
 
 IGNORED = -100
 Problem = tuple[Numbers, int, tuple[Step, ...]]

@@ -7,10 +7,9 @@ import sys
 import torch
 
 from sharpen.experiments.game24 import train_base
-from sharpen.experiments.game24.train_base import model_card
+from sharpen.experiments.game24.train_base import build_tokenizer, model_card
 from sharpen.models import SHIPPED, load_model, load_tokenizer
 from sharpen.tasks.game24.puzzles import integer_solutions, split_puzzles
-from sharpen.tasks.game24.tokenizer import build_tokenizer
 from sharpen.tasks.game24.traces import is_solution, prompt_text, trace_text
 
 

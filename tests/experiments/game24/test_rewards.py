@@ -29,8 +29,9 @@ def test_covariance_by_hand():
     assert row["share_positive"] == 0.5
     rows = prompt_rows([outcome], ["one", "two"])
     assert [row["covariance"] for row in rows] == [
-        pytest.approx(np.log(2) / 4, abs=1e-4), pytest.approx(-np.log(2) / 4, abs=1e-4)
-    ]  # fmt: skip
+        pytest.approx(np.log(2) / 4, abs=1e-4),
+        pytest.approx(-np.log(2) / 4, abs=1e-4),
+    ]
     assert [row["accuracy"] for row in rows] == [0.5, 0.5]
 
 
@@ -66,13 +67,17 @@ def test_it_is_the_slope_of_the_accuracy_in_alpha(alpha):
 def test_aurocs_are_sorted_and_pairs_are_within_prompts():
     correct = [[True, False], [True, False], [True, True]]
     outcome = outcome_of(
-        np.full((3, 2), 0.5), correct,
-        good=[[1.0, 0.0], [9.0, 8.0], [0.0, 0.0]], bad=[[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]],
-    )  # fmt: skip
+        np.full((3, 2), 0.5),
+        correct,
+        good=[[1.0, 0.0], [9.0, 8.0], [0.0, 0.0]],
+        bad=[[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]],
+    )
     rows = auroc_rows([outcome, outcome])
     assert [(row["reward"], row["auroc"]) for row in rows] == [
-        ("good", 1.0), ("logprob", 0.5), ("bad", 0.0)
-    ]  # fmt: skip
+        ("good", 1.0),
+        ("logprob", 0.5),
+        ("bad", 0.0),
+    ]
     assert rows[0]["prompts"] == 2
     assert rows[0]["by_seed"] == [1.0, 1.0]
 

@@ -17,9 +17,19 @@ from sharpen.tasks import get_task
 from sharpen.training.trainer import GroupTrainer
 
 FLAGS = [
-    "study", "game24", "--quick", "--limit", "6", "-n", "5", "--train-limit", "8",
-    "--device", "cpu", "--out",
-]  # fmt: skip
+    "study",
+    "game24",
+    "--quick",
+    "--limit",
+    "6",
+    "-n",
+    "5",
+    "--train-limit",
+    "8",
+    "--device",
+    "cpu",
+    "--out",
+]
 N = 5
 
 

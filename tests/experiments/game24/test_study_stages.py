@@ -21,17 +21,25 @@ from sharpen.experiments.game24.stages import Stage, run_stages
 
 def drawn(folder, name):
     config = SampleConfig(
-        model="game24", task="game24", limit=1, n=2, max_new_tokens=8, device="cpu",
+        model="game24",
+        task="game24",
+        limit=1,
+        n=2,
+        max_new_tokens=8,
+        device="cpu",
         out=str(folder / f"{name}.jsonl"),
-    )  # fmt: skip
+    )
     return Stage(name, "sample", config)
 
 
 def scored(folder, name, needs):
     config = ScoreConfig(
-        model="game24", device="cpu", rewards=["logprob"],
-        input=str(folder / f"{name}.jsonl"), out=str(folder / f"{name}.scored.jsonl"),
-    )  # fmt: skip
+        model="game24",
+        device="cpu",
+        rewards=["logprob"],
+        input=str(folder / f"{name}.jsonl"),
+        out=str(folder / f"{name}.scored.jsonl"),
+    )
     return Stage(f"{name}/scored", "score", config, needs)
 
 

@@ -32,10 +32,14 @@ def entries():
         MethodResult("selection", "best-of-N, logprob", 5, [measured(best)] * 2, ["pool"]),
         MethodResult("power", "particles", 5, [measured(fitted)], ["smc"], tokens_as=5),
         MethodResult(
-            "training", "sft, T = 1", None, [measured(fitted, kl=0.5), measured(best, kl=1.5)],
-            ["sft-0", "sft-1"], {"seconds": 3.0},
+            "training",
+            "sft, T = 1",
+            None,
+            [measured(fitted, kl=0.5), measured(best, kl=1.5)],
+            ["sft-0", "sft-1"],
+            {"seconds": 3.0},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def test_figures_by_hand():

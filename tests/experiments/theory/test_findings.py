@@ -13,10 +13,16 @@ from sharpen.experiments.theory.findings import Known, findings, format_table
 def known(*probabilities, greedy=True, policy=None, **changes):
     logprobs = [math.log(p) for p in probabilities]
     options = {
-        "logprobs": logprobs, "bound": logprobs[-1] - 1e-4, "proved": True, "complete": True,
-        "n_expanded": 10, "cut_bound": -math.inf, "rounding": 1e-6, "greedy_found": greedy,
+        "logprobs": logprobs,
+        "bound": logprobs[-1] - 1e-4,
+        "proved": True,
+        "complete": True,
+        "n_expanded": 10,
+        "cut_bound": -math.inf,
+        "rounding": 1e-6,
+        "greedy_found": greedy,
         "policy_logprobs": None if policy is None else [math.log(p) for p in policy],
-    }  # fmt: skip
+    }
     return Known(**(options | changes))
 
 

@@ -66,12 +66,17 @@ def test_half_of_the_runs_must_end(scripted, monkeypatch):
 def rows(*, xpo=lambda d: 4 * d):
     return [
         {
-            "d": d, "completions": 2 ** (d + 1), "coverage": 3.0, "margin": 0.2,
-            "sft": round(10 * math.exp(0.7 * d)), "offline": d**2, "xpo": xpo(d),
+            "d": d,
+            "completions": 2 ** (d + 1),
+            "coverage": 3.0,
+            "margin": 0.2,
+            "sft": round(10 * math.exp(0.7 * d)),
+            "offline": d**2,
+            "xpo": xpo(d),
             "xpo_short": None if d > 4 else 10,
         }
         for d in (4, 6, 8)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_table_says_how_the_costs_grow():
