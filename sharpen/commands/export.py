@@ -43,7 +43,7 @@ from sharpen.records import (
 )
 from sharpen.runs import Run
 from sharpen.scoring import Scores
-from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
+from sharpen.scoring.rewards import REWARDS, missing_inputs, stats_needed
 from sharpen.training.groups import PairKind, choose_pairs
 from sharpen_kernels import TokenStats
 
@@ -401,11 +401,7 @@ def _rewards(place: str, row: Row, reward: str, n: int) -> list[float]:
             raise RecordError(f"{place}: `rewards.{reward}` must hold numbers or null.")
         return numbers(values)
     stats = _statistics(place, row, n)
-    if (
-        reward not in REWARDS
-        or options_needed(reward)
-        or not set(stats_needed(reward)) <= set(stats)
-    ):
+    if reward not in REWARDS or missing_inputs(reward, stats=stats):
         raise RecordError(
             f"{place}: `reward` {reward!r} must be among its rewards "
             f"({', '.join(known or {}) or 'none'}) or follow from its token statistics "

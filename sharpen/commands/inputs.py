@@ -23,7 +23,8 @@ from sharpen.sampling import Prompt
 from sharpen.sampling.base import has_chat_template
 from sharpen.sampling.metropolis import Metropolis
 from sharpen.sampling.smc import ParticleFilter
-from sharpen.scoring.rewards import REWARDS, options_needed
+from sharpen.scoring import rewards
+from sharpen.scoring.rewards import options_needed
 from sharpen.tasks import Example, Task, get_task
 
 from .options import ModelOptions, OfflineConfig, PromptOptions
@@ -71,13 +72,13 @@ class Source:
 
 def check_reward(reward: str, task: str | None) -> None:
     """Reject a reward that does not exist, or needs answers that nobody extracts."""
-    if reward not in REWARDS:
-        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {reward!r}.")
-    if options_needed(reward) and task is None:
-        raise InputError(
-            f"`reward` {reward} needs answers, which only a task can extract; "
-            "give `--task`, or another reward."
-        )
+    # equal completions are known by their ids; what they claim, by a task
+    options = ("keys",) if task is None else ("keys", "answers")
+    rewards.check_reward(
+        reward,
+        "which only a task can extract; give `--task`, or another reward",
+        options=options,
+    )
 
 
 def open_source(options: PromptOptions, tokenizer: PreTrainedTokenizerBase | None) -> Source:

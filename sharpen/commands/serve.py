@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from sharpen.errors import InputError, check_fields, require
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
-from sharpen.scoring.rewards import REWARDS, options_needed
+from sharpen.scoring.rewards import check_reward
 from sharpen.server.batcher import MicroBatcher
 from sharpen.server.limits import ServerLimits
 from sharpen.server.state import ServerState
@@ -72,10 +72,7 @@ def run(config: ServeConfig) -> None:
 
 def check(config: ServeConfig) -> None:
     """Reject options that no server can have."""
-    if config.reward not in REWARDS:
-        raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {config.reward!r}.")
-    if options_needed(config.reward):
-        raise InputError(f"`reward` {config.reward} needs answers, which only `/score` can get.")
+    check_reward(config.reward, "which only `/score` can get", options=("keys",))
     rules = [
         ("max_tokens", config.max_tokens >= 1, "at least 1"),
         ("wait_ms", 0 <= config.wait_ms < float("inf"), "at least 0 and finite"),

@@ -30,7 +30,7 @@ from sharpen.runs import Journal
 from sharpen.sampling.base import render
 from sharpen.sampling.endpoint import EndpointClient
 from sharpen.scoring import Scorer, Scores
-from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
+from sharpen.scoring.rewards import check_reward, stats_needed
 from sharpen.server.batcher import Job, MicroBatcher
 from sharpen.server.unscorable import (
     Unscorable,
@@ -87,21 +87,14 @@ class Rating:
 
     def __post_init__(self) -> None:
         finite_or_none(self.unscorable_reward)
-        if self.reward not in REWARDS:
-            raise InputError(f"`reward` must be one of {', '.join(REWARDS)}, got {self.reward!r}.")
-        if options_needed(self.reward):
-            needs = ", ".join(options_needed(self.reward))
-            raise InputError(f"`reward` {self.reward} needs {needs}, which no host hands over.")
+        check_reward(self.reward, "which no host hands over")
         if self.endpoint is None and not self.model:
             raise InputError("`model` must be given, or `endpoint`, got neither.")
         if self.endpoint is not None:
             if not self.endpoint_model:
                 raise InputError("`endpoint_model` must be given with `endpoint`: its name there.")
-            if not set(stats_needed(self.reward)) <= {"logprob"}:
-                raise InputError(
-                    f"`reward` {self.reward} needs {', '.join(stats_needed(self.reward))}, which "
-                    "an endpoint does not give; give `model` alone."
-                )
+            why = "which an endpoint does not give; give `model` alone"
+            check_reward(self.reward, why, stats=("logprob",))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Rating":
