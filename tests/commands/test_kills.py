@@ -35,7 +35,7 @@ COMMON = [
 ]
 JOURNAL, SEAL = "sharpen.runs:Journal.append", "sharpen.training.fit:CompleteMarker.on_save"
 OPTIMIZER = "transformers.trainer:Trainer._save_optimizer_and_scheduler"
-MODEL, STAGE = "sharpen.training.fit:flush", "sharpen.commands.xpo:Stage"
+MODEL, ROUNDS = "sharpen.training.fit:flush", "sharpen.commands.xpo:Rounds"
 ARGV = {
     "sft": ["sft", *COMMON, "--lr", "1e-4"],
     "rlhf": [
@@ -63,7 +63,7 @@ KILLS = {
     "rlhf": [(SEAL, 3)],  # a whole checkpoint without its mark
     "xpo": [
         (SEAL, 2),  # within round 1
-        (f"{STAGE}.draw", 5),  # between the rounds
+        (f"{ROUNDS}.draw", 5),  # between the rounds
         (SEAL, 2),  # within round 2
     ],
 }
