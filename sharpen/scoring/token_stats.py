@@ -127,6 +127,8 @@ def predictor_batches(
         for group in groups:
             cache, last_D = read_prompt(path.module, pairs[group[0]][0], device)
             yield from continuations(path.module, cache, last_D, pairs, group, starts, max_tokens)
+            # not held while the next prompt, or whole sequences, are read
+            del cache, last_D
     for batch in make_batches(pairs, max_tokens, chosen=chosen, boundary=boundary):
         yield path.predict(batch.to(device))
 

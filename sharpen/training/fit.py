@@ -277,8 +277,13 @@ class Progress(ProgressCallback):
     ) -> None:
         """Open it, with its name."""
         super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("train")
+        # tqdm's own attributes, which it does not type
+        bar: Any = self.training_bar
+        if bar is not None:
+            # a resumed run begins where it stopped, or its first step would count as all of them
+            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
+            bar.unit = "step"
+            bar.set_description("train")
 
     def on_log(
         self,

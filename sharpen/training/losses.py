@@ -268,7 +268,8 @@ class Dpo:
 
 def check_beta(beta: float) -> None:
     """Reject a beta without an optimum."""
-    check_value("beta", beta, 0 < beta < math.inf, "above 0 and finite")
+    if not 0 < beta < math.inf:
+        raise InputError(f"`beta` must be above 0 and finite, got {beta}; try 1.")
 
 
 def check_optimism(name: str, value: float) -> None:

@@ -1,12 +1,14 @@
 """Nothing as large as the logits of all scored tokens is ever allocated."""
 
+import weakref
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from helpers.tiny import alone, opaque, tiny
 from sharpen import Scorer
-from sharpen.scoring import model_access
+from sharpen.scoring import model_access, token_stats
 
 V = 20_000
 PROMPTS = [[1, 2, 3]]
@@ -58,3 +60,26 @@ def test_logits_route_holds_those_of_one_small_batch(monkeypatch):
     monkeypatch.setattr(model_access, "LOGITS_BYTES", LOGITS_BYTES // 5)
     seen = largest_allocation(lambda: scorer.score(PROMPTS, COMPLETIONS))
     assert seen <= LOGITS_BYTES / 5
+
+
+def test_a_prompt_is_forgotten_before_whole_sequences_are_read(monkeypatch):
+    """Its cache would stand beside every padded batch that follows."""
+    caches, alive = [], []
+    read, predict = token_stats.read_prompt, token_stats.HiddenPath.predict
+
+    def remembered(*args):
+        cache, last = read(*args)
+        caches.append(weakref.ref(cache))
+        return cache, last
+
+    def watched(path, batch):
+        alive.extend(cache() is not None for cache in caches)
+        return predict(path, batch)
+
+    scorer = Scorer(tiny(), sharing="cache")
+    assert scorer.route.sharing == "cache"
+    monkeypatch.setattr(token_stats, "read_prompt", remembered)
+    monkeypatch.setattr(token_stats.HiddenPath, "predict", watched)
+    # one prompt is shared, the other has nothing to share
+    scorer.score([list(range(1, 40)), [7, 8]], [[[3, 4], [5]], [[6, 7]]])
+    assert alive == [False]

@@ -32,7 +32,7 @@ def weights(*values):
 @pytest.mark.parametrize("beta", [0.0, -1.0, NAN, INF])
 @pytest.mark.parametrize("loss", (LOSSES | VALUE).values(), ids=[*LOSSES, *VALUE])
 def test_a_beta_without_an_optimum_is_refused(loss, beta):
-    with pytest.raises(InputError, match=f"`beta` must be above 0 and finite, got {beta}"):
+    with pytest.raises(InputError, match=f"`beta` must be above 0 and finite, got {beta}; try 1."):
         loss(beta)
 
 
