@@ -16,7 +16,7 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.evaluation import Outcome, Texts, summarize
-from sharpen.evaluation.outcome import MAJORITY
+from sharpen.evaluation.metrics import MAJORITY
 from sharpen.evaluation.report import format_table, render_report
 from sharpen.records import Row, completion_as, write_rows, write_text
 from sharpen.runs import Journal, Run, Settings

@@ -21,8 +21,7 @@ import numpy as np
 from markupsafe import Markup
 
 from .figures import accuracy_svg, histogram_svg, logprob_svg
-from .metrics import N_RESAMPLES, N_SUBSETS, order_by
-from .outcome import MAJORITY, Outcome, Texts
+from .metrics import MAJORITY, N_RESAMPLES, N_SUBSETS, Outcome, Texts, order_by
 from .summary import Summary, headline_rows
 from .summary import format_table as format_table
 

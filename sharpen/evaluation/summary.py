@@ -20,8 +20,16 @@ import numpy as np
 
 from sharpen.errors import InputError
 
-from .metrics import BestOfK, best_of_k, ci95, p_value, pass_at_k, resample_means, sample_accuracy
-from .outcome import Outcome
+from .metrics import (
+    BestOfK,
+    Outcome,
+    best_of_k,
+    ci95,
+    p_value,
+    pass_at_k,
+    resample_means,
+    sample_accuracy,
+)
 
 # Any: a tree of JSON values, whose leaves are str, int, float or None
 Summary = dict[str, Any]

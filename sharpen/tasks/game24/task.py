@@ -5,8 +5,16 @@ import random
 from sharpen.errors import InputError
 
 from ..protocol import Example, Message, PromptForm, with_shots
-from .free import Targeted, free_puzzles
-from .puzzles import SPLIT_SEED, SPLIT_SIZES, TARGET, Numbers, integer_solutions, split_puzzles
+from .puzzles import (
+    SPLIT_SEED,
+    SPLIT_SIZES,
+    TARGET,
+    Numbers,
+    Targeted,
+    free_puzzles,
+    integer_solutions,
+    split_puzzles,
+)
 from .traces import claimed_answer, is_solution, prompt_text, trace_text
 
 INSTRUCTION = (
