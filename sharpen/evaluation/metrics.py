@@ -328,7 +328,6 @@ def _check_k(k: int, G: int) -> None:
 
 
 def _rank_weights(outcome: Outcome, reward: str, k: int) -> Float64[np.ndarray, "P G"]:
-    """Probability that each completion is the best of k, by its rank."""
     G = outcome.n_samples
     i = np.arange(G - 1)
     step = np.maximum(G - k - i, 0) / (G - 1 - i)
@@ -423,7 +422,6 @@ def _log_masses(
 
 
 def _all_subsets(G: int, k: int) -> Bool[np.ndarray, "B G"]:
-    """Members of each subset of k of G."""
     index_BK = np.array(list(itertools.combinations(range(G), k)))
     member_BG = np.zeros((len(index_BK), G), dtype=bool)
     np.put_along_axis(member_BG, index_BK, True, axis=1)

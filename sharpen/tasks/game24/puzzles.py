@@ -136,12 +136,9 @@ def split_puzzles(split: Split) -> tuple[Numbers, ...]:
         raise ValueError(f"`split` must be one of {', '.join(SPLIT_SIZES)}, got {split!r}.")
     shuffled = list(solvable_puzzles())
     random.Random(SPLIT_SEED).shuffle(shuffled)
-    start = 0
-    for name, size in SPLIT_SIZES.items():
-        if name == split:
-            return tuple(shuffled[start : start + size])
-        start += size
-    raise AssertionError("unreachable")
+    names = list(SPLIT_SIZES)
+    start = sum(SPLIT_SIZES[name] for name in names[: names.index(split)])
+    return tuple(shuffled[start : start + SPLIT_SIZES[split]])
 
 
 def steps_from(numbers: Numbers) -> Iterator[tuple[Step, Numbers]]:
