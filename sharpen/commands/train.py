@@ -175,8 +175,8 @@ def train_offline(
             drawn = rate(out, scorer, source, rows, config.reward, config.scores)
             if not drawn.usable.any():
                 raise InputError(
-                    f"no sample can be fitted: none of {len(drawn.usable)} was ended by the model with "
-                    "a finite log-prob and reward; raise `--max-new-tokens`."
+                    f"no sample can be fitted: none of {len(drawn.usable)} was ended by the model "
+                    "with a finite log-prob and reward; raise `--max-new-tokens`."
                 )
             # choose, fit, and say so
             choice = choose(drawn)
