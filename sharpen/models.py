@@ -26,11 +26,7 @@ LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

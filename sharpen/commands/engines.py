@@ -10,7 +10,7 @@ anything is loaded.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,23 +69,20 @@ class Engine:
 @contextmanager
 def load_engine(options: SamplingOptions) -> Iterator[Engine]:
     """The sampler that `options` name; what only it needs is given back in the end."""
-    trust = options.trust_remote_code
-    if options.endpoint is not None:
-        tokenizer = None
-        if options.model:
-            tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
-        yield Engine(_endpoint_sampler(options), tokenizer, "endpoint")
-    elif options.engine == "vllm":
-        tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
-        engine = load_vllm(options, options.vllm)
-        try:
-            yield Engine(engine, tokenizer, "vllm")
-        finally:
-            engine.close()
-    else:
+    if options.endpoint is None and options.engine == "transformers":
         model, tokenizer = load(options)
         sampler = TransformersSampler(model, tokenizer, max_tokens=options.max_tokens)
         yield Engine(sampler, tokenizer, model.device.type, model)
+        return
+    tokenizer = None
+    if options.model:
+        trust = options.trust_remote_code
+        tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
+    if options.endpoint is not None:
+        yield Engine(_endpoint_sampler(options), tokenizer, "endpoint")
+        return
+    with closing(load_vllm(options, options.vllm)) as engine:
+        yield Engine(engine, tokenizer, "vllm")
 
 
 def check_engine(options: SamplingOptions) -> None:

@@ -70,9 +70,7 @@ def check_reward(reward: str, task: str | None) -> None:
     # equal completions are known by their ids; what they claim, by a task
     options = ("keys",) if task is None else ("keys", "answers")
     rewards.check_reward(
-        reward,
-        "which only a task can extract; give `--task`, or another reward",
-        options=options,
+        reward, "which only a task can extract; give `--task`, or another reward", options=options
     )
 
 

@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,11 +163,8 @@ def rate(
                 concurrency=config.endpoint_concurrency,
                 progress=bar.update,
             )
-    engine = load_vllm(config, config.vllm)
-    try:
+    with closing(load_vllm(config, config.vllm)) as engine:
         return engine.logprobs(prompts, completions)
-    finally:
-        engine.close()
 
 
 def settings(config: ParityConfig, device: str) -> dict[str, Any]:
@@ -190,9 +188,7 @@ def _scored(scorer: Scorer, records: list[Record]) -> list[list[list[float]]]:
 
 
 def _in_chunks(
-    records: list[Record],
-    work: Callable[[list[Record]], list[list[list[float]]]],
-    label: str,
+    records: list[Record], work: Callable[[list[Record]], list[list[list[float]]]], label: str
 ) -> list[list[list[float]]]:
     found: list[list[list[float]]] = []
     with tqdm(total=len(records), desc=label, unit="record") as bar:
