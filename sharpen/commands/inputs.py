@@ -328,11 +328,10 @@ def provenance_of(settings: Settings | None, row: Row | None = None) -> Provenan
 
 
 def _settings_of(path: Path) -> Settings | None:
-    beside = [settings_beside(path)]
-    if path.name == SAMPLES:
-        beside.append(path.with_name(RUN))
-    found = next((place for place in beside if place.is_file()), None)
-    if found is None:
+    found = settings_beside(path)
+    if path.name == SAMPLES and not found.is_file():
+        found = path.with_name(RUN)
+    if not found.is_file():
         return None
     wanted = f"{str(found)!r} must hold the settings of its samples, got"
     try:

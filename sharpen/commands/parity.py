@@ -57,7 +57,14 @@ def run(config: ParityConfig) -> None:
     report = {
         "ours": f"sharpen ({ours.sharing})",
         "theirs": config.against,
-        "settings": settings(config, ours.device),
+        # what the numbers depend on
+        "settings": {
+            **model_settings(config, ours.device),
+            "samples": config.samples,
+            "endpoint": config.endpoint,
+            "endpoint_model": config.endpoint_model or None,
+            "vllm": config.vllm,
+        },
         "tolerance": config.tolerance,
         "measure": config.measure,
         "is_within": is_within(found, config.tolerance, config.measure),
@@ -165,17 +172,6 @@ def rate(
             )
     with closing(load_vllm(config, config.vllm)) as engine:
         return engine.logprobs(prompts, completions)
-
-
-def settings(config: ParityConfig, device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        **model_settings(config, device),
-        "samples": config.samples,
-        "endpoint": config.endpoint,
-        "endpoint_model": config.endpoint_model or None,
-        "vllm": config.vllm,
-    }
 
 
 def _scored(scorer: Scorer, records: list[Record]) -> list[list[list[float]]]:

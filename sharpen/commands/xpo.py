@@ -207,20 +207,18 @@ class Rounds:
             `pairs`, `square` (mean e^2, nats^2), `base_logprob` (mean log pi(y'), nats) and
             `optimism_term`, its product with `optimism`.
         """
-        batch = Batch.of(groups)
         rows = [
             {
                 "prompt_id": str(p),
-                "prompt_ids": prompt,
-                "completion_ids": completions,
-                "finish_reasons": ["stop"] * len(completions),
+                "prompt_ids": group.prompt_ids,
+                "completion_ids": group.completion_ids,
+                "finish_reasons": ["stop"] * len(group.completion_ids),
             }
-            for p, (prompt, completions) in enumerate(
-                zip(batch.prompts, batch.completions, strict=True)
-            )
+            for p, group in enumerate(groups)
         ]
         found = self.logprobs(folder / "scores-fitted.jsonl", policy, rows)
         logprob_N = torch.tensor([x for group in found for x in group], dtype=torch.float64)
+        batch = Batch.of(groups)
         square = square_loss(
             logprob_N - batch.reference, batch.reward, batch.pairs, beta=self.config.beta
         ).item()
