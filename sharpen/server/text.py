@@ -164,9 +164,7 @@ class Texts:
 
     def decoded(self, ids: list[int]) -> str:
         """Text of token ids, special tokens and spaces as they are; "" without a tokenizer."""
-        if self._given is None:
-            return ""
-        return self._decode(ids)
+        return "" if self._given is None else self._decode(ids)
 
     def token_text(self, token: int) -> str:
         """Text of one token inside a text, with the space it may begin with."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from helpers.byte_checkpoint import byte_tokenizer
 from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import SharpenError
-from sharpen.server.rewards import read_get_reward
+from sharpen.server.routes import read_get_reward
 from sharpen.server.text import MIN_KEPT, Texts, kept_end, kept_ids
 
 LONG = "Numbers: 1 2 3 4 Target: 24\n" + PROMPT + "8 + 4 = 12 left: 4 6 12\n"

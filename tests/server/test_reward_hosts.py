@@ -3,7 +3,7 @@ import pytest
 from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError, SharpenError
 from sharpen.integrations.openrlhf import SelfReward, reward_func
-from sharpen.server.rewards import read_evaluation, read_get_reward
+from sharpen.server.routes import read_evaluation, read_get_reward
 from sharpen.server.text import Texts
 
 QUERIES = {"query": [PROMPT + RIGHT, PROMPT + WRONG], "prompts": [PROMPT] * 2, "labels": [1, None]}

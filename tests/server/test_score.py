@@ -5,7 +5,7 @@ import torch
 from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError
 from sharpen.server.errors import HTTPError
-from sharpen.server.rewards import read_score
+from sharpen.server.routes import read_score
 
 BODY = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 
