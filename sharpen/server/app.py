@@ -171,29 +171,27 @@ class RequestUsage:
 
     def __init__(self, all_of_them: InFlight):
         self._all = all_of_them
-        self._n_body = 0
-        self._n_answer = 0
+        self._n_bytes = 0
 
     def check(self, n_more: int) -> None:
         """Reject a body that has `n_more` bytes yet to come: 413 for its own size, 429 for all."""
-        self._all.limits.check_bytes(self._n_body + n_more)
+        self._all.limits.check_bytes(self._n_bytes + n_more)
         self._all.limits.check_bytes_in_flight(self._all.n_bytes + n_more)
 
     def receive(self, n_bytes: int) -> None:
         """Count a part of the body, or reject it as `check` does."""
         self.check(n_bytes)
-        self._n_body += n_bytes
-        self._all.n_bytes += n_bytes
+        self.send(n_bytes)
 
     def send(self, n_bytes: int) -> None:
         """Count a part of the answer; what is computed already is never rejected."""
-        self._n_answer += n_bytes
+        self._n_bytes += n_bytes
         self._all.n_bytes += n_bytes
 
     def leave(self) -> None:
         """The request is answered."""
         self._all.n_requests -= 1
-        self._all.n_bytes -= self._n_body + self._n_answer
+        self._all.n_bytes -= self._n_bytes
 
 
 class AdmissionMiddleware:
@@ -295,38 +293,34 @@ def build(service: Service) -> AdmissionMiddleware:
         _add_post(app, path, service, admission)
     served = {"id": service.state.name, "object": "model", "owned_by": "sharpen"}
     models = {"object": "list", "data": [served | {"created": int(time.time())}]}
-    _add_get(app, "/v1/models", lambda: encoded(models))
-    _add_get(app, "/metrics", service.metrics.text)
-    _add_get(app, "/health", lambda: encoded({"status": _health(service, admission)}))
+
+    @app.get("/v1/models", response_model=None)
+    async def list_models() -> Response:
+        body, kind = encoded(models)
+        return Response(body, media_type=kind)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        body, kind = service.metrics.text()
+        return Response(body, media_type=kind)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        # a server that was told to end says so; its scorer ends too
+        if admission.is_draining:
+            return error_response(shutting_down())
+        if not service.batcher.is_alive:
+            return error_response(HTTPError(503, "the scorer has ended.", code="not_alive"))
+        body, kind = encoded({"status": "ok"})
+        return Response(body, media_type=kind)
 
     # a path or method that is not there, in the same shape as every error
-    async def missing(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def missing(_: Request, error: HTTPException) -> Response:
         found = HTTPError(error.status_code, f"{error.detail}.", code="no_such_route")
         return error_response(found)
 
-    app.add_exception_handler(HTTPException, missing)
     return admission
-
-
-def _health(service: Service, admission: AdmissionMiddleware) -> str:
-    # a server that was told to end says so; its scorer ends too
-    if admission.is_draining:
-        raise shutting_down()
-    if not service.batcher.is_alive:
-        raise HTTPError(503, "the scorer has ended.", code="not_alive")
-    return "ok"
-
-
-def _add_get(app: FastAPI, path: str, content: Callable[[], tuple[bytes, str]]) -> None:
-    async def endpoint() -> Response:
-        try:
-            body, kind = content()
-        except HTTPError as error:
-            return error_response(error)
-        return Response(body, media_type=kind)
-
-    app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
 
 
 def _add_post(app: FastAPI, path: str, service: Service, admission: AdmissionMiddleware) -> None:

@@ -37,8 +37,8 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen_kernels import TokenStats
@@ -64,9 +64,9 @@ TextOrIds = str | list[Any]
 # lists fail fast: thousands of bad items are one error
 ListOfTexts = Annotated[list[str], Field(description="a list of texts", fail_fast=True)]
 
-# an error of this type is about the field, and not about one item of it
-NAME_ERROR = "not_a_known_name"
+# what is wanted by fields that have no description, and of items that are not any text
 WANTED = {"bool_type": "true or false", "string_type": "text"}
+WANTED_ITEMS = {"answers": "text or null"}
 MAX_LOGPROBS = 20  # how many per position the kernel finds
 STANDIN = 0  # the token at the position that predicts the one greedy token; it is not read
 
@@ -97,25 +97,6 @@ Model = TypeVar("Model", bound=RequestModel)
 Entry = TypeVar("Entry")
 
 
-def one_of(known: Collection[str]) -> BeforeValidator:
-    """Accepts one of the known names."""
-
-    def check(value: object) -> object:
-        if not isinstance(value, str) or value not in known:
-            raise PydanticCustomError(NAME_ERROR, "of {names}", {"names": ", ".join(known)})
-        return value
-
-    return BeforeValidator(check)
-
-
-# a default of a field, as pydantic types it
-def names(known: Collection[str], default: Collection[str]) -> Any:
-    """A list of some of the known names."""
-    schema: dict[str, Any] = {"items": {"enum": [*known]}}
-    text = "a list of names"
-    return Field([*default], description=text, fail_fast=True, json_schema_extra=schema)
-
-
 def parse(model: type[Model], body: object) -> Model:
     """The body as `model`; 422 for an unknown field if there is one, else for the first bad one."""
     if not isinstance(body, dict):
@@ -135,14 +116,12 @@ def parse(model: type[Model], body: object) -> Model:
 def _http_error(model: type[RequestModel], error: ErrorDetails) -> HTTPError:
     kind, place = error["type"], [*error["loc"]]
     name, index = str(place[0]), place[1] if len(place) > 1 else None
-    if kind == NAME_ERROR:
-        return bad_field(name, error["msg"], error["input"])
     is_item = isinstance(index, int)
     # pydantic appends the member of the union to the place
     if place[-1] == "str":
         wanted = "text or a list of token ids"
     else:
-        wanted = WANTED[kind] if is_item else model.model_fields[name].description
+        wanted = WANTED_ITEMS.get(name) if is_item else model.model_fields[name].description
     got = None if kind == "missing" else error["input"]
     return bad_field(f"{name}[{index}]" if is_item else name, wanted or WANTED[kind], got)
 
@@ -154,8 +133,15 @@ class ScoreRequest(RequestModel):
     completions: list[TextOrIds] = Field(
         description="a list of texts, or of lists of token ids", fail_fast=True
     )
-    rewards: list[Annotated[str, one_of(REWARDS)]] = names(REWARDS, ["logprob"])
-    token_stats: list[Annotated[str, one_of(NAMES)]] = names(NAMES, [])
+    # checked by `_names`, in its words
+    rewards: list[Any] = Field(
+        ["logprob"],
+        description="a list of names",
+        json_schema_extra={"items": {"enum": [*REWARDS]}},
+    )
+    token_stats: list[Any] = Field(
+        [], description="a list of names", json_schema_extra={"items": {"enum": [*NAMES]}}
+    )
     add_special_tokens: bool = True
     add_eos: bool = False
     answers: list[str | None] | None = Field(
@@ -172,10 +158,11 @@ def read_score(body: object, state: ServerState) -> ParsedRequest:
     asked = parse(ScoreRequest, body)
     n = len(asked.completions)
     state.limits.check_n("completions", n)
-    rewards, stats = dict.fromkeys(asked.rewards), dict.fromkeys(asked.token_stats)
+    rewards = _names("rewards", asked.rewards, REWARDS)
+    stats = _names("token_stats", asked.token_stats, NAMES)
     answers, valid = _one_each("answers", asked.answers, n), _one_each("valid", asked.valid, n)
-    job = Job(*_ids(asked, state), stats_of([*rewards], [*stats]))
-    options = _options(answers, [*rewards], job)
+    job = Job(*_ids(asked, state), stats_of(rewards, stats))
+    options = _options(answers, rewards, job)
 
     def answer(results: Sequence[TokenStats]) -> Answer:
         (tokens,) = results
@@ -192,6 +179,14 @@ def read_score(body: object, state: ServerState) -> ParsedRequest:
         }
 
     return state.parsed([job], answer)
+
+
+def _names(field: str, values: list[Any], known: Collection[str]) -> list[str]:
+    """Some of the known names, each once."""
+    for value in values:
+        if not isinstance(value, str) or value not in known:
+            raise bad_field(field, f"of {', '.join(known)}", value)
+    return list(dict.fromkeys(values))
 
 
 def _ids(asked: ScoreRequest, state: ServerState) -> tuple[list[int], list[list[int]]]:
