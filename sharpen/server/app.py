@@ -295,9 +295,8 @@ def build(service: Service) -> AdmissionMiddleware:
     models = {"object": "list", "data": [served | {"created": int(time.time())}]}
 
     @app.get("/v1/models", response_model=None)
-    async def list_models() -> Response:
-        body, kind = encoded(models)
-        return Response(body, media_type=kind)
+    async def list_models() -> dict[str, Any]:
+        return models
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
@@ -305,14 +304,13 @@ def build(service: Service) -> AdmissionMiddleware:
         return Response(body, media_type=kind)
 
     @app.get("/health", response_model=None)
-    async def health() -> Response:
+    async def health() -> Response | dict[str, str]:
         # a server that was told to end says so; its scorer ends too
         if admission.is_draining:
             return error_response(shutting_down())
         if not service.batcher.is_alive:
             return error_response(HTTPError(503, "the scorer has ended.", code="not_alive"))
-        body, kind = encoded({"status": "ok"})
-        return Response(body, media_type=kind)
+        return {"status": "ok"}
 
     # a path or method that is not there, in the same shape as every error
     @app.exception_handler(HTTPException)

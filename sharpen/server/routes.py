@@ -37,7 +37,7 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from sharpen.scoring.rewards import REWARDS, options_needed
@@ -87,10 +87,8 @@ OFF: dict[str, tuple[Any, ...]] = {
 Best = list[tuple[int, float]]
 
 
-class RequestModel(BaseModel):
+class RequestModel(BaseModel, strict=True, extra="forbid"):
     """The body of a request; a field that no one would read is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 Model = TypeVar("Model", bound=RequestModel)
@@ -228,10 +226,8 @@ def _one_each(field: str, values: list[Entry] | None, n: int) -> list[Entry] | N
     return values
 
 
-class GetRewardRequest(RequestModel):
+class GetRewardRequest(RequestModel, extra="ignore"):
     """What OpenRLHF sends: texts, and the prompts that they begin with."""
-
-    model_config = ConfigDict(extra="ignore")
 
     query: ListOfTexts
     prompts: ListOfTexts
@@ -249,10 +245,8 @@ def read_get_reward(body: object, state: ServerState) -> ParsedRequest:
     return state.parsed(texts.jobs, answer)
 
 
-class EvaluationRequest(RequestModel):
+class EvaluationRequest(RequestModel, extra="ignore"):
     """What LLaMA-Factory sends: whole conversations."""
-
-    model_config = ConfigDict(extra="ignore")
 
     messages: ListOfTexts
 
@@ -431,11 +425,23 @@ def choice(index: int, given: Given, tokens: TokenStats | None, style: Style) ->
     Raises:
         HTTPError: 422 if a log-prob is not finite.
     """
-    ids, logprobs, best = _positions(given.ids, tokens, style)
-    token_texts = [style.texts.token_text(token) for token in ids]
-    n_echoed = len(ids) - style.extra
-    text = (given.text or style.texts.decoded(ids[:n_echoed])) if style.echo else ""
-    text += "".join(token_texts[n_echoed:])
+    ids = list(given.ids) if style.echo else []
+    text = (given.text or style.texts.decoded(ids)) if style.echo else ""
+    # nothing predicts the first token
+    logprobs: list[float | None] = [None] if style.echo else []
+    best: list[Best] = [[] for _ in logprobs]
+    if tokens is not None:
+        assert tokens.logprob is not None
+        given_S = tokens.logprob[: len(tokens.logprob) - style.extra]
+        reject_not_finite("prompt", given_S)
+        logprobs += given_S.tolist()
+        best += _best(tokens, style.k or style.extra)
+    if style.extra:
+        token, logprob = best[-1][0] if best[-1] else (0, math.nan)
+        reject_not_finite("the token after the prompt", torch.tensor([logprob]))
+        ids.append(token)
+        logprobs.append(logprob)
+        text += style.texts.token_text(token)
     found: dict[str, Any] = {"index": index, "text": text, "finish_reason": "length"}
     if style.k is None:
         return found | {"logprobs": None}
@@ -447,31 +453,9 @@ def choice(index: int, given: Given, tokens: TokenStats | None, style: Style) ->
                 None if own is None else _top(token, own, near[: style.k], style)
                 for token, own, near in zip(ids, logprobs, best, strict=True)
             ],
-            "text_offset": _offsets(token_texts, text),
+            "text_offset": _offsets([style.texts.token_text(token) for token in ids], text),
         }
     }
-
-
-def _positions(
-    prompt: Sequence[int], tokens: TokenStats | None, style: Style
-) -> tuple[list[int], list[float | None], list[Best]]:
-    """Tokens of the answer, the log-prob of each, None for the first, and the best at each."""
-    # nothing predicts the first token
-    first: list[float | None] = [None] if style.echo else []
-    ids = list(prompt) if style.echo else []
-    if tokens is None:
-        return ids, [None for _ in ids], [[] for _ in ids]
-    assert tokens.logprob is not None
-    given_S = tokens.logprob[: len(tokens.logprob) - style.extra]
-    reject_not_finite("prompt", given_S)
-    logprobs = first + given_S.tolist()
-    best = [[] for _ in first] + _best(tokens, style.k or style.extra)
-    if style.extra:
-        token, logprob = best[-1][0] if best[-1] else (0, math.nan)
-        reject_not_finite("the token after the prompt", torch.tensor([logprob]))
-        ids.append(token)
-        logprobs.append(logprob)
-    return ids, logprobs, best
 
 
 def _best(tokens: TokenStats, k: int) -> list[Best]:
