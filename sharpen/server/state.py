@@ -26,7 +26,7 @@ from sharpen_kernels import TokenStats
 from .batcher import Job
 from .errors import HTTPError, bad_field, check_unicode
 from .text import TOO_LONG, Texts
-from .unscorable import Unscorable, UnscorableReward, why_not_finite
+from .unscorable import Cause, Unscorable, UnscorableReward, why_not_finite
 
 # requests of the largest size that may be in flight together; chosen
 N_INSIDE = 32
@@ -156,6 +156,10 @@ class ServerState:
         self.limits.check_tokens(sum(job.n_tokens for job in jobs))
         return ParsedRequest(jobs, answer)
 
+    def unscored(self, cause: Cause, error: SharpenError) -> float:
+        """The reward of a sample for which a check raised `error`, or that error."""
+        return self.unscorable.resolve(Unscorable(cause, str(error).rstrip("."), error))
+
 
 def stats_of(rewards: Sequence[str], more: Sequence[str] = ()) -> tuple[str, ...]:
     """The token statistics behind some rewards, and others; the log-prob first."""
@@ -222,8 +226,7 @@ class TextRewards:
                 try:
                     reward, row = _rated(sample, next(left), f"{self.field}[{i}]", self.state)
                 except HTTPError as error:
-                    unscorable = Unscorable.from_error("not_finite", error)
-                    reward = self.state.unscorable.resolve(unscorable)
+                    reward = self.state.unscored("not_finite", error)
             else:
                 reward = sample
             rewards.append(reward)
@@ -234,19 +237,26 @@ class TextRewards:
         return rewards, {name: [row[name] for row in rows] for name in names}
 
 
+# a trainer that calls this in its process may hand over anything
 def query_rewards(
-    queries: Sequence[str], prompts: Sequence[str], state: ServerState
+    queries: Sequence[object], prompts: Sequence[object], state: ServerState
 ) -> TextRewards:
     """Texts as OpenRLHF has them: each begins with its prompt, or with an end of it."""
-    for name, texts in (("query", queries), ("prompts", prompts)):
-        for i, text in enumerate(texts):
-            check_unicode(text, f"{name}[{i}]")
+    query_texts = [_text(value, f"query[{i}]") for i, value in enumerate(queries)]
+    prompt_texts = [_text(value, f"prompts[{i}]") for i, value in enumerate(prompts)]
     if len(prompts) != len(queries):
         wanted = f"a list of {len(queries)}, one a query"
         raise bad_field("prompts", wanted, f"{len(prompts)} of them")
-    pairs = zip(queries, prompts, strict=True)
+    pairs = zip(query_texts, prompt_texts, strict=True)
     splits = [partial(state.texts.split, query, prompt) for query, prompt in pairs]
     return TextRewards.of("query", splits, state)
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise bad_field(name, "text", value)
+    check_unicode(value, name)
+    return value
 
 
 def _sample(split: Split, name: str, state: ServerState) -> Job | float:
@@ -255,13 +265,13 @@ def _sample(split: Split, name: str, state: ServerState) -> Job | float:
     except HTTPError as error:
         if error.code != TOO_LONG:
             raise
-        return state.unscorable.resolve(Unscorable.from_error("too_long", error))
+        return state.unscored("too_long", error)
     replace(state.model, max_length=None).check(name, prompt, completion)
     try:
         # as in the scorer: the last token is predicted, and never read
         state.model.check(name, prompt, completion, unread=min(1, len(completion)))
     except SharpenError as error:
-        return state.unscorable.resolve(Unscorable.from_error("too_long", error))
+        return state.unscored("too_long", error)
     if not completion:
         error = HTTPError(
             422,
@@ -270,7 +280,7 @@ def _sample(split: Split, name: str, state: ServerState) -> Job | float:
             param=name,
             code="empty_completion",
         )
-        return state.unscorable.resolve(Unscorable.from_error("empty", error))
+        return state.unscored("empty", error)
     return Job(prompt, [completion], stats_of([state.reward, *LOGS]))
 
 
