@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sharpen.errors import InputError, check_value
 from sharpen.scoring import Scores
-from sharpen.scoring.votes import check_one_each, distinct_answers
+from sharpen.scoring.rewards import check_one_each, distinct_answers
 
 from .best_of_n import candidates
 
