@@ -6,12 +6,13 @@ recurrent states): whatever is in the cache after the prompt is repeated for eac
 groups_of       which pairs gain by the cache of their prompt
 read_prompt     the cache of one prompt, and the row that predicts what follows it
 continuations   its completions, batch by batch
+DetachedInputs  the cache cut off its graph, for a backward in bounded memory
 
 P prompt tokens, B completions of one batch, L their longest, R hidden rows that predict, S scored.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -147,19 +148,55 @@ def _predictors(
 
 def fork(cache: Any, n: int) -> Any:
     """A cache of `n` rows that all continue from the one row of `cache`, which stays as it is."""
-    forked = copy.copy(cache)
-    forked.layers = [_copy(layer) for layer in cache.layers]
+    # lists and dicts of its own: updates replace what these hold
+    forked = _rebuilt(cache, lambda x: copy.copy(x) if isinstance(x, (list, dict)) else x)
     forked.reorder_cache(torch.zeros(n, dtype=torch.int64))
     return forked
 
 
-def _copy(layer: Any) -> Any:
-    """The same tensors in a layer and lists of its own: updates replace what these hold."""
-    copied = copy.copy(layer)
-    for name, value in vars(copied).items():
-        if isinstance(value, (list, dict)):
-            setattr(copied, name, copy.copy(value))
-    return copied
+class DetachedInputs:
+    """Tensors that are cut off a graph, and the gradients that they gather."""
+
+    def __init__(self):
+        self.cuts: list[tuple[Tensor, Tensor]] = []
+
+    def detach(self, x: Tensor) -> Tensor:
+        """`x` without its graph; what comes back to it waits for `backward`."""
+        if not x.requires_grad:
+            return x
+        leaf = x.detach().requires_grad_()
+        self.cuts.append((x, leaf))
+        return leaf
+
+    def detach_cache(self, cache: Any) -> Any:
+        """A cache whose tensors are detached."""
+        return _rebuilt(cache, self._detach_value)
+
+    def _detach_value(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.detach(value)
+        if isinstance(value, list):
+            return [self._detach_value(x) for x in value]
+        if isinstance(value, dict):
+            return {key: self._detach_value(x) for key, x in value.items()}
+        return value
+
+    def backward(self) -> None:
+        """Send what the inputs have gathered back, in one pass."""
+        reached = [(x, leaf.grad) for x, leaf in self.cuts if leaf.grad is not None]
+        if reached:
+            tensors, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(tensors, gradients)
+
+
+def _rebuilt(cache: Any, change: Callable[[Any], Any]) -> Any:
+    """A cache whose layers hold what `change` makes of what those of `cache` hold."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        for name, value in vars(layer).items():
+            setattr(layer, name, change(value))
+    return found
 
 
 def _rows_of(out: Any) -> Tensor:

@@ -46,7 +46,7 @@ from .model_access import (
 )
 from .packing import PackedRow, plan
 from .pairs import Pair, token_starts
-from .prefix_cache import continuations, groups_of, read_prompt
+from .prefix_cache import DetachedInputs, continuations, groups_of, read_prompt
 
 if TYPE_CHECKING:
     import transformers
@@ -108,12 +108,14 @@ def predictor_batches(
     sharing: Sharing,
     *,
     pack_unshared: bool = True,
-    chosen: Sequence[int] | None = None,
+    cut_prompts: bool = False,
 ) -> Iterator[PredictorBatch]:
     """Batches that together predict every completion token of `pairs` once; see `token_stats`.
 
-    With "none", those of the pairs `chosen` alone, in the places that they have among all.
+    `cut_prompts` detaches what follows a cached prompt from its graph; what it gathers goes back
+    through the prompt after the last of its batches.
     """
+    chosen = None
     boundary, device = rope_boundary(path.model), input_device(path.model)
     if sharing == "tree":
         rows = plan(pairs, max_tokens, boundary=boundary)
@@ -126,9 +128,13 @@ def predictor_batches(
         starts = token_starts(pairs)
         for group in groups:
             cache, last_D = read_prompt(path.module, pairs[group[0]][0], device)
+            inputs = DetachedInputs()
+            if cut_prompts:
+                cache, last_D = inputs.detach_cache(cache), inputs.detach(last_D)
             yield from continuations(path.module, cache, last_D, pairs, group, starts, max_tokens)
+            inputs.backward()
             # not held while the next prompt, or whole sequences, are read
-            del cache, last_D
+            del cache, last_D, inputs
     for batch in make_batches(pairs, max_tokens, chosen=chosen, boundary=boundary):
         yield path.predict(batch.to(device))
 
