@@ -3,11 +3,6 @@
 The way for models whose layers carry more than keys and values from token to token (convolutions,
 recurrent states): whatever is in the cache after the prompt is repeated for each completion.
 
-groups_of       which pairs gain by the cache of their prompt
-read_prompt     the cache of one prompt, and the row that predicts what follows it
-continuations   its completions, batch by batch
-DetachedInputs  the cache cut off its graph, for a backward in bounded memory
-
 P prompt tokens, B completions of one batch, L their longest, R hidden rows that predict, S scored.
 """
 

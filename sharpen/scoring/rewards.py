@@ -1,12 +1,7 @@
 """Statistics of tokens to one reward per completion; higher is better.
 
 A reward is a pure function, and its parameters say what it needs: a token statistic by its name,
-`offsets`, `groups` or `valid`, or else an option that the caller gives. `REWARDS` holds them all:
-
-    of the tokens drawn                 logprob, mean_logprob, neg_perplexity, min_token
-    of the distributions before them    self_certainty, neg_entropy, confidence, confidence_lowest,
-                                        confidence_bottom, confidence_tail
-    of the answers                      majority, rpc
+`offsets`, `groups` or `valid`, or else an option that the caller gives. `REWARDS` holds them all.
 
 S scored tokens, N completions of all prompts together, P prompts. Completion n owns the scored
 tokens offsets[n] ... offsets[n + 1] - 1, prompt p the completions groups[p] ... groups[p + 1] - 1.
@@ -446,16 +441,19 @@ def _logsumexp(values: Sequence[float]) -> float:
 
 REWARDS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
+        # of the tokens drawn
         "logprob": sequence_logprob,
         "mean_logprob": mean_logprob,
         "neg_perplexity": neg_perplexity,
         "min_token": min_token_logprob,
+        # of the distributions before them
         "self_certainty": mean_self_certainty,
         "neg_entropy": neg_entropy,
         "confidence": confidence,
         "confidence_lowest": confidence_lowest,
         "confidence_bottom": confidence_bottom,
         "confidence_tail": confidence_tail,
+        # of the answers
         "majority": majority,
         "rpc": perplexity_consistency,
     }
