@@ -353,13 +353,8 @@ def answer_logprob(
     """Log of the summed probability of the distinct completions with the same answer, nats.
 
     -inf for a completion without an answer, and for an answer that no counted completion gives.
-
-    Args:
-        sequence_logprob: Of each completion, nats.
-        groups: Where the completions of each prompt start, then N.
-        counts: Which completions are summed over.
-        answers: As in `perplexity_consistency`.
-        keys: As in `perplexity_consistency`.
+    Arguments as in `perplexity_consistency`; `sequence_logprob` is of whole completions, in nats,
+    and `counts` says which are summed over.
     """
     N = len(counts)
     check_one_each("answers", answers, N)

@@ -5,7 +5,7 @@
 Three ways to share what sequences have in common:
 
     tree    one packed row per batch, every shared token once    `packing`, `hooks`
-    cache   the prompt into a cache, completions in batches      `prefix_cache`
+    cache   the prompt into a cache, completions in batches      `batching`
     none    every sequence whole, in padded batches              `batching`
 
 Sequences that share nothing are packed by "tree" as well, side by side in one row. And two paths
@@ -31,7 +31,16 @@ from sharpen.errors import InputError, SharpenError, check_value
 from sharpen_kernels import TokenStats, linear_logprob, token_logprob
 from sharpen_kernels.stats import NAMES, Statistic
 
-from .batching import Batch, PredictorBatch, inverse_of, make_batches
+from .batching import (
+    Batch,
+    DetachedInputs,
+    PredictorBatch,
+    continuations,
+    groups_of,
+    inverse_of,
+    make_batches,
+    read_prompt,
+)
 from .hooks import SharingError, TreePlan, under
 from .model_access import (
     Head,
@@ -46,7 +55,6 @@ from .model_access import (
 )
 from .packing import PackedRow, plan
 from .pairs import Pair, token_starts
-from .prefix_cache import DetachedInputs, continuations, groups_of, read_prompt
 
 if TYPE_CHECKING:
     import transformers
