@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sharpen.errors import InputError, SharpenError, check_value
@@ -94,7 +94,15 @@ def token_stats(
     for batch in batches:
         places.append(batch.output_index)
         parts.append(path.stats(batch, stats, temperature))
-    return _in_input_order(parts, places, stats, path.model)
+    if not parts:
+        nothing = torch.zeros(0, 1, device=input_device(path.model))
+        return token_logprob(nothing, nothing[:, 0].long(), stats=stats)
+    inverse_S = inverse_of(places)
+    columns = {}
+    for name in stats:
+        column_S = torch.cat([getattr(part, name) for part in parts])
+        columns[name] = column_S[inverse_S.to(column_S.device)]
+    return TokenStats(**columns)
 
 
 def shared_or_whole(run: Callable[[Sharing], Found], sharing: Sharing) -> Found:
@@ -342,23 +350,6 @@ def _run_packed(module: nn.Module, row: PackedRow, **options: Tensor) -> Any:
     )
     with under(TreePlan(row.tree)):
         return module(**asked)
-
-
-def _in_input_order(
-    parts: list[TokenStats],
-    places: list[Int64[Tensor, " _"]],
-    stats: Sequence[Statistic],
-    model: "transformers.PreTrainedModel",
-) -> TokenStats:
-    if not parts:
-        nothing = torch.zeros(0, 1, device=input_device(model))
-        return token_logprob(nothing, nothing[:, 0].long(), stats=stats)
-    inverse_S = inverse_of(places)
-    columns = {}
-    for name in stats:
-        column_S = torch.cat([getattr(part, name) for part in parts])
-        columns[name] = column_S[inverse_S.to(column_S.device)]
-    return TokenStats(**columns)
 
 
 def check_stats(stats: Sequence[str]) -> tuple[Statistic, ...]:
