@@ -163,7 +163,7 @@ def groups_of(pairs: Sequence[Pair], boundary: int | None) -> tuple[list[list[in
             short = []
         else:
             groups.append(short)
-        alone += [i for i in members if i not in set(short)]
+        alone += set(members) - set(short)
     return groups, sorted(alone)
 
 

@@ -117,11 +117,7 @@ class Plan:
         return self._row(self.parts[index])
 
     def _row(self, parts: list[range]) -> PackedRow:
-        ids: list[int] = []
-        parent: list[int] = []
-        row: list[int] = []
-        target: list[int] = []
-        output: list[int] = []
+        ids, parent, row, target, output = [], [], [], [], []
         for part in parts:
             path: list[int] = []
             for n in part:

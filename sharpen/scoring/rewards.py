@@ -72,7 +72,7 @@ def mean_logprob(logprob: PerToken, offsets: Bounds) -> PerCompletion:
         >>> mean_logprob(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 3]))
         tensor([-1.5000, -4.0000])
     """
-    return _mean(logprob, offsets)
+    return _mean(logprob, offsets).float()
 
 
 def neg_perplexity(logprob: PerToken, offsets: Bounds) -> PerCompletion:
@@ -92,8 +92,7 @@ def neg_perplexity(logprob: PerToken, offsets: Bounds) -> PerCompletion:
         >>> neg_perplexity(logprob, torch.tensor([0, 2, 3]))
         tensor([-4., -4.])
     """
-    mean_N = _sum(logprob, offsets) / offsets.diff().clamp(min=1)
-    return torch.where(offsets.diff() > 0, -(-mean_N).exp(), 0.0).float()
+    return torch.where(offsets.diff() > 0, -(-_mean(logprob, offsets)).exp(), 0.0).float()
 
 
 def min_token_logprob(logprob: PerToken, offsets: Bounds) -> PerCompletion:
@@ -130,7 +129,7 @@ def mean_self_certainty(self_certainty: PerToken, offsets: Bounds) -> PerComplet
         >>> mean_self_certainty(torch.tensor([2.0, 4.0]), torch.tensor([0, 2]))
         tensor([3.])
     """
-    return _mean(self_certainty, offsets)
+    return _mean(self_certainty, offsets).float()
 
 
 def neg_entropy(entropy: PerToken, offsets: Bounds) -> PerCompletion:
@@ -147,7 +146,7 @@ def neg_entropy(entropy: PerToken, offsets: Bounds) -> PerCompletion:
         >>> neg_entropy(torch.tensor([0.5, 1.5]), torch.tensor([0, 2]))
         tensor([-1.])
     """
-    return -_mean(entropy, offsets)
+    return -_mean(entropy, offsets).float()
 
 
 def confidence(topk_mean: PerToken, offsets: Bounds) -> PerCompletion:
@@ -398,9 +397,9 @@ def _sum(values: PerToken, offsets: Bounds) -> Float64[Tensor, " bounds-1"]:
     return torch.segment_reduce(values.double(), "sum", offsets=offsets)
 
 
-def _mean(values: PerToken, offsets: Bounds) -> PerCompletion:
+def _mean(values: PerToken, offsets: Bounds) -> Float64[Tensor, " bounds-1"]:
     """Mean of the values of each completion, summed in fp64 in token order; 0 of none."""
-    return (_sum(values, offsets) / offsets.diff().clamp(min=1)).float()
+    return _sum(values, offsets) / offsets.diff().clamp(min=1)
 
 
 def _confidence(
