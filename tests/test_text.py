@@ -110,9 +110,7 @@ def test_a_long_prompt_gives_the_same_ids_as_its_end(kind):
     line = "Q: 8 x = 2+2\n"
     prompt = line * (3 * MAX_CONTEXT_CHARS // len(line)) + "Q: "
     before = codec.prompt_ids(prompt)
-    for completion, ids in zip(
-        COMPLETIONS, codec.completion_ids(prompt, COMPLETIONS), strict=True
-    ):
+    for completion, ids in zip(COMPLETIONS, codec.completion_ids(prompt, COMPLETIONS), strict=True):
         whole = codec.prompt_ids(prompt + completion)
         if whole[: len(before)] == before:
             assert ids == whole[len(before) :]
