@@ -40,9 +40,9 @@ def test_no_tokenizer_and_no_config_have_no_end():
 @pytest.mark.parametrize("declared", [7, [7], [7, 2]])
 def test_a_sampler_stops_at_every_end_that_anyone_names(declared):
     tokenizer = chat_tokenizer(CHAT, TURN)
-    turn = tokenizer.convert_tokens_to_ids(TURN)
+    turn = tokenizer.get_vocab()[TURN]
     ends = Ends.of(tokenizer, GenerationConfig(eos_token_id=declared))
-    assert set(ends.stops) == {7, tokenizer.eos_token_id, turn}
+    assert sorted(ends.stops) == sorted({7, 2, turn})
 
 
 def test_an_answer_ends_with_its_turn_and_other_text_with_eos():
@@ -51,7 +51,7 @@ def test_an_answer_ends_with_its_turn_and_other_text_with_eos():
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
-    assert ends.after(prompt) == tokenizer.convert_tokens_to_ids(TURN)
+    assert ends.after(str(prompt)) == tokenizer.convert_tokens_to_ids(TURN)
     assert ends.after("Q: hi\nA:") == tokenizer.eos_token_id
 
 
