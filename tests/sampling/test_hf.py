@@ -65,9 +65,12 @@ def test_greedy_ties_are_the_scorers_and_those_of_generate():
         assert max(ids) < half
         stats = ("rank", "is_greedy", "top1")
         tokens = scorer.score([prompt.ids], [[ids]], stats=stats).tokens
-        assert tokens.rank is not None and (tokens.rank == 1).all()
-        assert tokens.is_greedy is not None and tokens.is_greedy.all()
-        assert tokens.top1 is not None and tokens.top1.tolist() == ids
+        assert tokens.rank is not None
+        assert (tokens.rank == 1).all()
+        assert tokens.is_greedy is not None
+        assert tokens.is_greedy.all()
+        assert tokens.top1 is not None
+        assert tokens.top1.tolist() == ids
         context = torch.tensor([prompt.ids])
         eos = list(sampler(model).eos_ids) or None
         whole = model.generate(context, max_new_tokens=9, do_sample=False, eos_token_id=eos)
