@@ -155,9 +155,7 @@ def resolve_model(name: str | Path) -> str:
     if path.is_dir():
         _check_files(path)
         if (path / ADAPTER).is_file():
-            require(
-                "peft", "`model` is the folder of an adapter, which needs peft ({error}); " + PEFT
-            )
+            require("peft", NO_PEFT)
         elif not (path / "config.json").is_file():
             raise InputError(
                 f"`model` must be a folder with a config.json, got {text!r} without one; "
@@ -218,8 +216,9 @@ def load_model(
         dtype = DTYPES[dtype]
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
+    auto: Any = transformers.AutoModelForCausalLM
     load = partial(
-        transformers.AutoModelForCausalLM.from_pretrained,
+        auto.from_pretrained,
         target,
         dtype=dtype or "auto",
         trust_remote_code=trust_remote_code,
