@@ -18,7 +18,7 @@ def test_the_shipped_model_loads_as_any_other():
     assert not model.training
     assert model.dtype == torch.float32
     assert sum(p.numel() for p in model.parameters()) < 1e6
-    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert next(model.get_input_embeddings().parameters()).shape[0] == len(tokenizer)
     text = "Numbers: 1 2 3 4 Target: 24\n4 * 3 = 12 left: 1 2 12"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
