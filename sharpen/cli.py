@@ -38,7 +38,6 @@ class Verb(NamedTuple):
     positional: str | None = None
 
 
-STUDY, THEORY = "sharpen.experiments.game24.run", "sharpen.experiments.theory.run"
 VERBS = {
     "bon": Verb(
         options.BonConfig,
@@ -64,14 +63,14 @@ VERBS = {
     "study": Verb(
         StudyConfig,
         "compare every selector, sampler and trained model on one task",
-        STUDY,
+        "sharpen.experiments.game24.run",
         positional="task",
     ),
     "tasks": Verb(options.TasksConfig, "list the tasks"),
     "theory": Verb(
         TheoryConfig,
         "prove the most probable completion of every prompt; coverage, margin, sample sizes",
-        THEORY,
+        "sharpen.experiments.theory.run",
     ),
     "xpo": Verb(
         options.XpoConfig, "rounds of sampling from the model being trained, and fitting: XPO"
@@ -84,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(_help())
+        lines = [f"  {name:8s}{verb.summary}" for name, verb in VERBS.items()]
+        last = "`sharpen VERB --help` lists the flags."
+        sys.stdout.write("\n".join([USAGE, "", *lines, "", last, ""]))
         return 0 if argv else 2
     if argv[0] == "--version":
         from importlib.metadata import version
@@ -126,15 +127,14 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
         InputError: If the YAML file is unreadable or names an unknown option.
         SystemExit: With code 2 for an unknown or malformed flag, 0 for `--help`.
     """
-    config_class, positional = VERBS[verb].options, VERBS[verb].positional
+    config_class, _, _, positional = VERBS[verb]
     assert config_class is not None, "another program's command line"
     if positional is not None and argv and not argv[0].startswith("-"):
         argv = [f"--{positional}", *argv]
-    parser = parser_of(verb)
     path, rest = _split_config(list(argv))
     names = {field.name for field in fields(config_class)}
     from_file = [] if path is None else _flags_of(path, names)
-    given = vars(parser.parse_args([*from_file, *rest]))
+    given = vars(parser_of(verb).parse_args([*from_file, *rest]))
     return config_class(**{name: given[name] for name in names})
 
 
@@ -225,11 +225,6 @@ def _flags_of(path: str, names: set[str]) -> list[str]:
             raise InputError(f"`config` {path!r}: `{key}` must be a plain value or a list of them.")
         flags += [f"--{key}", *map(str, values)]
     return flags
-
-
-def _help() -> str:
-    lines = [f"  {name:8s}{verb.summary}" for name, verb in VERBS.items()]
-    return "\n".join([USAGE, "", *lines, "", "`sharpen VERB --help` lists the flags.", ""])
 
 
 if __name__ == "__main__":

@@ -43,11 +43,7 @@ WRAPPERS = ("_orig_mod.", "module.")
 # buffers that old versions of transformers saved, and that newer ones compute
 OLD_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attention.bias", "masked_bias")
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

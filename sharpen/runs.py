@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .errors import InputError, RunError
@@ -45,7 +44,8 @@ class Run:
             )
         try:
             settings_path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(_lock_path(settings_path), "w")  # noqa: SIM115 (held till close)
+            lock_path = settings_path.with_name(f".{settings_path.name}.lock")
+            self._lock = open(lock_path, "w")  # noqa: SIM115 (held till close)
         except OSError as error:
             raise InputError(
                 f"`out` {str(settings_path.parent)!r} cannot be written: {error.strerror}; "
@@ -93,17 +93,8 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
-
-
-def _lock_path(settings_path: Path) -> Path:
-    return settings_path.with_name(f".{settings_path.name}.lock")
 
 
 class Journal:

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each: a config dataclass and a `run` function."""
+"""The verbs of the command line, one file each with its `run`, and what they share."""

@@ -16,8 +16,9 @@ import torch
 
 from sharpen.errors import InputError
 from sharpen.evaluation import Outcome, Texts, summarize
-from sharpen.evaluation.outcome import MAJORITY
-from sharpen.evaluation.report import format_table, render_report
+from sharpen.evaluation.metrics import MAJORITY
+from sharpen.evaluation.report import render_report
+from sharpen.evaluation.summary import format_table
 from sharpen.records import Row, completion_as, write_rows, write_text
 from sharpen.runs import Journal, Run, Settings
 from sharpen.sampling import SamplingConfig
@@ -71,9 +72,7 @@ def run(config: BonConfig) -> None:
             sampler.check(prompts, draws)
             stack.enter_context(Run(out / RUN, settings(config, engine.device), outputs))
             timings = Journal(out / TIMINGS)
-            samples = sample_into(
-                out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
-            )
+            samples = sample_into(out / SAMPLES, sampler, prompts, draws, timings=timings)
             routes: dict[str, str] = {"sampling": sampler.route}
             if source.task is not None:
                 once = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
@@ -98,7 +97,7 @@ def run(config: BonConfig) -> None:
         summary = summarize(
             outcome,
             settings={
-                "task": source.name,
+                "task": config.task,
                 "model": config.model or config.endpoint_model,
                 "prompts": len(prompts),
                 "reward": config.reward,
@@ -181,10 +180,8 @@ def chosen_rows(
 ) -> Iterator[Row]:
     """The best completion of each prompt as a training record: TRL's names, and ids."""
     bounds = scores.groups.tolist()
-    reward, logprob = (
-        json_numbers(reward_N.tolist()),
-        json_numbers(scores.reward("logprob").tolist()),
-    )
+    reward = json_numbers(reward_N.tolist())
+    logprob = json_numbers(scores.reward("logprob").tolist())
     for p, index in enumerate(best_of_n(scores, reward_N).tolist()):
         if index < 0:
             continue
@@ -203,6 +200,5 @@ def chosen_rows(
 
 
 def _numbered(keys: list[tuple[int | str, ...]]) -> list[int]:
-    """A number for each distinct completion of a prompt."""
     seen: dict[tuple[int | str, ...], int] = {}
     return [seen.setdefault(key, len(seen)) for key in keys]

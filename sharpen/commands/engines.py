@@ -1,7 +1,7 @@
 """What draws the completions of a command, made from its options.
 
     load_engine         the model in transformers, in vLLM, or an endpoint: `Engine`
-    power_sampler       samplers of p^alpha, in transformers: Metropolis-Hastings and particles
+    power_settings      those of a sampler of p^alpha: Metropolis-Hastings, particles
     sampling_config     how to draw
 
 Options that contradict each other are rejected by `check_engine` and `power_settings`, before
@@ -10,7 +10,7 @@ anything is loaded.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,8 +29,8 @@ from sharpen.sampling.endpoint import (
     check_url,
 )
 from sharpen.sampling.hf import TransformersSampler
-from sharpen.sampling.metropolis import Metropolis, MetropolisSampler
-from sharpen.sampling.smc import ParticleFilter, ParticleSampler
+from sharpen.sampling.metropolis import Metropolis
+from sharpen.sampling.smc import ParticleFilter
 from sharpen.sampling.vllm_engine import VllmEngine
 
 from .inputs import load
@@ -44,17 +44,8 @@ from .options import (
     SamplingOptions,
 )
 
-# settings that only a sampler of p^alpha has, and whose they are
-POWER_OPTIONS = {
-    "alpha": ("mh", "smc"),
-    "steps": ("mh",),
-    "particles": ("smc",),
-    "ramp": ("smc",),
-    "resample_every": ("smc",),
-    "resample_threshold": ("smc",),
-    "proposal_temperature": ("mh", "smc"),
-}
-# those that the sampler's own settings call otherwise
+# settings of the samplers of p^alpha, and the options that they call otherwise
+POWER = {"mh": Metropolis, "smc": ParticleFilter}
 FIELDS = {"resample_every": "every", "resample_threshold": "threshold"}
 
 
@@ -78,23 +69,20 @@ class Engine:
 @contextmanager
 def load_engine(options: SamplingOptions) -> Iterator[Engine]:
     """The sampler that `options` name; what only it needs is given back in the end."""
-    trust = options.trust_remote_code
-    if options.endpoint is not None:
-        tokenizer = None
-        if options.model:
-            tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
-        yield Engine(_endpoint_sampler(options), tokenizer, "endpoint")
-    elif options.engine == "vllm":
-        tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
-        engine = load_vllm(options, options.vllm)
-        try:
-            yield Engine(engine, tokenizer, "vllm")
-        finally:
-            engine.close()
-    else:
+    if options.endpoint is None and options.engine == "transformers":
         model, tokenizer = load(options)
         sampler = TransformersSampler(model, tokenizer, max_tokens=options.max_tokens)
         yield Engine(sampler, tokenizer, model.device.type, model)
+        return
+    tokenizer = None
+    if options.model:
+        trust = options.trust_remote_code
+        tokenizer = load_tokenizer(options.model, trust_remote_code=trust)
+    if options.endpoint is not None:
+        yield Engine(_endpoint_sampler(options), tokenizer, "endpoint")
+        return
+    with closing(load_vllm(options, options.vllm)) as engine:
+        yield Engine(engine, tokenizer, "vllm")
 
 
 def check_engine(options: SamplingOptions) -> None:
@@ -106,8 +94,9 @@ def check_engine(options: SamplingOptions) -> None:
             raise InputError("`--vllm` must come with `--engine vllm`; leave one out.")
         for name in ("endpoint_model", "endpoint_key_env"):
             if getattr(options, name):
-                flag = name.replace("_", "-")
-                raise InputError(f"`--{flag}` must come with `--endpoint`; leave one out.")
+                raise InputError(
+                    f"`--{name.replace('_', '-')}` must come with `--endpoint`; leave one out."
+                )
         llm_arguments(options.vllm)
         return
     if options.engine == "vllm" or options.vllm:
@@ -172,7 +161,6 @@ def endpoint_client(options: EndpointOptions) -> EndpointClient:
 
 
 def _endpoint_key(options: EndpointOptions) -> str | None:
-    """The key, from the environment variable that was named, or OpenAI's own for its host."""
     assert options.endpoint is not None
     check_url(options.endpoint)
     name = options.endpoint_key_env
@@ -197,27 +185,14 @@ def sampling_config(options: DrawOptions) -> SamplingConfig:
 
 def power_settings(options: SamplerOptions) -> Metropolis | ParticleFilter | None:
     """The settings of a sampler of p^alpha; None for the model's own distribution."""
-    given = options.given()
-    for name in given:
-        if options.sampler not in POWER_OPTIONS[name]:
-            flag = name.replace("_", "-")
+    given = {FIELDS.get(name, name): (name, value) for name, value in options.given().items()}
+    for field, (name, _) in given.items():
+        able = [key for key, kind in POWER.items() if field in kind.__dataclass_fields__]
+        if options.sampler not in able:
             raise InputError(
-                f"`--{flag}` must come with `--sampler` {' or '.join(POWER_OPTIONS[name])}, got "
+                f"`--{name.replace('_', '-')}` must come with `--sampler` {' or '.join(able)}, got "
                 f"{options.sampler}; leave one out."
             )
     if options.sampler == "model":
         return None
-    kind = Metropolis if options.sampler == "mh" else ParticleFilter
-    return kind(**{FIELDS.get(name, name): value for name, value in given.items()})
-
-
-def power_sampler(
-    power: Metropolis | ParticleFilter,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-) -> TransformersSampler:
-    """The sampler of p^alpha that has these settings."""
-    if isinstance(power, Metropolis):
-        return MetropolisSampler(model, tokenizer, power, max_tokens=max_tokens)
-    return ParticleSampler(model, tokenizer, power, max_tokens=max_tokens)
+    return POWER[options.sampler](**{field: value for field, (_, value) in given.items()})

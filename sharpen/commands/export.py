@@ -138,11 +138,11 @@ def run(config: ExportConfig) -> None:
 def check(config: ExportConfig) -> None:
     """Reject options that contradict each other, or would change nothing."""
     for name, shapes in OWN.items():
-        default = ExportConfig.__dataclass_fields__[name].default
-        if config.shape not in shapes and getattr(config, name) != default:
+        given, default = getattr(config, name), ExportConfig.__dataclass_fields__[name].default
+        if config.shape not in shapes and given != default:
             raise InputError(
                 f"`{name}` must be left out with `--shape {config.shape}`, which it cannot change, "
-                f"got {getattr(config, name)!r}."
+                f"got {given!r}."
             )
     if config.shape != "prompt" and config.reward is None:
         raise InputError(f"`reward` must be given with `--shape {config.shape}`, got none.")
@@ -304,29 +304,24 @@ def read_rated(path: str, reward: str | None, *, cut: bool) -> list[Rated]:
         reward: Its name; None: completions are not rated and not looked at.
         cut: Whether completions that were cut at the token limit may be chosen.
     """
-    whole: list[Rated] = []
+    prompts: list[list[Rated]] = []
     singles: dict[str, list[Rated]] = {}
     for place, row in read_rows(path):
         group = _rated(place, row, reward, cut)
-        if "completion" not in row:
-            whole.append(group)
+        together = singles.get(group.prompt_id) if "completion" in row else None
+        if together is None:
+            # its place in the order of the file is that of its first record
+            prompts.append([group])
+            if "completion" in row:
+                singles[group.prompt_id] = prompts[-1]
             continue
-        together = singles.setdefault(group.prompt_id, [])
-        if together and together[0].prompt != group.prompt:
+        if together[0].prompt != group.prompt:
             raise RecordError(
                 f"{place}: `prompt_id` {group.prompt_id!r} must belong to one prompt, got another "
                 f"at {together[0].place}."
             )
-        # its place in the order of the file is that of its first record
-        if not together:
-            whole.append(group)
         together.append(group)
-    return [
-        _joined(singles[group.prompt_id])
-        if singles.get(group.prompt_id, [None])[0] is group
-        else group
-        for group in whole
-    ]
+    return [_joined(parts) for parts in prompts]
 
 
 def with_prompts(
@@ -369,10 +364,10 @@ def _rated(place: str, row: Row, reward: str | None, cut: bool) -> Rated:
 
 
 def _with_lists(row: Row) -> Row:
-    """What a record of one `completion` holds of it as lists of one, as one of several has it."""
+    """A record of one `completion` as one of several holds it: in lists of one."""
     if "completion" not in row:
         return row
-    names = {name: name for name in ("completion_ids", "logprobs")}
+    names = {"completion_ids": "completion_ids", "logprobs": "logprobs"}
     names["finish_reason"] = "finish_reasons"
     lists: Row = {many: [row[one]] for one, many in names.items() if row.get(one) is not None}
     for name in ("rewards", "token_stats"):
@@ -383,7 +378,6 @@ def _with_lists(row: Row) -> Row:
 
 # a field of a record: whatever JSON holds
 def _listed(place: str, name: str, values: Any, n: int) -> list[Any]:
-    """A field that must be a list of one entry a completion."""
     if not isinstance(values, list) or len(values) != n:
         got = len(values) if isinstance(values, list) else type(values).__name__
         raise RecordError(
@@ -428,7 +422,6 @@ def _rewards(place: str, row: Row, reward: str, n: int) -> list[float]:
 
 
 def _statistics(place: str, row: Row, n: int) -> dict[str, list[list[Any]]]:
-    """The token statistics of a record, one list a completion."""
     kept = row.get("token_stats")
     found = dict(kept) if isinstance(kept, dict) else {}
     if "logprob" not in found and row.get("logprobs") is not None:
@@ -441,16 +434,12 @@ def _is_number(x: object) -> bool:
 
 
 def _joined(parts: list[Rated]) -> Rated:
-    """The single completions of a prompt as one group."""
-    first = parts[0]
+    """The records of a prompt as one group."""
     ids = [part.completion_ids for part in parts]
-    return Rated(
-        first.place,
-        first.prompt_id,
-        first.prompt,
-        [text for part in parts for text in part.completions],
-        [reward for part in parts for reward in part.reward],
-        [ok for part in parts for ok in part.eligible],
-        first.prompt_ids,
-        None if any(x is None for x in ids) else [x for part in ids if part for x in part],
+    return replace(
+        parts[0],
+        completions=[text for part in parts for text in part.completions],
+        reward=[reward for part in parts for reward in part.reward],
+        eligible=[ok for part in parts for ok in part.eligible],
+        completion_ids=None if None in ids else [x for part in ids for x in part or []],
     )

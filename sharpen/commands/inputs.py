@@ -28,7 +28,7 @@ from sharpen.scoring.rewards import options_needed
 from sharpen.tasks import Example, Task, get_task
 
 from .options import ModelOptions, OfflineConfig, PromptOptions
-from .stages import RUN, SAMPLES, first_samples, settings_beside, token_keys
+from .stages import RUN, SAMPLES, settings_beside, some_samples, token_keys
 
 log = logging.getLogger("sharpen")
 
@@ -43,11 +43,6 @@ class Source:
     records: list[PromptRecord]
     task: Task | None
     examples: list[Example] | None
-
-    @property
-    def name(self) -> str | None:
-        """Name of the task."""
-        return self.task.name if self.task else None
 
     def answers(self, samples: list[Row]) -> list[list[str | None]] | None:
         """What each completion of `samples` claims; None without a task."""
@@ -75,9 +70,7 @@ def check_reward(reward: str, task: str | None) -> None:
     # equal completions are known by their ids; what they claim, by a task
     options = ("keys",) if task is None else ("keys", "answers")
     rewards.check_reward(
-        reward,
-        "which only a task can extract; give `--task`, or another reward",
-        options=options,
+        reward, "which only a task can extract; give `--task`, or another reward", options=options
     )
 
 
@@ -180,7 +173,7 @@ def read_samples(path: str, prompts: Sequence[Prompt], n: int) -> list[Row]:
             "theirs are taken.",
             *(n, len(few), len(prompts), path, min(few)),
         )
-    return [first_samples(rows[prompt.id], n) for prompt in prompts]
+    return [some_samples(rows[prompt.id], 0, n) for prompt in prompts]
 
 
 def _check_samples(place: str, row: Row) -> None:
@@ -260,7 +253,16 @@ def check_provenance(
         return
     is_other = found.endpoint is None and found.model is not None and found.model != base
     if config.samples is not None and config.scores == "sampler":
-        _check_scores(found, base, is_other=is_other)
+        if is_other:
+            raise InputError(
+                f"`scores` sampler must come with samples whose log-probs are those of {base}, got "
+                f"{found}; use `--scores scorer`."
+            )
+        if found.endpoint is not None:
+            log.warning(
+                "log-probs by %s at %s are taken as those of %s; `--scores scorer` computes them.",
+                *(found.model, found.endpoint, base),
+            )
     if plain == "any" or (found.is_plain and not is_other):
         return
     given = f"`samples` {config.samples!r}"
@@ -276,20 +278,6 @@ def check_provenance(
         "model reaches it exactly.",
         *(where, by, base, found),
     )
-
-
-# base: name or folder, as settings have it
-def _check_scores(found: Provenance, base: Any, *, is_other: bool) -> None:
-    if is_other:
-        raise InputError(
-            f"`scores` sampler must come with samples whose log-probs are those of {base}, got "
-            f"{found}; use `--scores scorer`."
-        )
-    if found.endpoint is not None:
-        log.warning(
-            "log-probs by %s at %s are taken as those of %s; `--scores scorer` computes them.",
-            *(found.model, found.endpoint, base),
-        )
 
 
 def read_provenance(path: str) -> Provenance | None:
@@ -340,12 +328,10 @@ def provenance_of(settings: Settings | None, row: Row | None = None) -> Provenan
 
 
 def _settings_of(path: Path) -> Settings | None:
-    """The settings that lie beside a file of samples."""
-    beside = [settings_beside(path)]
-    if path.name == SAMPLES:
-        beside.append(path.with_name(RUN))
-    found = next((place for place in beside if place.is_file()), None)
-    if found is None:
+    found = settings_beside(path)
+    if path.name == SAMPLES and not found.is_file():
+        found = path.with_name(RUN)
+    if not found.is_file():
         return None
     wanted = f"{str(found)!r} must hold the settings of its samples, got"
     try:

@@ -36,18 +36,14 @@ def forward(argv: Sequence[str]) -> int:
     try:
         importlib.import_module("lm_eval.__main__").cli_evaluate()
     except SystemExit as ended:
-        return _code(ended)
+        # what a shell would see
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        sys.stderr.write(f"{ended.code}\n")
+        return 1
     except KeyboardInterrupt:
         # what a shell sees of lm-eval; only --use_cache lets the same command go on
         return 130
     finally:
         sys.argv = ours
     return 0
-
-
-def _code(ended: SystemExit) -> int:
-    """What a shell would see."""
-    if ended.code is None or isinstance(ended.code, int):
-        return ended.code or 0
-    sys.stderr.write(f"{ended.code}\n")
-    return 1

@@ -75,8 +75,7 @@ class DrawOptions:
 
     def draw_settings(self) -> dict[str, Any]:
         """What the samples depend on."""
-        names = ("n", "temperature", "top_p", "max_new_tokens", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(DrawOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)

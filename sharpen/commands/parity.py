@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,14 @@ def run(config: ParityConfig) -> None:
     report = {
         "ours": f"sharpen ({ours.sharing})",
         "theirs": config.against,
-        "settings": settings(config, ours.device),
+        # what the numbers depend on
+        "settings": {
+            **model_settings(config, ours.device),
+            "samples": config.samples,
+            "endpoint": config.endpoint,
+            "endpoint_model": config.endpoint_model or None,
+            "vllm": config.vllm,
+        },
         "tolerance": config.tolerance,
         "measure": config.measure,
         "is_within": is_within(found, config.tolerance, config.measure),
@@ -162,22 +170,8 @@ def rate(
                 concurrency=config.endpoint_concurrency,
                 progress=bar.update,
             )
-    engine = load_vllm(config, config.vllm)
-    try:
+    with closing(load_vllm(config, config.vllm)) as engine:
         return engine.logprobs(prompts, completions)
-    finally:
-        engine.close()
-
-
-def settings(config: ParityConfig, device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        **model_settings(config, device),
-        "samples": config.samples,
-        "endpoint": config.endpoint,
-        "endpoint_model": config.endpoint_model or None,
-        "vllm": config.vllm,
-    }
 
 
 def _scored(scorer: Scorer, records: list[Record]) -> list[list[list[float]]]:
@@ -190,9 +184,7 @@ def _scored(scorer: Scorer, records: list[Record]) -> list[list[list[float]]]:
 
 
 def _in_chunks(
-    records: list[Record],
-    work: Callable[[list[Record]], list[list[list[float]]]],
-    label: str,
+    records: list[Record], work: Callable[[list[Record]], list[list[list[float]]]], label: str
 ) -> list[list[list[float]]]:
     found: list[list[list[float]]] = []
     with tqdm(total=len(records), desc=label, unit="record") as bar:

@@ -6,8 +6,10 @@ from pathlib import Path
 from sharpen.errors import InputError
 from sharpen.runs import Run
 from sharpen.sampling.base import render_all
+from sharpen.sampling.metropolis import Metropolis, MetropolisSampler
+from sharpen.sampling.smc import ParticleSampler
 
-from .engines import check_engine, load_engine, power_sampler, power_settings, sampling_config
+from .engines import check_engine, load_engine, power_settings, sampling_config
 from .inputs import check_source, model_settings, open_source, source_settings
 from .options import SampleConfig
 from .stages import sample_into, settings_beside
@@ -29,7 +31,11 @@ def run(config: SampleConfig) -> None:
         if power is not None:
             assert engine.model is not None
             assert engine.tokenizer is not None
-            sampler = power_sampler(power, engine.model, engine.tokenizer, config.max_tokens)
+            parts = engine.model, engine.tokenizer
+            if isinstance(power, Metropolis):
+                sampler = MetropolisSampler(*parts, power, max_tokens=config.max_tokens)
+            else:
+                sampler = ParticleSampler(*parts, power, max_tokens=config.max_tokens)
         sampler.check(prompts, draws)
         out = Path(config.out)
         settings = {
@@ -41,7 +47,7 @@ def run(config: SampleConfig) -> None:
             **config.engine_settings(),
         }
         with Run(settings_beside(out), settings, [out]):
-            rows = sample_into(out, sampler, prompts, draws, label="sample")
+            rows = sample_into(out, sampler, prompts, draws)
     n_tokens = sum(len(tokens) for row in rows for tokens in row["logprobs"])
     sys.stdout.write(
         f"{len(rows)} prompts x {config.n} completions, {n_tokens} tokens: {config.out}\n"

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,11 +61,9 @@ def run(config: ScoreConfig) -> None:
     # a missing or unreadable file is reported before a model is loaded
     next(read_rows(config.input), None)
     model, tokenizer = load(config)
-    limits = ModelLimits.of(model)
+    records_of = partial(read_records, config.input, tokenizer, ModelLimits.of(model))
     # everything is read and checked once before the first line is written
-    n_records = sum(
-        1 for _ in read_records(config.input, tokenizer, limits, add_eos=config.add_eos)
-    )
+    n_records = sum(1 for _ in records_of(add_eos=config.add_eos))
     if n_records == 0:
         raise InputError(f"{config.input!r} must hold at least one record, got none.")
     out = Path(config.out)
@@ -80,12 +79,9 @@ def run(config: ScoreConfig) -> None:
     scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
     with Run(settings_beside(out), settings, [out]):
         journal = Journal(out)
-        done = len(journal.rows)
-        n_bad = 0
+        done, n_bad = len(journal.rows), 0
         with tqdm(total=n_records, initial=done, desc="score", unit="record") as bar:
-            records = itertools.islice(
-                read_records(config.input, tokenizer, limits, add_eos=config.add_eos), done, None
-            )
+            records = itertools.islice(records_of(add_eos=config.add_eos), done, None)
             while chunk := list(itertools.islice(records, CHUNK)):
                 scored = score_records(scorer, chunk, config, needs)
                 journal.append(scored)

@@ -5,7 +5,6 @@ score_samples       token statistics of samples into a file, one prompt a line
 samples_row, ...    between records and what samplers and scorers take and give
 """
 
-import dataclasses
 import itertools
 import logging
 import time
@@ -39,7 +38,7 @@ def sample_into(
     prompts: Sequence[Prompt],
     config: SamplingConfig,
     *,
-    label: str,
+    label: str = "sample",
     timings: Journal | None = None,
 ) -> list[Row]:
     """Draw what `path` does not hold yet; return all its rows, one a prompt, in input order.
@@ -124,16 +123,16 @@ def versions_of(*packages: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
 
 
-def first_samples(row: Row, n: int) -> Row:
-    """A record of samples without those after the first n.
+def some_samples(row: Row, start: int, end: int) -> Row:
+    """A record of samples with those alone from `start` to before `end`.
 
     Example:
-        >>> first_samples({"prompt_id": "p", "completions": ["a", "b"]}, 1)
+        >>> some_samples({"prompt_id": "p", "completions": ["a", "b"]}, 0, 1)
         {'prompt_id': 'p', 'completions': ['a']}
     """
     lists = {"completions", "completion_ids", "tokens", "logprobs", "finish_reasons"}
     names = lists & row.keys()
-    return row | {name: row[name][:n] for name in names}
+    return row | {name: row[name][start:end] for name in names}
 
 
 def token_keys(row: Row) -> list[tuple[int | str, ...]]:
@@ -182,17 +181,12 @@ def samples_row(prompt: Prompt, samples: Samples) -> Row:
         **({"completion_ids": samples.completion_ids} if samples.completion_ids else {}),
         "logprobs": [json_numbers(row) for row in samples.logprobs],
         "finish_reasons": samples.finish_reasons,
-        **_of_the_sampler(samples),
-    }
-
-
-def _of_the_sampler(samples: Samples) -> Row:
-    """What a sampler gives beside its samples, such as log Z."""
-    own = {field.name for field in dataclasses.fields(Samples)}
-    return {
-        name: json_numbers([value])[0] if isinstance(value, float) else value
-        for name, value in vars(samples).items()
-        if name not in own
+        # what a sampler gives beside its samples, such as log Z
+        **{
+            name: json_numbers([value])[0] if isinstance(value, float) else value
+            for name, value in vars(samples).items()
+            if name not in Samples.__dataclass_fields__
+        },
     }
 
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +56,7 @@ from .inputs import (
     read_samples,
     source_settings,
 )
-from .options import OfflineConfig, PromptOptions, TrainConfig
+from .options import OfflineConfig, TrainConfig
 from .stages import (
     RUN,
     SAMPLES,
@@ -81,7 +80,9 @@ WAIT = timedelta(days=30)
 def check_training(config: TrainConfig, reward: str) -> FitOptions:
     """Reject bad options before anything is loaded or written; how to fit."""
     check_source(config)
-    options = _fit_options(config)
+    names = ("lr", "epochs", "batch", "lora_rank", "save_every", "seed", "max_tokens")
+    given = {name: getattr(config, name) for name in names}
+    options = FitOptions(**given, more=more_arguments(config.trainer))
     samples = getattr(config, "samples", None)
     if samples is not None and not Path(samples).is_file():
         raise InputError(f"cannot read {samples!r}: no such file; check `--samples`.")
@@ -98,12 +99,6 @@ def check_training(config: TrainConfig, reward: str) -> FitOptions:
         # else processes of a launcher take GPUs where there are some
         options = replace(options, more={**options.more, "use_cpu": True})
     return options
-
-
-def _fit_options(config: TrainConfig) -> FitOptions:
-    names = ("lr", "epochs", "batch", "lora_rank", "save_every", "seed", "max_tokens")
-    given = {name: getattr(config, name) for name in names}
-    return FitOptions(**given, more=more_arguments(config.trainer))
 
 
 @dataclass(frozen=True)
@@ -159,48 +154,39 @@ def train_offline(
         choose: What to fit, of the samples that the base model has rated.
     """
     options = check_training(config, config.reward)
-    run_on_rank_zero(config, partial(_train_offline, command, config, own, choose, options))
 
+    def lead(workers: WorkerGroup) -> None:
+        draws, out = sampling_config(config), Path(config.out)
+        model, tokenizer = load_base(config)
+        source = open_source(config, tokenizer)
+        prompts = render_all(source.records, tokenizer)
+        sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
+        sampler.check(prompts, draws)
+        claimed = settings(command, config, own, model.device, workers.size)
+        with Run(out / RUN, claimed, outputs_of(out)):
+            # sample
+            if config.samples is not None:
+                rows = read_samples(config.samples, prompts, config.n)
+            else:
+                timings = Journal(out / TIMINGS)
+                rows = sample_into(out / SAMPLES, sampler, prompts, draws, timings=timings)
+            # score
+            scorer = Scorer(model, max_tokens=config.max_tokens)
+            drawn = rate(out, scorer, source, rows, config.reward, config.scores)
+            if not drawn.usable.any():
+                raise InputError(
+                    f"no sample can be fitted: none of {len(drawn.usable)} was ended by the model "
+                    "with a finite log-prob and reward; raise `--max-new-tokens`."
+                )
+            # choose, fit, and say so
+            choice = choose(drawn)
+            fitted = FitTask(out, None, model.dtype, choice.groups, choice.objective, options)
+            workers.fit(fitted, model, tokenizer)
+            found = {"prompts": len(prompts), "prompts_fitted": len(choice.groups), **choice.found}
+            of = f"of {len(choice.groups)} of {len(prompts)} prompts"
+            finish(out, config, found, f"fitted {choice.what} {of}")
 
-def _train_offline(
-    command: str,
-    config: OfflineConfig,
-    own: dict[str, Any],
-    choose: Callable[[Drawn], Choice],
-    options: FitOptions,
-    workers: "WorkerGroup",
-) -> None:
-    draws, out = sampling_config(config), Path(config.out)
-    model, tokenizer = load_base(config)
-    source = open_source(config, tokenizer)
-    prompts = render_all(source.records, tokenizer)
-    sampler = TransformersSampler(model, tokenizer, max_tokens=config.max_tokens)
-    sampler.check(prompts, draws)
-    claimed = settings(command, config, own, model.device, workers.size)
-    with Run(out / RUN, claimed, outputs_of(out)):
-        # sample
-        if config.samples is not None:
-            rows = read_samples(config.samples, prompts, config.n)
-        else:
-            timings = Journal(out / TIMINGS)
-            rows = sample_into(
-                out / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
-            )
-        # score
-        scorer = Scorer(model, max_tokens=config.max_tokens)
-        drawn = rate(out, scorer, source, rows, config.reward, config.scores)
-        if not drawn.usable.any():
-            raise InputError(
-                f"no sample can be fitted: none of {len(drawn.usable)} was ended by the model with "
-                "a finite log-prob and reward; raise `--max-new-tokens`."
-            )
-        # choose, fit, and say so
-        choice = choose(drawn)
-        fitted = FitTask(out, None, model.dtype, choice.groups, choice.objective, options)
-        workers.fit(fitted, model, tokenizer)
-        found = {"prompts": len(prompts), "prompts_fitted": len(choice.groups), **choice.found}
-        of = f"of {len(choice.groups)} of {len(prompts)} prompts"
-        finish(out, config, found, f"fitted {choice.what} {of}")
+    run_on_rank_zero(config, lead)
 
 
 def rate(
@@ -231,20 +217,16 @@ def rate(
 
 def finish(out: Path, config: TrainConfig, found: dict[str, Any], line: str) -> None:
     """Write the summary and say what there is now."""
+    is_test = config.task is not None and "test" in config.split.split("+")
     summary = {
-        "setting": setting(config),
+        # transductive where the model is fitted on the prompts of its test
+        "setting": "transductive" if is_test else "inductive",
         **found,
         "seconds": seconds_of(*sorted(out.glob(f"**/{TIMINGS}"))),
         "versions": versions_of("sharpen", "torch", "transformers", "accelerate"),
     }
     write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     sys.stdout.write(f"{line}\nmodel: {out / MODEL}\n")
-
-
-def setting(config: PromptOptions) -> str:
-    """Named "transductive" where the model is fitted on the prompts of its test."""
-    is_test = config.task is not None and "test" in config.split.split("+")
-    return "transductive" if is_test else "inductive"
 
 
 def outputs_of(out: Path) -> list[Path]:

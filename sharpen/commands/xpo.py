@@ -45,7 +45,7 @@ from sharpen.training.xpo import optimism_weight, proof_alpha, regularised_value
 from .engines import sampling_config
 from .inputs import Source, open_source
 from .options import REWARDS, REWARDS_WITHOUT_ANSWERS, XpoConfig
-from .stages import RUN, SAMPLES, TIMINGS, numbers, sample_into, score_samples
+from .stages import RUN, SAMPLES, TIMINGS, numbers, sample_into, score_samples, some_samples
 from .train import (
     Drawn,
     FitTask,
@@ -94,13 +94,19 @@ def _train(config: XpoConfig, options: FitOptions, workers: WorkerGroup) -> None
             drawn = rounds.draw(folder, policy, fitted, replace(draws, seed=config.seed + t))
             moved = None
             if policy is not base:
-                rows = [of_round(row, t, config.n) for row in base_drawn.rows]
+                rows = [
+                    some_samples(row, (t - 1) * config.n, t * config.n) for row in base_drawn.rows
+                ]
                 moved = rounds.logprobs(folder / "scores-base.jsonl", policy, rows)
             # choose all pairs so far, and how optimistic to be
             data.add(drawn, base_drawn, t, n=config.n, beta=config.beta, policy=moved)
             groups = data.groups()
-            alpha = alpha_of(config, data)
-            optimism = optimism_weight(alpha, data.value_bound, data.reward_bound)
+            bounds = data.value_bound, data.reward_bound
+            if config.alpha == AUTO:
+                alpha = proof_alpha(config.exploration, config.beta, *bounds, config.rounds)
+            else:
+                alpha = float(config.alpha)
+            optimism = optimism_weight(alpha, *bounds)
             # fit, judge, log
             before = None if policy is base else out / f"round-{t - 1}" / MODEL
             objective = Square(config.beta, optimism)
@@ -130,13 +136,12 @@ def check(config: XpoConfig) -> None:
     check_optimism("exploration", config.exploration)
     if config.alpha != AUTO:
         try:
-            check_optimism("alpha", float(config.alpha))
+            alpha = float(config.alpha)
         except ValueError as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(
                 f"`alpha` must be a number or {AUTO}, got {config.alpha!r}."
             ) from error
+        check_optimism("alpha", alpha)
         if config.exploration != 1:
             raise InputError(
                 f"`exploration` must be left out with `--alpha {config.alpha}`, got "
@@ -184,9 +189,7 @@ class Rounds:
         folder.mkdir(parents=True, exist_ok=True)
         sampler = TransformersSampler(policy, self.tokenizer, max_tokens=self.config.max_tokens)
         timings = Journal(folder / TIMINGS)
-        rows = sample_into(
-            folder / SAMPLES, sampler, prompts, draws, label="sample", timings=timings
-        )
+        rows = sample_into(folder / SAMPLES, sampler, prompts, draws, timings=timings)
         return rate(folder, self.scorer, self.source, rows, self.config.reward)
 
     def logprobs(self, path: Path, policy: PreTrainedModel, rows: list[Row]) -> list[list[float]]:
@@ -204,20 +207,18 @@ class Rounds:
             `pairs`, `square` (mean e^2, nats^2), `base_logprob` (mean log pi(y'), nats) and
             `optimism_term`, its product with `optimism`.
         """
-        batch = Batch.of(groups)
         rows = [
             {
                 "prompt_id": str(p),
-                "prompt_ids": prompt,
-                "completion_ids": completions,
-                "finish_reasons": ["stop"] * len(completions),
+                "prompt_ids": group.prompt_ids,
+                "completion_ids": group.completion_ids,
+                "finish_reasons": ["stop"] * len(group.completion_ids),
             }
-            for p, (prompt, completions) in enumerate(
-                zip(batch.prompts, batch.completions, strict=True)
-            )
+            for p, group in enumerate(groups)
         ]
         found = self.logprobs(folder / "scores-fitted.jsonl", policy, rows)
         logprob_N = torch.tensor([x for group in found for x in group], dtype=torch.float64)
+        batch = Batch.of(groups)
         square = square_loss(
             logprob_N - batch.reference, batch.reward, batch.pairs, beta=self.config.beta
         ).item()
@@ -334,15 +335,8 @@ class Data:
         return found
 
 
-def of_round(row: Row, t: int, n: int) -> Row:
-    """A record of samples with those n alone that belong to round t >= 1."""
-    lists = "completions", "completion_ids", "logprobs", "finish_reasons"
-    return row | {name: row[name][(t - 1) * n : t * n] for name in lists}
-
-
 def _each(drawn: Drawn) -> list[Row]:
-    """The rows of `drawn` with what is known of their completions."""
-    bounds = list(pairwise(drawn.scores.groups.tolist()))
+    bounds = pairwise(drawn.scores.groups.tolist())
     columns = {
         "reference": drawn.reference.tolist(),
         "reward": drawn.reward.tolist(),
@@ -361,20 +355,8 @@ def divide(prompts: list[Prompt], n: int, seed: int) -> tuple[list[Prompt], list
             f"`validation` must leave prompts to fit, got {n} of {len(prompts)}; lower it."
         )
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[:n])
-    return (
-        [prompt for p, prompt in enumerate(prompts) if p not in held],
-        [prompt for p, prompt in enumerate(prompts) if p in held],
-    )
-
-
-def alpha_of(config: XpoConfig, data: Data) -> float:
-    """The algorithm's alpha: the given one, or the proof's for what has been seen."""
-    if config.alpha == AUTO:
-        return proof_alpha(
-            config.exploration, config.beta, data.value_bound, data.reward_bound, config.rounds
-        )
-    return float(config.alpha)
+    fitted, held_out = ([prompts[p] for p in sorted(part)] for part in (order[n:], order[:n]))
+    return fitted, held_out
 
 
 def best_round(found: list[Row]) -> int:

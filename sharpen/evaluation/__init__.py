@@ -3,6 +3,6 @@
 `sharpen.evaluation.report` is imported where a report is written: it brings matplotlib.
 """
 
-from .outcome import Outcome as Outcome
-from .outcome import Texts as Texts
+from .metrics import Outcome as Outcome
+from .metrics import Texts as Texts
 from .summary import summarize as summarize

@@ -22,8 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from .metrics import order_by
-from .outcome import Outcome
+from .metrics import Outcome, order_by
 from .summary import Summary, headline_rows
 
 # after Okabe and Ito 2008, safe for colour-blind readers; the page holds lighter ones for dark

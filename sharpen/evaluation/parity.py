@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from sharpen.errors import InputError, check_value
+from sharpen.errors import InputError, SharpenError, check_value
 from sharpen.sampling.endpoint import EndpointClient, EndpointError, map_concurrently
 from sharpen.scoring.model_access import evaluating, input_device
 
@@ -91,16 +91,13 @@ def server_logprobs(
         EndpointError: If it does not answer, or not with a log-prob of each token, a number.
     """
     pairs = [
-        (i, prompt, completion)
-        for i, (prompt, completion) in enumerate(
-            (prompt, completion)
-            for prompt, group in zip(prompts, completions, strict=True)
-            for completion in group
-        )
+        (prompt, completion)
+        for prompt, group in zip(prompts, completions, strict=True)
+        for completion in group
     ]
 
-    def ask(item: tuple[int, Sequence[int], Sequence[int]]) -> list[float]:
-        _, prompt, completion = item
+    def ask(i: int) -> list[float]:
+        prompt, completion = pairs[i]
         body = {
             "model": model,
             "prompt": [*prompt, *completion],
@@ -114,17 +111,16 @@ def server_logprobs(
         return _echoed(client.url, answer, len(prompt), len(completion))
 
     found: dict[int, list[float]] = {}
-    for item, result in map_concurrently(ask, pairs, concurrency):
+    for i, result in map_concurrently(ask, range(len(pairs)), concurrency):
         if isinstance(result, Exception):
             raise result
-        found[item[0]] = result
+        found[i] = result
         progress(1)
     flat = (found[i] for i in itertools.count())
     return [[next(flat) for _ in group] for group in completions]
 
 
 def _echoed(url: str, answer: dict[str, Any], n_prompt: int, n_completion: int) -> list[float]:
-    """Log-probs of the completion in a server's answer."""
     choices = answer.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
@@ -137,16 +133,9 @@ def _echoed(url: str, answer: dict[str, Any], n_prompt: int, n_completion: int) 
             f"`endpoint` {url}: must echo {end} tokens with their log-probs, got {got}; use a "
             "server that takes token ids, `echo` and `logprobs`."
         )
-    found = []
-    for i, value in enumerate(values[n_prompt:end], n_prompt):
-        number = _nats(value)
-        if number is None:
-            raise EndpointError(
-                f"`endpoint` {url}: `token_logprobs`[{i}] must be a number or null, got {value!r}; "
-                "use a server that answers as OpenAI's completions do."
-            )
-        found.append(number)
-    return found
+    fix = "use a server that answers as OpenAI's completions do."
+    name = f"`endpoint` {url}: `token_logprobs`"
+    return [_nats(f"{name}[{i}]", values[i], fix, EndpointError) for i in range(n_prompt, end)]
 
 
 def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[list[list[float]]]:
@@ -159,7 +148,7 @@ def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list
     Raises:
         InputError: If a record has none, or something else among them.
     """
-    kept = []
+    kept: list[list[list[float]]] = []
     for place, row in zip(places, rows, strict=True):
         groups = row.get("logprobs")
         if "completion" in row and isinstance(groups, list):
@@ -169,33 +158,23 @@ def kept_logprobs(places: Sequence[str], rows: Sequence[dict[str, Any]]) -> list
                 f"{place}: must have the sampler's own `logprobs`; give a file of "
                 "`sharpen sample`, or another `--against`."
             )
-        kept.append([_numbers(f"{place}: `logprobs`[{g}]", ids) for g, ids in enumerate(groups)])
+        fix = "give the file as `sharpen sample` wrote it."
+        kept.append([])
+        for g, group in enumerate(groups):
+            name = f"{place}: `logprobs`[{g}]"
+            numbers = [_nats(f"{name}[{i}]", x, fix, InputError) for i, x in enumerate(group)]
+            kept[-1].append(numbers)
     return kept
 
 
-def _numbers(name: str, values: Sequence[Any]) -> list[float]:
-    """Log-probs of a record's completion, checked one by one."""
-    found = []
-    for i, value in enumerate(values):
-        number = _nats(value)
-        if number is None:
-            raise InputError(
-                f"{name}[{i}] must be a number or null, got {value!r}; give the file as "
-                "`sharpen sample` wrote it."
-            )
-        found.append(number)
-    return found
-
-
-# JSON of others
-def _nats(value: Any) -> float | None:
-    """A log-prob, NaN for null; None if it is neither."""
-    if value is None:
-        return float("nan")
+# value: JSON of others
+def _nats(name: str, value: Any, fix: str, error: type[SharpenError]) -> float:
+    """A log-prob; NaN for null."""
     # bool is an int to Python alone
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number and value is not None:
+        raise error(f"{name} must be a number or null, got {value!r}; {fix}")
+    return float("nan") if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -265,7 +244,6 @@ def pair(ours: Nested, theirs: Nested) -> Pairs:
 
 
 def _flat(side: Nested) -> np.ndarray:
-    """Log-probs of all tokens of one engine, end to end."""
     return np.array([x for group in side for tokens in group for x in tokens], dtype=np.float64)
 
 
@@ -286,11 +264,8 @@ def compare(pairs: Pairs, *, clip: float = 0.2) -> dict[str, Any]:
     nan_ours, nan_theirs = np.isnan(pairs.ours), np.isnan(pairs.theirs)
     known = ~(nan_ours | nan_theirs)
     if not known.any():
-        raise InputError(
-            f"there must be a token to compare, got {len(known)}, all of them NaN."
-            if len(known)
-            else "there must be a token to compare, got empty completions."
-        )
+        got = f"{len(known)}, all of them NaN" if len(known) else "empty completions"
+        raise InputError(f"there must be a token to compare, got {got}.")
     d = pairs.difference[known]
     size = np.abs(d)
     sums = np.bincount(pairs.owner[known], weights=d, minlength=pairs.n_completions)
@@ -376,11 +351,7 @@ def in_context(
     place = pairs.places[index]
     before = [*prompt, *completion[: place.t]][-AROUND:]
     after = list(completion[place.t + 1 : place.t + 1 + AROUND])
-    numbers = {
-        "ours": pairs.ours[index],
-        "theirs": pairs.theirs[index],
-        "difference": pairs.difference[index],
-    }
+    names = ("ours", "theirs", "difference")
     return {
         "completion": place.g,
         "position": place.t,
@@ -388,7 +359,7 @@ def in_context(
         "before": decode(before),
         "token": decode([completion[place.t]]),
         "after": decode(after),
-        **{name: finite(float(value)) for name, value in numbers.items()},
+        **{name: finite(float(getattr(pairs, name)[index])) for name in names},
     }
 
 
@@ -427,7 +398,8 @@ def format_parity(report: dict[str, Any]) -> str:
         lines += ["", "furthest apart:"]
     for one in report["worst"]:
         lines += [
-            f"  {_short(one['difference'])} ({_long(one['ours'])} and {_long(one['theirs'])})  "
+            f"  {_short(one['difference'])} ({_short(one['ours'], 7)} and "
+            f"{_short(one['theirs'], 7)})  "
             f"{one['place']}, completion {one['completion']}, token {one['position']}",
             f"    {_shown(one['before'])}[{_shown(one['token'])}]{_shown(one['after'])}",
         ]
@@ -442,7 +414,6 @@ def format_parity(report: dict[str, Any]) -> str:
 
 
 def _bars(histogram: list[dict[str, Any]]) -> list[str]:
-    """A line of text for each row of the histogram."""
     most = max(row["n"] for row in histogram) or 1
     lines = []
     for row in histogram:
@@ -452,12 +423,8 @@ def _bars(histogram: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}"
-
-
-def _long(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.7g}"
+def _short(value: Any, digits: int = 3) -> str:
+    return value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
 def _shown(text: str) -> str:

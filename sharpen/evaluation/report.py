@@ -11,7 +11,7 @@ P prompts, G completions per prompt.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +21,8 @@ import numpy as np
 from markupsafe import Markup
 
 from .figures import accuracy_svg, histogram_svg, logprob_svg
-from .metrics import N_RESAMPLES, N_SUBSETS, order_by
-from .outcome import MAJORITY, Outcome, Texts
+from .metrics import MAJORITY, N_RESAMPLES, N_SUBSETS, Outcome, Texts, order_by
 from .summary import Summary, headline_rows
-from .summary import format_table as format_table
 
 MAX_PROMPTS = 100  # quoted; a choice
 EXCERPT_HEAD, EXCERPT_TAIL = 700, 500  # characters of a long text that are shown; a choice
@@ -181,9 +179,24 @@ def group_examples(outcome: Outcome, texts: Texts, *, reward: str, limit: int) -
                 quota[title] += 1
                 left -= 1
 
+    def response(p: int, g: int) -> Response:
+        is_correct = None if outcome.correct_PG is None else bool(outcome.correct_PG[p, g])
+        logprob = float(outcome.reward_PG["logprob"][p, g])
+        return Response(g, texts.completions[p][g], logprob, is_correct)
+
     def quoted(p: int) -> QuotedPrompt:
+        # a vote rejects answers, every other reward rejects texts
+        content = texts.completions[p]
+        if reward == MAJORITY and outcome.answers is not None:
+            content = outcome.answers[p]
         ranked = [int(g) for g in order_PG[p] if eligible_PG[p, g]]
-        return _quoted_prompt(outcome, texts, reward, p, ranked)
+        others = [g for g in ranked if content[g] != content[ranked[0]]]
+        return QuotedPrompt(
+            p,
+            texts.prompts[p],
+            response(p, ranked[0]) if ranked else None,
+            response(p, others[0]) if others else None,
+        )
 
     return [
         PromptGroup(title, len(index), [quoted(int(p)) for p in index[: quota[title]]])
@@ -193,7 +206,6 @@ def group_examples(outcome: Outcome, texts: Texts, *, reward: str, limit: int) -
 
 
 def _fates(outcome: Outcome, chosen_P: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Titles of the groups, and which prompts are in each."""
     if outcome.correct_PG is None:
         return [("All prompts", np.ones(outcome.n_prompts, dtype=bool))]
     picked_P = np.take_along_axis(outcome.correct_PG, np.maximum(chosen_P, 0)[:, None], axis=1)
@@ -215,29 +227,6 @@ def _fates(outcome: Outcome, chosen_P: np.ndarray) -> list[tuple[str, np.ndarray
     ]
 
 
-def _quoted_prompt(
-    outcome: Outcome, texts: Texts, reward: str, p: int, ranked: Sequence[int]
-) -> QuotedPrompt:
-    """Prompt p with the first of its `ranked` completions, and the next one that differs."""
-
-    def response(g: int) -> Response:
-        is_correct = None if outcome.correct_PG is None else bool(outcome.correct_PG[p, g])
-        logprob = float(outcome.reward_PG["logprob"][p, g])
-        return Response(g, texts.completions[p][g], logprob, is_correct)
-
-    # a vote rejects answers, every other reward rejects texts
-    content = texts.completions[p]
-    if reward == MAJORITY and outcome.answers is not None:
-        content = outcome.answers[p]
-    others = [g for g in ranked if content[g] != content[ranked[0]]]
-    return QuotedPrompt(
-        p,
-        texts.prompts[p],
-        response(ranked[0]) if ranked else None,
-        response(others[0]) if others else None,
-    )
-
-
 class TitledFigure(NamedTuple):
     """A figure with the title and the note above it."""
 
@@ -248,37 +237,25 @@ class TitledFigure(NamedTuple):
 
 def _figures(summary: Summary, outcome: Outcome) -> list[TitledFigure]:
     figures = []
+
+    def add(title: str, note: str, svg: str) -> None:
+        figures.append(TitledFigure(title, note, Markup(svg)))
+
     if summary["accuracy"] is not None:
-        figures += [
-            (
-                "Accuracy of the choice against N",
-                "Bands are 95 % intervals over prompts.",
-                accuracy_svg(summary, with_pass=False),
-            ),
-            (
-                "The same, with pass@N",
-                "Pass@N: a correct response is among the N.",
-                accuracy_svg(summary, with_pass=True),
-            ),
-        ]
+        note = "Bands are 95 % intervals over prompts."
+        add("Accuracy of the choice against N", note, accuracy_svg(summary, with_pass=False))
+        note = "Pass@N: a correct response is among the N."
+        add("The same, with pass@N", note, accuracy_svg(summary, with_pass=True))
     classes = "correct and incorrect" if outcome.correct_PG is not None else "chosen and all"
-    figures += [
-        (
-            f"Log-probability of {classes} responses",
-            "Valid responses; the lowest bin holds all below it.",
-            histogram_svg(outcome, reward=str(summary["reward"])),
-        ),
-        (
-            "Log-probability of the choice against N",
-            "Mean over prompts with a choice.",
-            logprob_svg(summary),
-        ),
-    ]
-    return [TitledFigure(title, note, Markup(svg)) for title, note, svg in figures]
+    svg = histogram_svg(outcome, reward=str(summary["reward"]))
+    note = "Valid responses; the lowest bin holds all below it."
+    add(f"Log-probability of {classes} responses", note, svg)
+    note = "Mean over prompts with a choice."
+    add("Log-probability of the choice against N", note, logprob_svg(summary))
+    return figures
 
 
 def _facts(summary: Summary) -> dict[str, str]:
-    """The run by its settings and costs."""
     seconds, tokens = summary["seconds"], summary["tokens"]
     no_choice = summary["prompts_without_choice"][summary["reward"]]
     facts = {

@@ -20,8 +20,16 @@ import numpy as np
 
 from sharpen.errors import InputError
 
-from .metrics import BestOfK, best_of_k, ci95, p_value, pass_at_k, resample_means, sample_accuracy
-from .outcome import Outcome
+from .metrics import (
+    BestOfK,
+    Outcome,
+    best_of_k,
+    ci95,
+    p_value,
+    pass_at_k,
+    resample_means,
+    sample_accuracy,
+)
 
 # Any: a tree of JSON values, whose leaves are str, int, float or None
 Summary = dict[str, Any]
@@ -270,9 +278,9 @@ def headline_rows(summary: Summary) -> list[HeadlineRow]:
     rows = []
     if accuracy["greedy"] is not None:
         rows.append(HeadlineRow("Greedy", "greedy", {"1": accuracy["greedy"]}, ci95["greedy"]))
-    rows.append(
-        HeadlineRow(sample_name(summary), "sample", {"1": accuracy["sample"]}, ci95["sample"])
-    )
+    temperature = summary["settings"].get("temperature")
+    name = "One sample" if temperature is None else f"One sample, T={temperature:g}"
+    rows.append(HeadlineRow(name, "sample", {"1": accuracy["sample"]}, ci95["sample"]))
     rows += [
         HeadlineRow(
             f"Best of N, {reward}",
@@ -290,12 +298,6 @@ def headline_rows(summary: Summary) -> list[HeadlineRow]:
     ]
     rows.append(HeadlineRow("Pass@N", "pass", accuracy["pass_at_n"], ci95["pass_at_n"][last]))
     return rows
-
-
-def sample_name(summary: Summary) -> str:
-    """How one sample is called: with its temperature, if the settings say it."""
-    temperature = summary["settings"].get("temperature")
-    return "One sample" if temperature is None else f"One sample, T={temperature:g}"
 
 
 def format_table(summary: Summary) -> str:
@@ -320,7 +322,10 @@ def format_table(summary: Summary) -> str:
     if not rows:
         lines = [["log-probability of the chosen, nats", *heads]]
         lines += [
-            [f"Best of N, {reward}", *(_fixed(by_n[k], 2) for k in columns)]
+            [
+                f"Best of N, {reward}",
+                *("-" if by_n[k] is None else f"{by_n[k]:.2f}" for k in columns),
+            ]
             for reward, by_n in by_reward.items()
         ]
         return "\n".join([", ".join(facts), "", *_aligned(lines)])
@@ -337,10 +342,6 @@ def format_table(summary: Summary) -> str:
             ]
         )
     return "\n".join([", ".join(facts), "", *_aligned(lines)])
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

@@ -5,7 +5,6 @@ models without a chat template (and for the model that ships with the task), mes
 others.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,9 +50,3 @@ class Task(Protocol):
     def is_correct(self, example: Example, completion: str) -> bool:
         """Whether `completion` solves `example`."""
         ...
-
-
-def with_shots(prompts: Sequence[str], solutions: Sequence[str], prompt: str) -> str:
-    """`prompt` after worked examples, each separated by an empty line."""
-    worked = [p + s + "\n\n" for p, s in zip(prompts, solutions, strict=True)]
-    return "".join(worked) + prompt

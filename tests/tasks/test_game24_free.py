@@ -1,8 +1,7 @@
 """Prompts of other targets: reachable, always the same, and never of the test's numbers."""
 
 from sharpen.tasks import get_task
-from sharpen.tasks.game24.free import free_puzzles
-from sharpen.tasks.game24.puzzles import integer_solutions, split_puzzles
+from sharpen.tasks.game24.puzzles import free_puzzles, integer_solutions, split_puzzles
 from sharpen.tasks.game24.traces import trace_text
 
 

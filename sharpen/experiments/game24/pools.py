@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from sharpen.commands.train import SUMMARY
 from sharpen.errors import InputError
-from sharpen.evaluation.outcome import RPC, Outcome
+from sharpen.evaluation.metrics import RPC, Outcome
 from sharpen.experiments.options import StudyConfig
 from sharpen.models import load_model
 from sharpen.records import Row, read_rows

@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from sharpen.evaluation.metrics import (
+    MAJORITY,
+    Outcome,
     all_votes,
     bootstrap_ci95,
     ci95,
     resample_means,
     within_prompt_auroc,
 )
-from sharpen.evaluation.outcome import MAJORITY, Outcome
 from sharpen.evaluation.summary import rounded
 from sharpen.records import Row
 

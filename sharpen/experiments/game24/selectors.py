@@ -18,8 +18,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from sharpen.evaluation.metrics import best_of_k
-from sharpen.evaluation.outcome import MAJORITY, RPC, Outcome
+from sharpen.evaluation.metrics import MAJORITY, RPC, Outcome, best_of_k
 from sharpen.scoring import Scores
 from sharpen.selection import (
     adaptive_best_of_n,

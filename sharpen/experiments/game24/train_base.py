@@ -31,7 +31,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sharpen.records import write_text
-from sharpen.tasks.game24.free import other_targets, random_numbers
 from sharpen.tasks.game24.puzzles import (
     MAX_NUMBER,
     SPLIT_SIZES,
@@ -39,6 +38,8 @@ from sharpen.tasks.game24.puzzles import (
     Numbers,
     Step,
     integer_solutions,
+    other_targets,
+    random_numbers,
     split_puzzles,
 )
 from sharpen.tasks.game24.traces import is_solution, prompt_text, trace_text

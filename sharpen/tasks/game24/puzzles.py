@@ -8,6 +8,10 @@ arXiv:2305.10601, and by Huang et al. 2024, arXiv:2412.01951).
 A solution is a list of three steps; each step takes two of the numbers left and puts back
 their result. The traces that the shipped model is trained on stay within the integers
 0..MAX_NUMBER, so that a number is one token: 1346 of the 1362 puzzles have such a solution.
+
+Sharpening needs no answers, so any reachable target makes a prompt. The free ones are of the kind
+that the base model was trained on: numbers in 1..13, a target in 1..MAX_TARGET but 24, uniform over
+the targets that the numbers reach. Numbers of the test split are left out whatever the target.
 """
 
 import functools
@@ -27,6 +31,9 @@ Split = Literal["base", "sharpen", "test"]
 SPLIT_SEED = 24
 # puzzles in each split: base training, prompts for sharpening, test; 1362 together
 SPLIT_SIZES: dict[Split, int] = {"base": 800, "sharpen": 250, "test": 312}
+FREE_SEED = 2412
+FREE_SIZE = 12000
+MAX_TARGET = 100
 
 
 class Step(NamedTuple):
@@ -129,12 +136,9 @@ def split_puzzles(split: Split) -> tuple[Numbers, ...]:
         raise ValueError(f"`split` must be one of {', '.join(SPLIT_SIZES)}, got {split!r}.")
     shuffled = list(solvable_puzzles())
     random.Random(SPLIT_SEED).shuffle(shuffled)
-    start = 0
-    for name, size in SPLIT_SIZES.items():
-        if name == split:
-            return tuple(shuffled[start : start + size])
-        start += size
-    raise AssertionError("unreachable")
+    names = list(SPLIT_SIZES)
+    start = sum(SPLIT_SIZES[name] for name in names[: names.index(split)])
+    return tuple(shuffled[start : start + SPLIT_SIZES[split]])
 
 
 def steps_from(numbers: Numbers) -> Iterator[tuple[Step, Numbers]]:
@@ -163,3 +167,43 @@ def integer_solutions(numbers: Numbers, target: int = TARGET) -> tuple[tuple[Ste
         for step, left in steps_from(tuple(sorted(numbers)))
         for rest in integer_solutions(left, target)
     )
+
+
+class Targeted(NamedTuple):
+    """Numbers, and what to make of them."""
+
+    numbers: Numbers
+    target: int
+
+
+@functools.cache
+def reachable_targets(numbers: Numbers) -> tuple[int, ...]:
+    """What `numbers` can make through integers 0..MAX_NUMBER, ascending."""
+    if len(numbers) == 1:
+        return numbers
+    made = {target for _, left in steps_from(numbers) for target in reachable_targets(left)}
+    return tuple(sorted(made))
+
+
+def other_targets(numbers: Numbers) -> list[int]:
+    """What `numbers` can make in 1..MAX_TARGET but 24, ascending."""
+    return [t for t in reachable_targets(numbers) if 0 < t <= MAX_TARGET and t != TARGET]
+
+
+def random_numbers(rng: random.Random) -> Numbers:
+    """Four numbers in 1..13, ascending."""
+    return tuple(sorted(rng.randint(1, MAX_CARD) for _ in range(4)))
+
+
+@functools.cache
+def free_puzzles() -> tuple[Targeted, ...]:
+    """FREE_SIZE different prompts, always the same, none of the test split's numbers among them."""
+    rng = random.Random(FREE_SEED)
+    held_out = set(split_puzzles("test"))
+    found: dict[Targeted, None] = {}
+    while len(found) < FREE_SIZE:
+        numbers = random_numbers(rng)
+        targets = other_targets(numbers)
+        if targets and numbers not in held_out:
+            found[Targeted(numbers, rng.choice(targets))] = None
+    return tuple(found)

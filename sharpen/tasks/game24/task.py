@@ -4,9 +4,17 @@ import random
 
 from sharpen.errors import InputError
 
-from ..protocol import Example, Message, PromptForm, with_shots
-from .free import Targeted, free_puzzles
-from .puzzles import SPLIT_SEED, SPLIT_SIZES, TARGET, Numbers, integer_solutions, split_puzzles
+from ..protocol import Example, Message, PromptForm
+from .puzzles import (
+    SPLIT_SEED,
+    SPLIT_SIZES,
+    TARGET,
+    Numbers,
+    Targeted,
+    free_puzzles,
+    integer_solutions,
+    split_puzzles,
+)
 from .traces import claimed_answer, is_solution, prompt_text, trace_text
 
 INSTRUCTION = (
@@ -44,14 +52,14 @@ class Game24:
     def prompt(self, example: Example, *, shots: int = 0, chat: bool = False) -> PromptForm:
         """The numbers and the target; `shots` solved puzzles of the base split go before."""
         numbers, target = _puzzle(example)
-        worked = _worked_examples(shots)
-        prompts = [prompt_text(p) for p, _ in worked]
-        solutions = [text for _, text in worked]
+        worked = [(prompt_text(p), text) for p, text in _worked_examples(shots)]
         if not chat:
-            return with_shots(prompts, solutions, prompt_text(numbers, target))
+            # an empty line after each
+            shown = [question + answer + "\n\n" for question, answer in worked]
+            return "".join([*shown, prompt_text(numbers, target)])
         instruction = INSTRUCTION.format(target=target)
         messages: list[Message] = [{"role": "system", "content": instruction}]
-        for question, answer in zip(prompts, solutions, strict=True):
+        for question, answer in worked:
             messages.append({"role": "user", "content": question.strip()})
             messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": prompt_text(numbers, target).strip()})
