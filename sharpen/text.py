@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from sharpen.errors import InputError
 
+from .ends import Ends
+
 if TYPE_CHECKING:
     import transformers
 
@@ -40,13 +42,20 @@ class TextCodec:
 
     Args:
         tokenizer: Of the model; fast or slow.
+        generation_config: Of the model, where it is at hand: it may name further ends.
 
     Attributes:
+        ends: The tokens that end a completion.
         n_merged: Completions whose start the tokenizer would have merged with their prompt's end.
     """
 
-    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase"):
+    def __init__(
+        self,
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        generation_config: "transformers.GenerationConfig | None" = None,
+    ):
         self.tokenizer = tokenizer
+        self.ends = Ends.of(tokenizer, generation_config)
         self.n_merged = 0
         self._has_warned = False
 
@@ -60,18 +69,26 @@ class TextCodec:
         return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def completion_ids(
-        self, prompt: str | Sequence[int], completions: Sequence[str]
+        self,
+        prompt: str | Sequence[int],
+        completions: Sequence[str],
+        *,
+        is_ended: bool | Sequence[bool] = False,
     ) -> list[list[int]]:
         """Token ids of completions, each as a continuation of its prompt.
 
         Args:
             prompt: Text, with the chat template applied, or its token ids.
             completions: Texts; special tokens in them are read as such.
+            is_ended: Whether each gets the token that ends it, where it has none yet: all of them,
+                or one by one.
 
         Raises:
             InputError: If a completion cannot be spelled behind its prompt.
         """
         text = prompt if isinstance(prompt, str) else self.decode(prompt, keep_special=True)
+        end = self.ends.after(text)
+        flags = [is_ended] * len(completions) if isinstance(is_ended, bool) else is_ended
         text = self._end_of(text)
         context = self.encode(text)
         found, n_merged = [], 0
@@ -83,7 +100,22 @@ class TextCodec:
                 n_merged += 1
                 found.append(self._encode_apart(text, completion))
         self.n_merged += n_merged
-        return found
+        return [
+            [*ids, end] if flag and end is not None and ids[-1:] != [end] else ids
+            for ids, flag in zip(found, flags, strict=True)
+        ]
+
+    def check_has_end(self) -> None:
+        """Reject a tokenizer without a token that ends a completion.
+
+        Raises:
+            InputError: If neither it nor its chat template names one.
+        """
+        if self.ends.eos is None and self.ends.turn_end is None:
+            raise InputError(
+                "`add_eos` needs a tokenizer with one EOS token, got "
+                f"{self.tokenizer.eos_token_id!r}; set its `eos_token`."
+            )
 
     def warn_merged(self) -> None:
         """Say once, in the log, how many completions there were that merge with their prompt."""

@@ -34,7 +34,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sharpen.ends import Ends
 from sharpen.errors import InputError, check_value
 from sharpen.models import ModelLimits
 from sharpen.scoring.model_access import evaluating
@@ -85,8 +84,8 @@ class TransformersSampler:
         self.max_tokens = max_tokens
         self.sharing = sharing
         self.limits = ModelLimits.of(model)
-        self.eos_ids = Ends.of(tokenizer, model.generation_config).stops
-        self._codec = TextCodec(tokenizer)
+        self._codec = TextCodec(tokenizer, model.generation_config)
+        self.eos_ids = self._codec.ends.stops
 
     @functools.cached_property
     def route(self) -> Decoding:
