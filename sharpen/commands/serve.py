@@ -10,8 +10,7 @@ from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import check_reward
 from sharpen.server.batcher import MicroBatcher
-from sharpen.server.limits import ServerLimits
-from sharpen.server.state import ServerState
+from sharpen.server.state import ServerLimits, ServerState
 from sharpen.server.text import Texts
 from sharpen.server.unscorable import UnscorableReward
 

@@ -25,10 +25,8 @@ from sharpen.models import ModelLimits
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.server.batcher import MicroBatcher
-from sharpen.server.limits import ServerLimits
-from sharpen.server.state import ServerState
+from sharpen.server.state import ServerLimits, ServerState, query_rewards
 from sharpen.server.text import Texts
-from sharpen.server.text_rewards import query_rewards
 from sharpen.server.unscorable import UnscorableReward, finite_or_none
 from sharpen_kernels import TokenStats
 

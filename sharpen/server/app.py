@@ -18,10 +18,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import uvicorn
@@ -35,20 +34,20 @@ from sharpen_kernels import TokenStats
 
 from .batcher import Job, MicroBatcher
 from .bodies import decoded, encoded
-from .completions import CompletionsRequest, read_completions
 from .errors import HTTPError, http_error_of, shutting_down
-from .limits import InFlight, RequestUsage
 from .metrics import Metrics
-from .rewards import (
+from .routes import (
+    CompletionsRequest,
     EvaluationRequest,
     GetRewardRequest,
+    RequestModel,
     ScoreRequest,
+    read_completions,
     read_evaluation,
     read_get_reward,
     read_score,
 )
-from .schemas import RequestModel
-from .state import ParsedRequest, ServerState
+from .state import ParsedRequest, ServerLimits, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,8 @@ BODY_SECONDS = 60  # for a body to arrive; chosen
 SEND_BYTES = 2**18  # of an answer that are sent at a time; chosen
 BACKLOG = 2048
 TICK_SECONDS = 0.02
-LAST_SECONDS = (
-    20.0  # for bodies that are parsed and answers that are sent when the queue is dropped
-)
+# for bodies that are parsed and answers that are sent when the queue is dropped
+LAST_SECONDS = 20.0
 GRACE_SECONDS = 5  # for clients that do not take their answers even then
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection, so that they close it
 
@@ -131,11 +129,6 @@ def check_key(key: str | None, authorization: bytes) -> None:
         )
 
 
-def one_thread() -> ThreadPoolExecutor:
-    """Of bodies and answers; one, as tokenizers change when they are used."""
-    return ThreadPoolExecutor(1, "sharpen-bodies")
-
-
 @dataclass(frozen=True)
 class Service:
     """What the routes share."""
@@ -144,11 +137,61 @@ class Service:
     batcher: MicroBatcher[TokenStats]
     metrics: Metrics
     key: str | None = None
-    bodies: ThreadPoolExecutor = field(default_factory=one_thread)
+    # one thread, as tokenizers change when they are used
+    bodies: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "sharpen-bodies")
+    )
 
     async def beside(self, act: Callable[[], T]) -> T:
         """What `act` returns, from the thread of bodies and answers."""
         return await asyncio.get_running_loop().run_in_executor(self.bodies, act)
+
+
+class InFlight:
+    """Requests that are accepted and not answered, and their bytes; used from one event loop.
+
+    Attributes:
+        n_requests: How many.
+        n_bytes: Of their bodies, and of answers that are being sent.
+    """
+
+    def __init__(self, limits: ServerLimits):
+        self.n_requests = 0
+        self.n_bytes = 0
+        self.limits = limits
+
+    def enter(self) -> "RequestUsage":
+        """One more request, until its `leave`."""
+        self.n_requests += 1
+        return RequestUsage(self)
+
+
+class RequestUsage:
+    """The bytes that one request holds."""
+
+    def __init__(self, all_of_them: InFlight):
+        self._all = all_of_them
+        self._n_bytes = 0
+
+    def check(self, n_more: int) -> None:
+        """Reject a body that has `n_more` bytes yet to come: 413 for its own size, 429 for all."""
+        self._all.limits.check_bytes(self._n_bytes + n_more)
+        self._all.limits.check_bytes_in_flight(self._all.n_bytes + n_more)
+
+    def receive(self, n_bytes: int) -> None:
+        """Count a part of the body, or reject it as `check` does."""
+        self.check(n_bytes)
+        self.send(n_bytes)
+
+    def send(self, n_bytes: int) -> None:
+        """Count a part of the answer; what is computed already is never rejected."""
+        self._n_bytes += n_bytes
+        self._all.n_bytes += n_bytes
+
+    def leave(self) -> None:
+        """The request is answered."""
+        self._all.n_requests -= 1
+        self._all.n_bytes -= self._n_bytes
 
 
 class AdmissionMiddleware:
@@ -191,7 +234,10 @@ class AdmissionMiddleware:
                 await send(part)
 
         try:
-            self._admit(scope)
+            if scope["path"] not in OPEN:
+                check_key(self._service.key, dict(scope["headers"]).get(b"authorization", b""))
+                if self.is_draining:
+                    raise shutting_down()
             usage = scope[USAGE] = self.in_flight.enter()
             await self._app(scope, receive, counted)
         except HTTPError as error:
@@ -205,13 +251,6 @@ class AdmissionMiddleware:
             if usage is not None:
                 usage.leave()
             self._service.metrics.request(route, status, time.monotonic() - begun)
-
-    def _admit(self, scope: Scope) -> None:
-        if scope["path"] in OPEN:
-            return
-        check_key(self._service.key, dict(scope["headers"]).get(b"authorization", b""))
-        if self.is_draining:
-            raise shutting_down()
 
 
 def _message_parts(message: Message) -> Iterator[Message]:
@@ -250,55 +289,44 @@ def build(service: Service) -> AdmissionMiddleware:
     text = "Bytes of their bodies, and of answers sent."
     watch("inside_bytes", text, lambda: in_flight.n_bytes)
 
-    for path, (read, model) in ROUTES.items():
-        _add_post(
-            app, path, partial(answer, service=service, admission=admission, read=read), model
-        )
+    for path in ROUTES:
+        _add_post(app, path, service, admission)
     served = {"id": service.state.name, "object": "model", "owned_by": "sharpen"}
     models = {"object": "list", "data": [served | {"created": int(time.time())}]}
-    _add_get(app, "/v1/models", lambda: encoded(models))
-    _add_get(app, "/metrics", service.metrics.text)
-    _add_get(app, "/health", lambda: encoded({"status": _health(service, admission)}))
+
+    @app.get("/v1/models", response_model=None)
+    async def list_models() -> dict[str, Any]:
+        return models
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        body, kind = service.metrics.text()
+        return Response(body, media_type=kind)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response | dict[str, str]:
+        # a server that was told to end says so; its scorer ends too
+        if admission.is_draining:
+            return error_response(shutting_down())
+        if not service.batcher.is_alive:
+            return error_response(HTTPError(503, "the scorer has ended.", code="not_alive"))
+        return {"status": "ok"}
 
     # a path or method that is not there, in the same shape as every error
-    async def missing(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def missing(_: Request, error: HTTPException) -> Response:
         found = HTTPError(error.status_code, f"{error.detail}.", code="no_such_route")
         return error_response(found)
 
-    app.add_exception_handler(HTTPException, missing)
     return admission
 
 
-def _health(service: Service, admission: AdmissionMiddleware) -> str:
-    # a server that was told to end says so; its scorer ends too
-    if admission.is_draining:
-        raise shutting_down()
-    if not service.batcher.is_alive:
-        raise HTTPError(503, "the scorer has ended.", code="not_alive")
-    return "ok"
+def _add_post(app: FastAPI, path: str, service: Service, admission: AdmissionMiddleware) -> None:
+    read, model = ROUTES[path]
 
-
-def _add_get(app: FastAPI, path: str, content: Callable[[], tuple[bytes, str]]) -> None:
-    async def endpoint() -> Response:
-        try:
-            body, kind = content()
-        except HTTPError as error:
-            return error_response(error)
-        return Response(body, media_type=kind)
-
-    app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
-
-
-def _add_post(
-    app: FastAPI,
-    path: str,
-    answered: Callable[[Request], Awaitable[Response]],
-    model: type[RequestModel],
-) -> None:
     # FastAPI would parse the body in the event loop: it is told the schema alone
     async def endpoint(request: Request) -> Response:
-        return await answered(request)
+        return await answer(request, service, admission, read)
 
     content = {"application/json": {"schema": model.model_json_schema()}}
     extra = {"requestBody": {"required": True, "content": content}}
@@ -306,12 +334,20 @@ def _add_post(
 
 
 async def answer(
-    request: Request, *, service: Service, admission: AdmissionMiddleware, read: Read
+    request: Request, service: Service, admission: AdmissionMiddleware, read: Read
 ) -> Response:
     """The response to a request, which may be an error."""
     try:
         body = await _body(request, admission)
-        asked = await service.beside(lambda: _parsed(request, body, service, read))
+        content_type = request.headers.get("content-type", "")
+
+        def parsed() -> ParsedRequest:
+            # many may wait for this thread when the end comes
+            if service.batcher.is_closing:
+                raise shutting_down()
+            return read(decoded(body, content_type), service.state)
+
+        asked = await service.beside(parsed)
         results = await _scored(request, service, asked.jobs)
         accept = request.headers.get("accept", "")
         content, kind = await service.beside(lambda: encoded(asked.answer(results), accept))
@@ -324,13 +360,6 @@ async def answer(
         if not isinstance(error, SharpenError):
             logger.exception("a request failed")
         return error_response(http_error_of(error))
-
-
-def _parsed(request: Request, body: bytes, service: Service, read: Read) -> ParsedRequest:
-    # many may wait for this thread when the end comes
-    if service.batcher.is_closing:
-        raise shutting_down()
-    return read(decoded(body, request.headers.get("content-type", "")), service.state)
 
 
 async def _body(request: Request, admission: AdmissionMiddleware) -> bytes:

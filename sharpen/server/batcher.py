@@ -126,25 +126,13 @@ def split(scores: Scores, jobs: Sequence[Job]) -> list[TokenStats]:
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of the scorer: what it read, and how long it took."""
+    """One call of the scorer: what it read, a prompt of several jobs once, and how long it took."""
 
     n_jobs: int
     n_prompts: int
     n_completions: int
     n_tokens: int
     seconds: float
-
-    @classmethod
-    def of(cls, jobs: Sequence[Job], seconds: float) -> "Batch":
-        """The call for these jobs; a prompt that several have is counted once."""
-        n_tokens_of = {job.key: len(job.prompt) for job in jobs}
-        return cls(
-            n_jobs=len(jobs),
-            n_prompts=len(n_tokens_of),
-            n_completions=sum(len(job.completions) for job in jobs),
-            n_tokens=sum(n_tokens_of.values()) + sum(job.n_own for job in jobs),
-            seconds=seconds,
-        )
 
 
 Result = TypeVar("Result")
@@ -154,22 +142,17 @@ Result = TypeVar("Result")
 class PendingRequest(Generic[Result]):
     """The jobs of one request, and the promise of their results in the same order."""
 
-    results: list[Result | None]
+    n_jobs: int
+    results: dict[int, Result] = field(default_factory=dict)
     future: "Future[list[Result]]" = field(default_factory=Future)
     is_abandoned: bool = False
-    n_left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.n_left = len(self.results)
 
     def deliver(self, index: int, result: Result) -> None:
         """One job is done."""
         self.results[index] = result
-        self.n_left -= 1
-        if self.n_left == 0:
-            done = [x for x in self.results if x is not None]
+        if len(self.results) == self.n_jobs:
             with contextlib.suppress(InvalidStateError):
-                self.future.set_result(done)
+                self.future.set_result([self.results[i] for i in range(self.n_jobs)])
 
     def fail(self, error: Exception) -> None:
         """One job cannot be done, so the request cannot."""
@@ -199,6 +182,9 @@ class MicroBatcher(Generic[Result]):
         wait_seconds: How long the newest job waits for company.
         observe: Called by the thread after each call.
 
+    Attributes:
+        is_closing: Whether it takes no more.
+
     Example:
         >>> from sharpen.scoring import Scorer
         >>> with MicroBatcher(Scorer("game24").score) as batcher:
@@ -226,7 +212,7 @@ class MicroBatcher(Generic[Result]):
         self._changed = threading.Condition()
         self._waiting: deque[_Item[Result]] = deque()
         self._n_waiting_tokens = 0
-        self._is_closing = False
+        self.is_closing = False
         self._tokens_per_second = 0.0
         self._thread = threading.Thread(target=self._run, name="sharpen-scorer", daemon=True)
 
@@ -247,11 +233,6 @@ class MicroBatcher(Generic[Result]):
         return self._thread.is_alive()
 
     @property
-    def is_closing(self) -> bool:
-        """Whether it takes no more."""
-        return self._is_closing
-
-    @property
     def n_waiting(self) -> int:
         """Jobs in the queue."""
         return len(self._waiting)
@@ -262,14 +243,14 @@ class MicroBatcher(Generic[Result]):
         Raises:
             HTTPError: 429 with `retry_after` if the queue is full, 503 once it is closed.
         """
-        request: PendingRequest[Result] = PendingRequest([None] * len(jobs))
+        request: PendingRequest[Result] = PendingRequest(len(jobs))
         if not jobs:
             request.future.set_result([])
             return request
         now = time.monotonic()
         items = [_Item(job, request, i, now) for i, job in enumerate(jobs)]
         with self._changed:
-            if self._is_closing:
+            if self.is_closing:
                 raise shutting_down()
             # more than the bound alone is let in while nothing waits, or it never would be
             if self._waiting and len(self._waiting) + len(jobs) > self.max_queue:
@@ -295,7 +276,7 @@ class MicroBatcher(Generic[Result]):
         """Take no more, finish what waits, or reject it if `drop`, and end the thread."""
         dropped: list[_Item[Result]] = []
         with self._changed:
-            self._is_closing = True
+            self.is_closing = True
             if drop:
                 dropped = list(self._waiting)
                 self._keep([])
@@ -312,7 +293,7 @@ class MicroBatcher(Generic[Result]):
         finally:
             # nobody may wait for a thread that has ended
             with self._changed:
-                self._is_closing = True
+                self.is_closing = True
                 dropped = [*items, *self._waiting]
                 self._keep([])
             _reject(dropped)
@@ -321,7 +302,7 @@ class MicroBatcher(Generic[Result]):
         """The next batch; empty at the end."""
         with self._changed:
             queue: list[_Item[Result]] = []
-            while not queue and not (self._is_closing and not self._waiting):
+            while not queue and not (self.is_closing and not self._waiting):
                 while (seconds := self._seconds_to_wait()) != 0:
                     self._changed.wait(seconds)
                 # the rest of a request that has failed
@@ -334,7 +315,7 @@ class MicroBatcher(Generic[Result]):
 
     def _seconds_to_wait(self) -> float | None:
         """0 to go on, None to sleep until something comes."""
-        if self._is_closing:
+        if self.is_closing:
             return 0.0
         if not self._waiting:
             return None
@@ -384,7 +365,14 @@ class MicroBatcher(Generic[Result]):
         prompts = [job.prompt for job in jobs]
         scores = self._score(prompts, [job.completions for job in jobs], stats=stats)
         results = self._split(scores, jobs)
-        batch = Batch.of(jobs, time.monotonic() - begun)
+        n_tokens_of = {job.key: len(job.prompt) for job in jobs}
+        batch = Batch(
+            n_jobs=len(jobs),
+            n_prompts=len(n_tokens_of),
+            n_completions=sum(len(job.completions) for job in jobs),
+            n_tokens=sum(n_tokens_of.values()) + sum(job.n_own for job in jobs),
+            seconds=time.monotonic() - begun,
+        )
         self._tokens_per_second = batch.n_tokens / max(batch.seconds, 1e-9)
         if self._observe is not None:
             self._observe(batch)

@@ -1,8 +1,16 @@
 """What `/metrics` tells, in the words of Prometheus."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
-import prometheus_client
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 
 from .batcher import Batch
 from .unscorable import Cause
@@ -15,35 +23,25 @@ class Metrics:
     """Counters of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry = registry = prometheus_client.CollectorRegistry()
+        self._registry = CollectorRegistry()
+        counter = partial(Counter, namespace="sharpen", registry=self._registry)
+        histogram = partial(Histogram, namespace="sharpen", registry=self._registry)
 
-        def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
-            return prometheus_client.Counter(f"sharpen_{name}", text, labels, registry=registry)
-
-        def histogram(
-            name: str, text: str, buckets: Sequence[float | int], *labels: str
-        ) -> prometheus_client.Histogram:
-            name = f"sharpen_{name}"
-            return prometheus_client.Histogram(
-                name, text, labels, registry=registry, buckets=buckets
-            )
-
-        self._requests = counter("requests", "Requests answered.", "route", "status")
+        self._requests = counter("requests", "Requests answered.", ("route", "status"))
         text = "From a request's head to its answer."
-        self._seconds = histogram("request_seconds", text, SECONDS, "route")
+        self._seconds = histogram("request_seconds", text, ("route",), buckets=SECONDS)
         self._abandoned = counter("abandoned", "Requests whose client went away.")
         text = "Samples that got the reward of `--unscorable-reward`."
-        self._unscorable = counter("unscorable", text, "cause")
-        self._calls = histogram("batch_prompts", "Distinct prompts a call.", SIZES)
-        self._jobs = histogram("batch_jobs", "Jobs a call of the scorer.", SIZES)
+        self._unscorable = counter("unscorable", text, ("cause",))
+        self._calls = histogram("batch_prompts", "Distinct prompts a call.", buckets=SIZES)
+        self._jobs = histogram("batch_jobs", "Jobs a call of the scorer.", buckets=SIZES)
         self._completions = counter("completions", "Completions scored.")
         self._tokens = counter("tokens", "Tokens scored, a shared prompt once.")
         self._busy = counter("scorer_seconds", "Seconds inside the scorer.")
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Tell `value()` as the gauge `sharpen_{name}`."""
-        gauge = prometheus_client.Gauge(f"sharpen_{name}", text, registry=self._registry)
-        gauge.set_function(value)
+        Gauge(name, text, namespace="sharpen", registry=self._registry).set_function(value)
 
     def batch(self, batch: Batch) -> None:
         """One call of the scorer."""
@@ -68,7 +66,4 @@ class Metrics:
 
     def text(self) -> tuple[bytes, str]:
         """Everything, and its content type."""
-        return (
-            prometheus_client.generate_latest(self._registry),
-            prometheus_client.CONTENT_TYPE_LATEST,
-        )
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST

@@ -164,9 +164,7 @@ class Texts:
 
     def decoded(self, ids: list[int]) -> str:
         """Text of token ids, special tokens and spaces as they are; "" without a tokenizer."""
-        if self._given is None:
-            return ""
-        return self._decode(ids)
+        return "" if self._given is None else self._decode(ids)
 
     def token_text(self, token: int) -> str:
         """Text of one token inside a text, with the space it may begin with."""
@@ -219,10 +217,15 @@ def kept_ids(ids: Sequence[int], kept: str, decode: Callable[[list[int]], str]) 
 
 def _overlap(left: str, right: str) -> int:
     """Length of the longest end of `left` that `right` begins with; 0 if it is too short."""
-    start = right[:MIN_KEPT]
-    if len(start) < MIN_KEPT:
+    at = left.find(right[:MIN_KEPT], max(0, len(left) - len(right)))
+    if len(right) < MIN_KEPT or at < 0:
         return 0
-    at = left.find(start, max(0, len(left) - len(right)))
-    while at >= 0 and not right.startswith(left[at:]):
-        at = left.find(start, at + 1)
-    return len(left) - at if at >= 0 else 0
+    # Knuth, Morris and Pratt: one place after another takes minutes where texts repeat
+    joined = [*right[: len(left) - at], None, *left[at:]]
+    borders, n = [0], 0
+    for character in joined[1:]:
+        while n and character != joined[n]:
+            n = borders[n - 1]
+        n += character == joined[n]
+        borders.append(n)
+    return n if n >= MIN_KEPT else 0

@@ -33,11 +33,6 @@ class Unscorable:
     why: str
     error: SharpenError | None = None
 
-    @classmethod
-    def from_error(cls, cause: Cause, error: SharpenError) -> "Unscorable":
-        """A sample for which a check raised `error`."""
-        return cls(cause, str(error).rstrip("."), error)
-
 
 # causes that the log has, with what the samples got
 _LOGGED: set[tuple[Cause, str]] = set()

@@ -13,7 +13,7 @@ from helpers.frozen_options import CHOICES, FORWARDED, MUST, OPTIONS
 from sharpen.cli import VERBS, main, parse, parser_of
 from sharpen.commands.options import REWARDS, REWARDS_WITHOUT_ANSWERS, ServeConfig
 from sharpen.scoring import rewards
-from sharpen.server.limits import ServerLimits
+from sharpen.server.state import ServerLimits
 
 ROOT = Path(__file__).parents[2]
 

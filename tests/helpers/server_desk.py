@@ -5,8 +5,7 @@ import functools
 from sharpen.models import ModelLimits, load_model, load_tokenizer
 from sharpen.scoring import Scorer
 from sharpen.server.batcher import split
-from sharpen.server.limits import ServerLimits
-from sharpen.server.state import ServerState
+from sharpen.server.state import ServerLimits, ServerState
 from sharpen.server.text import Texts
 
 PROMPT = "Numbers: 4 4 6 8 Target: 24\n"

@@ -12,8 +12,8 @@ from helpers.server_desk import desk
 from sharpen.scoring.scores import Scores
 from sharpen.server.app import Service, build
 from sharpen.server.batcher import MicroBatcher
-from sharpen.server.limits import N_INSIDE
 from sharpen.server.metrics import Metrics
+from sharpen.server.state import N_INSIDE
 from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 

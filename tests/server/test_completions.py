@@ -3,7 +3,7 @@ import torch
 
 from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import SharpenError
-from sharpen.server.completions import read_completions
+from sharpen.server.routes import read_completions
 from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 

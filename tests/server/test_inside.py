@@ -2,8 +2,9 @@
 
 import pytest
 
+from sharpen.server.app import InFlight
 from sharpen.server.errors import HTTPError
-from sharpen.server.limits import InFlight, ServerLimits
+from sharpen.server.state import ServerLimits
 
 
 def test_what_a_request_held_is_given_back():

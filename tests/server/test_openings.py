@@ -1,5 +1,7 @@
 """Where the prompt ends in a text that begins with what a host has left of it."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from helpers.byte_checkpoint import byte_tokenizer
 from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import SharpenError
-from sharpen.server.rewards import read_get_reward
+from sharpen.server.routes import read_get_reward
 from sharpen.server.text import MIN_KEPT, Texts, kept_end, kept_ids
 
 LONG = "Numbers: 1 2 3 4 Target: 24\n" + PROMPT + "8 + 4 = 12 left: 4 6 12\n"
@@ -20,6 +22,15 @@ def test_the_longest_end_that_the_text_begins_with(before, kept, after):
     opening, text = before + kept, kept + after
     ends = [n for n in range(len(text) + 1) if opening.endswith(text[:n])]
     assert kept_end(opening, text) == (max(ends) if max(ends) >= MIN_KEPT else 0)
+
+
+def test_texts_that_repeat_themselves_take_time_in_proportion_to_their_length():
+    n = 2_000_000
+    begun = time.monotonic()
+    assert kept_end("a" * n + "b", "a" * n) == 0
+    assert kept_end("b" + "a" * n, "a" * n + "c") == n
+    # one place after another: most of a minute
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize("n_kept", range(13, 28))

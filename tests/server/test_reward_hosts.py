@@ -3,7 +3,9 @@ import pytest
 from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError, SharpenError
 from sharpen.integrations.openrlhf import SelfReward, reward_func
-from sharpen.server.rewards import read_evaluation, read_get_reward
+from sharpen.server.errors import HTTPError
+from sharpen.server.routes import read_evaluation, read_get_reward
+from sharpen.server.state import query_rewards
 from sharpen.server.text import Texts
 
 QUERIES = {"query": [PROMPT + RIGHT, PROMPT + WRONG], "prompts": [PROMPT] * 2, "labels": [1, None]}
@@ -85,3 +87,17 @@ def test_the_file_for_openrlhf_rates_what_its_threads_ask(monkeypatch):
     assert found["extra_logs"]["n_tokens"].tolist() == [24.0, 24.0]
     with pytest.raises(SharpenError, match="must begin with its prompt"):
         reward_func([RIGHT], [PROMPT], [None])
+
+
+@pytest.mark.parametrize(
+    ("queries", "prompts", "told"),
+    [
+        ([PROMPT + RIGHT, None], [PROMPT, PROMPT], "`query[1]` must be text, got None"),
+        ([PROMPT + RIGHT], [[1, 5]], "`prompts[0]` must be text, got list"),
+        ([b"8"], [PROMPT], "`query[0]` must be text, got bytes"),
+    ],
+)
+def test_what_a_trainer_hands_over_is_checked_without_a_request(queries, prompts, told):
+    with pytest.raises(HTTPError) as refused:
+        query_rewards(queries, prompts, desk())
+    assert told in str(refused.value)

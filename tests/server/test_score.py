@@ -5,7 +5,7 @@ import torch
 from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError
 from sharpen.server.errors import HTTPError
-from sharpen.server.rewards import read_score
+from sharpen.server.routes import read_score
 
 BODY = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 
@@ -89,6 +89,7 @@ def test_votes_get_answers_and_validity_from_the_request():
         ({"token_stats": ["logprobs"]}, "`token_stats` must be of logprob, lse"),
         ({"add_eos": 1}, "`add_eos` must be true or false, got 1"),
         ({"valid": [True, 0]}, "`valid[1]` must be true or false, got 0"),
+        ({"answers": ["1", 2]}, "`answers[1]` must be text or null, got 2"),
         ({"temperature": 1}, "unknown field `temperature`"),
         ({"\ud800": 1}, "unknown field `\ud800`"),
         ({3: 1}, "unknown field `3`"),

@@ -9,7 +9,7 @@ import torch
 from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import InputError, SharpenError
 from sharpen.models import ModelLimits
-from sharpen.server.rewards import read_evaluation, read_get_reward
+from sharpen.server.routes import read_evaluation, read_get_reward
 from sharpen.server.text import Texts
 from sharpen.server.unscorable import UnscorableReward
 from sharpen_kernels import TokenStats
