@@ -1,10 +1,5 @@
 """Completions rated inside another program, by a frozen model here or one that is served.
 
-    Rating        what rates, and by which reward: a host's configuration
-    rate_by       the function that rates groups of completions by it
-    RewardModel   a `Rating` opened once a process: text to ids, concurrent calls to batches
-    kept          rewards in a folder: a run that is begun again does not rate a completion twice
-
 A completion that has no reward is an `Unscorable` in its place, so that the others of its batch
 keep theirs; the host then gets the number that the user named, or an error.
 """
@@ -130,7 +125,7 @@ def rate_by(rating: Rating, scorer: Scorer | None = None) -> Rate:
 
 
 class RewardModel:
-    """What a `Rating` names, opened at first use.
+    """What a `Rating` names, opened at first use: text to ids, concurrent calls to batches.
 
     Args:
         rating: See there.

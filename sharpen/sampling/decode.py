@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharpen.models import ModelLimits
-from sharpen.scoring.hooks import SharingError, install, is_installed, under, uninstall
+from sharpen.scoring.hooks import under
 from sharpen.scoring.model_access import accepted, evaluating, rope_boundary
-from sharpen.scoring.probe import ReferenceScores
+from sharpen.scoring.probe import ReferenceScores, try_route
 
 from .prompt_cache import PromptCache, PromptPlan, StepPlan
 
@@ -118,25 +118,19 @@ def find_decoding(model: PreTrainedModel) -> tuple[Decoding, str]:
 
     Tried on a few random tokens, in eval mode. Leaves the hooks in the model if it is right.
     """
-    was_installed = is_installed(model)
-    why = install(model)
-    if why is None:
-        try:
-            with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
-                # rounding may send a token to another expert: in half precision, not every time
-                for seed in range(1 if torch.finfo(model.dtype).bits >= 32 else HALF_TRIES):
-                    why = _fault(model, seed)
-                    if why is None:
-                        break
-        # a model may fail in any way at what it was not made for; the reason is logged
-        except Exception as failure:
-            kind = "" if isinstance(failure, SharingError) else f"{type(failure).__name__}: "
-            why = kind + (str(failure).splitlines() or [""])[0]
-    if why is None:
-        return "shared", "it decodes as each row alone"
-    if not was_installed:
-        uninstall(model)
-    return "generate", why
+
+    def attempt() -> str | None:
+        why = None
+        with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
+            # rounding may send a token to another expert: in half precision, not every time
+            for seed in range(1 if torch.finfo(model.dtype).bits >= 32 else HALF_TRIES):
+                why = _fault(model, seed)
+                if why is None:
+                    break
+        return why
+
+    why = try_route(model, attempt)
+    return ("shared", "it decodes as each row alone") if why is None else ("generate", why)
 
 
 def _fault(model: PreTrainedModel, seed: int) -> str | None:

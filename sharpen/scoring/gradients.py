@@ -4,11 +4,10 @@ Memory-bounded backward (`accumulate`) of a weighted sum of log-probs:
 
     L = sum_s w[s] logprob[s]
 
-A prompt is computed once, its graph kept; keys, values and states after it become detached inputs
-of what follows. Each batch of completions goes on from them and back to them, and is forgotten;
-what they have gathered goes back through the prompt in the end. Peak memory is that of the prompt's
-graph and one batch, whatever the number of completions. Exact: the sum of the batches' gradients is
-the gradient of the sum.
+A prompt is computed once, its graph kept (`DetachedInputs`); each batch of completions goes back to
+the end of it, and is forgotten; what they have gathered goes back through the prompt in the end.
+Peak memory is that of the prompt's graph and one batch, whatever the number of completions. Exact:
+the sum of the batches' gradients is the gradient of the sum.
 
 Uniform micro-batches (`UniformMicroBatches`): processes that hold a part of each weight (FSDP)
 gather the whole of a module's weights when the module is called, all of them together, and let go
@@ -19,9 +18,8 @@ of a model once, in the model's own order. The head is called as well, and read 
 P prompt tokens, S scored tokens, D hidden.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -30,12 +28,11 @@ from torch import Tensor, nn
 from sharpen.errors import InputError
 from sharpen.models import ModelLimits
 
-from .batching import Batch, PredictorBatch, make_batches
+from .batching import Batch, make_batches
 from .hooks import SharingError
-from .model_access import Head, input_device, rope_boundary
+from .model_access import Head, rope_boundary
 from .packing import PackedRow, plan
-from .pairs import Pair, pair_up, token_starts
-from .prefix_cache import continuations, groups_of, read_prompt
+from .pairs import Pair, pair_up
 from .probe import Route
 from .token_stats import ScoringPath, Sharing, predictor_batches, scoring_path, shared_or_whole
 
@@ -73,8 +70,21 @@ def accumulate(
         )
     weight = weight.detach()
     budget = path.budget(max_tokens)
+
+    def run(way: Sharing) -> Tensor:
+        logprob_S = torch.zeros_like(weight)
+        for batch in predictor_batches(path, pairs, budget, way, cut_prompts=True):
+            found = path.stats(batch, ("logprob",)).logprob
+            assert found is not None
+            index = batch.output_index.to(weight.device)
+            (found * weight[index].to(found)).sum().backward()
+            logprob_S[index] = found.detach().to(logprob_S)
+            # no graph is held while the next batch is computed
+            del batch, found
+        return logprob_S
+
     # a model that cannot share says so before the first gradient
-    return shared_or_whole(lambda way: _accumulate(path, pairs, weight, budget, way), sharing)
+    return shared_or_whole(run, sharing)
 
 
 def refuse_dropout(model: nn.Module) -> None:
@@ -84,90 +94,6 @@ def refuse_dropout(model: nn.Module) -> None:
             "`loss` must be slopes while dropout is on, got a function; set the model's dropout "
             "to 0, or put it in eval mode."
         )
-
-
-def _accumulate(
-    path: ScoringPath, pairs: Sequence[Pair], weight: Tensor, max_tokens: int, sharing: Sharing
-) -> Tensor:
-    logprob_S = torch.zeros_like(weight)
-    alone = None
-    if sharing == "cache":
-        groups, alone = groups_of(pairs, rope_boundary(path.model))
-        starts = token_starts(pairs)
-        for group in groups:
-            for batch in _continued(path, pairs, group, starts, max_tokens):
-                _backward(path, batch, weight, logprob_S)
-    for batch in predictor_batches(path, pairs, max_tokens, "none", chosen=alone):
-        _backward(path, batch, weight, logprob_S)
-    return logprob_S
-
-
-def _continued(
-    path: ScoringPath,
-    pairs: Sequence[Pair],
-    group: Sequence[int],
-    starts: list[int],
-    max_tokens: int,
-) -> Iterator[PredictorBatch]:
-    """Batches of one prompt's completions; the prompt's own backward follows the last one."""
-    module = path.module
-    whole_cache, whole_last_D = read_prompt(module, pairs[group[0]][0], input_device(path.model))
-    inputs = DetachedInputs()
-    cache, last_D = inputs.detach_cache(whole_cache), inputs.detach(whole_last_D)
-    yield from continuations(module, cache, last_D, pairs, group, starts, max_tokens)
-    inputs.backward()
-
-
-def _backward(path: ScoringPath, batch: PredictorBatch, weight: Tensor, logprob: Tensor) -> None:
-    """Add the gradient of one batch, and keep its log-probs."""
-    found = path.stats(batch, ("logprob",)).logprob
-    assert found is not None
-    index = batch.output_index.to(weight.device)
-    (found * weight[index].to(found)).sum().backward()
-    logprob[index] = found.detach().to(logprob)
-
-
-class DetachedInputs:
-    """Tensors that are cut off a graph, and the gradients that they gather."""
-
-    def __init__(self):
-        self.cuts: list[tuple[Tensor, Tensor]] = []
-
-    def detach(self, x: Tensor) -> Tensor:
-        """`x` without its graph; what comes back to it waits for `backward`."""
-        if not x.requires_grad:
-            return x
-        leaf = x.detach().requires_grad_()
-        self.cuts.append((x, leaf))
-        return leaf
-
-    def detach_cache(self, cache: Any) -> Any:
-        """A cache whose tensors are detached."""
-        found = copy.copy(cache)
-        found.layers = [self._detach_layer(layer) for layer in cache.layers]
-        return found
-
-    def _detach_layer(self, layer: nn.Module | Any) -> Any:
-        found = copy.copy(layer)
-        for name, value in vars(found).items():
-            setattr(found, name, self._detach_value(value))
-        return found
-
-    def _detach_value(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.detach(value)
-        if isinstance(value, list):
-            return [self._detach_value(x) for x in value]
-        if isinstance(value, dict):
-            return {key: self._detach_value(x) for key, x in value.items()}
-        return value
-
-    def backward(self) -> None:
-        """Send what the inputs have gathered back, in one pass."""
-        reached = [(x, leaf.grad) for x, leaf in self.cuts if leaf.grad is not None]
-        if reached:
-            tensors, gradients = zip(*reached, strict=True)
-            torch.autograd.backward(tensors, gradients)
 
 
 class UniformMicroBatches:

@@ -10,10 +10,6 @@ that `generate`, training steps and a recomputed layer find the implementation t
 What of the model is compiled stays so, and is left out while a plan is under way: its graphs were
 traced, or would be looked up, without one.
 
-install, uninstall   the hooks of a model
-under                a plan for the forwards inside
-TreePlan             one packed row, in which every token attends to its ancestors in a tree
-
 B rows, H heads, L queries, K size of a head, T packed tokens of one row.
 """
 

@@ -15,14 +15,8 @@ A fork cuts the run of tokens above it, and a short run wastes a tile of the att
 that several leaves share has at least `min_shared` tokens or holds the end of their common
 prompt; a shorter one is repeated in each branch, where a longer run may begin with it.
 
-The rows. A budget cuts a trie between leaves, and each part repeats the ancestors that it needs;
-cuts are placed where the fewest tokens are repeated. Whole tries and parts then go, largest first,
-to the row that they fill best. There is no padding: a row is as long as its tokens.
-
-All of it follows from the ids and the budget, not from the order of the pairs.
-
-plan          pairs to rows        PackedRow, Plan
-build_trie    pairs to leaves      Leaf
+The rows. A budget cuts a trie between leaves, and each part repeats the ancestors that it needs.
+There is no padding: a row is as long as its tokens.
 """
 
 import struct
@@ -123,11 +117,7 @@ class Plan:
         return self._row(self.parts[index])
 
     def _row(self, parts: list[range]) -> PackedRow:
-        ids: list[int] = []
-        parent: list[int] = []
-        row: list[int] = []
-        target: list[int] = []
-        output: list[int] = []
+        ids, parent, row, target, output = [], [], [], [], []
         for part in parts:
             path: list[int] = []
             for n in part:

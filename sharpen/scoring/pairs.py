@@ -1,9 +1,5 @@
 """What is scored: ids of prompts and their completions, as checked (prompt, completion) pairs.
 
-pair_up             ids as they are given, checked, one pair per completion
-encode_text         ids of text
-token_multiplicity  how many completions share each of their tokens: weights for losses
-
 S completion tokens of all prompts and completions, end to end: the input order of a token.
 """
 

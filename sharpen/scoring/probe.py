@@ -289,7 +289,10 @@ class ReferenceScores:
         self.values = run()
         self.limit = TOLERANCE_NATS
         self.perturbation_rms = 0.0
-        dtype = _working_dtype(model)
+        # what its products are computed in
+        device, dtype = model.device.type, model.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         if torch.finfo(dtype).bits < 32:
             eps = torch.finfo(dtype).eps
             self.perturbation_rms = _perturbation_rms(model, run, self.values, eps)
@@ -309,14 +312,6 @@ class ReferenceScores:
         if limit:
             return f"off by {mean:.1e} nats (root mean square), more than {limit:.1e}"
         return f"off by {worst:.1e} nats, more than {self.limit:.1e}"
-
-
-def _working_dtype(model: "transformers.PreTrainedModel") -> torch.dtype:
-    """What its products are computed in."""
-    device = model.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return model.dtype
 
 
 def _perturbation_rms(

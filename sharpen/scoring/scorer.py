@@ -1,14 +1,10 @@
-"""Scorer: exact statistics of given completions under a transformers causal LM.
-
-One batch of `Scorer.score` passes `pairs` (checked ids), `token_stats` (batches, forwards, their
-statistics) with `packing` and `hooks` (shared prefixes), and becomes `scores`, whose rewards are in
-`rewards`.
-"""
+"""Scorer: exact statistics of given completions under a transformers causal LM."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -37,15 +33,6 @@ from .token_stats import (
 
 if TYPE_CHECKING:
     import transformers
-
-
-class LoadOptions(NamedTuple):
-    """What `load_model` takes beside a path."""
-
-    device: str | torch.device | None
-    dtype: str | torch.dtype | None
-    trust_remote_code: bool
-    allow_pickle: bool
 
 
 class Scorer:
@@ -93,15 +80,20 @@ class Scorer:
             raise InputError(f"`sharing` must be 'auto', {', '.join(WAYS)}, got {sharing!r}.")
         # a copy in another process is built from what this one was: a path stays a path
         self._source = model
-        self._loading = LoadOptions(device, dtype, trust_remote_code, allow_pickle)
+        self._loading = {
+            "device": device,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "allow_pickle": allow_pickle,
+        }
         self._tokenizer = tokenizer
         self._sharing = sharing
         self.max_tokens = max_tokens
         self.model = _causal_lm(model, self._loading)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = (self._source, self._tokenizer, self.max_tokens, self._sharing)
-        return _scorer, (*own, self._loading)
+        given = {"tokenizer": self._tokenizer, "sharing": self._sharing, **self._loading}
+        return partial(Scorer, self._source, max_tokens=self.max_tokens, **given), ()
 
     @property
     def route(self) -> Route:
@@ -121,7 +113,7 @@ class Scorer:
             raise InputError(
                 "text needs a tokenizer, got none; pass `tokenizer=` to Scorer, or a path as model."
             )
-        return load_tokenizer(self._source, trust_remote_code=self._loading.trust_remote_code)
+        return load_tokenizer(self._source, trust_remote_code=self._loading["trust_remote_code"])
 
     def score(
         self,
@@ -156,12 +148,12 @@ class Scorer:
         lengths = [[len(completion) for completion in group] for group in completions]
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
         names = check_stats(stats)
-        # an empty layout first: a bad `valid` must not cost a forward
-        Scores.of(TokenStats(), lengths, valid)
+        # the layout first: a bad `valid` must not cost a forward
+        layout = Scores.of(TokenStats(), lengths, valid)
         with torch.no_grad(), evaluating(self.model):
             tokens = self._token_stats(pairs, names, temperature)
         columns = {name: _on_cpu(getattr(tokens, name)) for name in names}
-        scores = Scores.of(TokenStats(**columns), lengths, valid)
+        scores = replace(layout, tokens=TokenStats(**columns))
         scores.warn_of_nan()
         return scores
 
@@ -207,13 +199,7 @@ class Scorer:
         fp64 for an fp64 model; on the device of the model. A token that several completions share
         has an entry for each of them, so a sum counts it as often (`sharers`).
 
-        Args:
-            prompts: As in `score`.
-            completions: As in `score`.
-            temperature: As in `score`.
-
-        Raises:
-            InputError: As `score`.
+        Arguments and errors: as in `score`.
         """
         pairs = pair_up(ModelLimits.of(self.model), prompts, completions)
         tokens = self._token_stats(pairs, ("logprob",), temperature)
@@ -292,22 +278,14 @@ class Scorer:
         return shared_or_whole(run, self.route.sharing)
 
 
-# what a Scorer was built from, as it was given
-def _scorer(
-    model: Any, tokenizer: Any, max_tokens: int, sharing: str, loading: LoadOptions
-) -> Scorer:
-    return Scorer(
-        model, tokenizer=tokenizer, max_tokens=max_tokens, sharing=sharing, **loading._asdict()
-    )
-
-
+# the options are those of `load_model`
 def _causal_lm(
-    model: "transformers.PreTrainedModel | str | Path", loading: LoadOptions
+    model: "transformers.PreTrainedModel | str | Path", loading: dict[str, Any]
 ) -> "transformers.PreTrainedModel":
     """The model, loaded if it is a path; an error if it is an encoder-decoder."""
     if isinstance(model, (str, Path)):
-        model = load_model(model, **loading._asdict())
-    elif given := [name for name, value in loading._asdict().items() if value]:
+        model = load_model(model, **loading)
+    elif given := [name for name, value in loading.items() if value]:
         raise InputError(
             f"`{given[0]}` applies to a path, got a loaded {type(model).__name__}; "
             "move or cast the model itself first."

@@ -5,7 +5,7 @@
 Three ways to share what sequences have in common:
 
     tree    one packed row per batch, every shared token once    `packing`, `hooks`
-    cache   the prompt into a cache, completions in batches      `prefix_cache`
+    cache   the prompt into a cache, completions in batches      `batching`
     none    every sequence whole, in padded batches              `batching`
 
 Sequences that share nothing are packed by "tree" as well, side by side in one row. And two paths
@@ -24,14 +24,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sharpen.errors import InputError, SharpenError, check_value
 from sharpen_kernels import TokenStats, linear_logprob, token_logprob
 from sharpen_kernels.stats import NAMES, Statistic
 
-from .batching import Batch, PredictorBatch, inverse_of, make_batches
+from .batching import (
+    Batch,
+    DetachedInputs,
+    PredictorBatch,
+    continuations,
+    groups_of,
+    inverse_of,
+    make_batches,
+    read_prompt,
+)
 from .hooks import SharingError, TreePlan, under
 from .model_access import (
     Head,
@@ -46,7 +55,6 @@ from .model_access import (
 )
 from .packing import PackedRow, plan
 from .pairs import Pair, token_starts
-from .prefix_cache import continuations, groups_of, read_prompt
 
 if TYPE_CHECKING:
     import transformers
@@ -86,7 +94,15 @@ def token_stats(
     for batch in batches:
         places.append(batch.output_index)
         parts.append(path.stats(batch, stats, temperature))
-    return _in_input_order(parts, places, stats, path.model)
+    if not parts:
+        nothing = torch.zeros(0, 1, device=input_device(path.model))
+        return token_logprob(nothing, nothing[:, 0].long(), stats=stats)
+    inverse_S = inverse_of(places)
+    columns = {}
+    for name in stats:
+        column_S = torch.cat([getattr(part, name) for part in parts])
+        columns[name] = column_S[inverse_S.to(column_S.device)]
+    return TokenStats(**columns)
 
 
 def shared_or_whole(run: Callable[[Sharing], Found], sharing: Sharing) -> Found:
@@ -108,12 +124,14 @@ def predictor_batches(
     sharing: Sharing,
     *,
     pack_unshared: bool = True,
-    chosen: Sequence[int] | None = None,
+    cut_prompts: bool = False,
 ) -> Iterator[PredictorBatch]:
     """Batches that together predict every completion token of `pairs` once; see `token_stats`.
 
-    With "none", those of the pairs `chosen` alone, in the places that they have among all.
+    `cut_prompts` detaches what follows a cached prompt from its graph; what it gathers goes back
+    through the prompt after the last of its batches.
     """
+    chosen = None
     boundary, device = rope_boundary(path.model), input_device(path.model)
     if sharing == "tree":
         rows = plan(pairs, max_tokens, boundary=boundary)
@@ -126,9 +144,13 @@ def predictor_batches(
         starts = token_starts(pairs)
         for group in groups:
             cache, last_D = read_prompt(path.module, pairs[group[0]][0], device)
+            inputs = DetachedInputs()
+            if cut_prompts:
+                cache, last_D = inputs.detach_cache(cache), inputs.detach(last_D)
             yield from continuations(path.module, cache, last_D, pairs, group, starts, max_tokens)
+            inputs.backward()
             # not held while the next prompt, or whole sequences, are read
-            del cache, last_D
+            del cache, last_D, inputs
     for batch in make_batches(pairs, max_tokens, chosen=chosen, boundary=boundary):
         yield path.predict(batch.to(device))
 
@@ -328,23 +350,6 @@ def _run_packed(module: nn.Module, row: PackedRow, **options: Tensor) -> Any:
     )
     with under(TreePlan(row.tree)):
         return module(**asked)
-
-
-def _in_input_order(
-    parts: list[TokenStats],
-    places: list[Int64[Tensor, " _"]],
-    stats: Sequence[Statistic],
-    model: "transformers.PreTrainedModel",
-) -> TokenStats:
-    if not parts:
-        nothing = torch.zeros(0, 1, device=input_device(model))
-        return token_logprob(nothing, nothing[:, 0].long(), stats=stats)
-    inverse_S = inverse_of(places)
-    columns = {}
-    for name in stats:
-        column_S = torch.cat([getattr(part, name) for part in parts])
-        columns[name] = column_S[inverse_S.to(column_S.device)]
-    return TokenStats(**columns)
 
 
 def check_stats(stats: Sequence[str]) -> tuple[Statistic, ...]:

@@ -15,6 +15,7 @@ N completions of all prompts together, P prompts, K draws of one prompt.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
 
@@ -24,8 +25,6 @@ from torch import Tensor
 
 from sharpen.errors import InputError, check_fields
 from sharpen.scoring import Scores
-
-from .best_of_n import candidates
 
 
 class AdaptiveChoice(NamedTuple):
@@ -169,13 +168,9 @@ def adaptive_best_of_n(
 
 def draws_in_order(scores: Scores) -> list[list[float | None]]:
     """Log-prob of each completion of each prompt in nats, None where it is not eligible."""
-    logprob = scores.reward("logprob").double()
-    found = []
-    sizes = scores.groups.diff().tolist()
-    for group, size in zip(candidates(scores, logprob), sizes, strict=True):
-        of = dict(zip(group.members, group.rewards, strict=True))
-        found.append([of.get(n) for n in range(group.first, group.first + size)])
-    return found
+    drawn = zip(scores.reward("logprob").tolist(), scores.eligible.tolist(), strict=True)
+    logprobs = [logprob if is_eligible else None for logprob, is_eligible in drawn]
+    return [logprobs[first:last] for first, last in pairwise(scores.groups.tolist())]
 
 
 def outcome_of(rules: Sequence[Stopping]) -> AdaptiveChoice:

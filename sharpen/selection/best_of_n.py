@@ -1,8 +1,6 @@
 """Best-of-N, hard and soft: the completion of highest reward of each prompt, or a draw by reward.
 
-best_of_n        the highest reward
-soft_best_of_n   a draw from the softmax of the rewards: its weights, and what they are worth
-candidates       which completions may be chosen at all: the start of every selector
+Every selector starts from `candidates`: the completions that may be chosen at all.
 
 N completions of all prompts together, P prompts, G completions of one prompt.
 """

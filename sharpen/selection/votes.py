@@ -1,12 +1,7 @@
 """Votes for answers: which completion stands for the answer that the completions of a prompt give.
 
-Each eligible completion that has an answer votes for it; the rules differ in its weight:
-
-majority_vote      1
-weighted_vote      as given: all the others end here
-borda_vote         by the rank of its reward
-confidence_vote    its confidence, the least confident left out (DeepConf); `confidence_filter`
-probability_vote   its probability, each distinct completion once: best-of-N by the reward "rpc"
+Each eligible completion that has an answer votes for it; the rules differ in its weight, and all
+of them end in `weighted_vote`.
 
 N completions of all prompts together, P prompts, G eligible completions of one prompt.
 """
@@ -22,7 +17,7 @@ from torch import Tensor
 
 from sharpen.errors import InputError, check_value
 from sharpen.scoring import Scores
-from sharpen.scoring.votes import check_one_each, distinct_answers
+from sharpen.scoring.rewards import check_one_each, distinct_answers
 
 from .best_of_n import candidates
 
@@ -38,15 +33,8 @@ def majority_vote(
         V(a) = #{n eligible: answers[n] = a}
         chosen[p] = argmax of reward over the eligible completions of the answer of largest V
 
-    Who votes, ties, and prompts without an answer: as in `weighted_vote`.
-
-    Args:
-        scores: As in `weighted_vote`.
-        answers: As in `weighted_vote`.
-        reward: As in `weighted_vote`.
-
-    Returns:
-        As `weighted_vote`.
+    Arguments, what is returned, who votes, ties, and prompts without an answer: as in
+    `weighted_vote`.
 
     Raises:
         InputError: If the reward cannot be computed, or there is not one answer per completion.
@@ -135,16 +123,13 @@ def borda_vote(
     rank 1 is the highest reward of the prompt's G eligible completions; those without an answer
     rank last and do not vote. Completions of equal reward share their votes evenly. p = 0 is the
     majority vote; as p grows the vote becomes best-of-N. Only the order of the rewards counts, not
-    their scale. Ties, and prompts without an answer: as in `weighted_vote`.
+    their scale. What is returned, ties, and prompts without an answer: as in `weighted_vote`.
 
     Args:
         scores: As in `weighted_vote`.
         answers: As in `weighted_vote`.
         reward: Ranks the completions, and says which one stands for the answer.
         p: At least 0 and finite. The source takes 0.3 for up to 16 completions, 1.2 from 32 on.
-
-    Returns:
-        As `weighted_vote`.
 
     Raises:
         InputError: If `p` is out of range, the reward cannot be computed, or there is not one
@@ -236,8 +221,8 @@ def confidence_vote(
 
         V(a) = sum of reward[n] over the n kept by `confidence_filter` with answers[n] = a
 
-    The filter is among the completions that have an answer. Ties, and prompts without an answer:
-    as in `weighted_vote`.
+    The filter is among the completions that have an answer. What is returned, ties, and prompts
+    without an answer: as in `weighted_vote`.
 
     Args:
         scores: As in `weighted_vote`.
@@ -245,9 +230,6 @@ def confidence_vote(
         reward: The confidence, at least 0: its sums are the votes. Also says which completion
             stands for the answer.
         keep: Share of each prompt's completions that vote, in (0, 1]; the source takes 0.1 and 0.9.
-
-    Returns:
-        As `weighted_vote`.
 
     Raises:
         InputError: If a vote would be negative, as a log-prob's, and as in `confidence_filter`.
@@ -285,16 +267,13 @@ def probability_vote(
 
     A majority vote estimates P(answer) by how often it was drawn; this adds up what the model
     itself says of each completion drawn, once. Its answer is that of best-of-N by the reward "rpc".
-    Ties, and prompts without an answer: as in `weighted_vote`.
+    What is returned, ties, and prompts without an answer: as in `weighted_vote`.
 
     Args:
         scores: As in `weighted_vote`.
         answers: As in `weighted_vote`.
         keys: Equal for equal completions of a prompt: tuples of their token ids.
-        reward: Says which completion stands for the answer.
-
-    Returns:
-        As `weighted_vote`.
+        reward: As in `weighted_vote`.
 
     Raises:
         InputError: If a reward cannot be computed, or there is not one answer and one key per

@@ -8,7 +8,7 @@ import pytest
 
 from sharpen.errors import InputError
 from sharpen.integrations import trl as ours
-from sharpen.integrations.trl import host
+from sharpen.integrations.trl import fused_head
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def test_an_old_trl_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", old)
     monkeypatch.setitem(sys.modules, "trl.trainer", types.ModuleType("trl.trainer"))
     with pytest.raises(InputError, match=r"1\.15 or later, got 1\.13\.0"):
-        importlib.import_module("sharpen.integrations.trl.host").host()
+        importlib.import_module("sharpen.integrations.trl.fused_head").host()
 
 
 def test_a_python_too_old_for_trl_is_named(monkeypatch):
     # where pip refuses `sharpen[trl]`, and no command brings it
-    monkeypatch.setattr(host.sys, "version_info", (3, 10, 14))
+    monkeypatch.setattr(fused_head.sys, "version_info", (3, 10, 14))
     with pytest.raises(InputError, match=r"needs Python 3\.11 or later, got Python 3\.10; make"):
-        host.host()
+        fused_head.host()
 
 
 def test_other_names_are_not_there():

@@ -6,7 +6,7 @@ import torch
 
 from sharpen import Scores
 from sharpen.errors import InputError
-from sharpen.scoring.votes import answer_logprob
+from sharpen.scoring.rewards import answer_logprob
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,7 +18,7 @@ from sharpen.evaluation.metrics import RPC, Outcome
 from sharpen.experiments.options import StudyConfig
 from sharpen.models import load_model
 from sharpen.records import Row, read_rows
-from sharpen.scoring.votes import answer_logprob
+from sharpen.scoring.rewards import answer_logprob
 from sharpen.tasks import Example, Task, get_task
 
 from .plan import TEST, Sizes, TakenSamples, lineage, pool_name, samples_file, taken_samples

@@ -7,6 +7,8 @@ of a group, goes through the layers once.
 """
 
 import functools
+import importlib
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,6 @@ from torch import Tensor, nn
 
 from sharpen.errors import InputError
 
-from .host import host
 from .shared_stats import SharedStats
 
 if TYPE_CHECKING:
@@ -26,6 +27,34 @@ if TYPE_CHECKING:
 
 # what a trainer hands over beside ids, mask and labels, and means nothing here
 HARMLESS = ("use_cache", "num_items_in_batch", "return_dict")
+
+INSTALL = 'pip install "sharpen[trl]"'
+# of TRL 1.15 and 1.16, as their metadata say; sharpen itself runs on 3.10
+PYTHON = (3, 11)
+
+
+# a module of a package that may not be there
+def host(name: str = "trl") -> Any:
+    """The module `name` of TRL.
+
+    Raises:
+        InputError: If TRL is not there, or older than 1.15, or cannot be: it needs Python 3.11.
+    """
+    if sys.version_info < PYTHON:
+        here = ".".join(map(str, sys.version_info[:2]))
+        raise InputError(
+            f"TRL must be 1.15 or later, which needs Python 3.11 or later, got Python {here}; make "
+            f"an environment of 3.11 and {INSTALL}."
+        )
+    try:
+        trainer = importlib.import_module("trl.trainer")
+        found = importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"TRL must be installed, got {error}; {INSTALL}.") from error
+    if not hasattr(trainer, "add_fused_lm_head"):
+        version = importlib.import_module("trl").__version__
+        raise InputError(f"TRL must be 1.15 or later, got {version}; {INSTALL}.")
+    return found
 
 
 def add_fused_lm_head(

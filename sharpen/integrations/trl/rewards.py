@@ -27,10 +27,6 @@ A prompt is computed once for its completions.
 They are read at the first call. (`integrations/openrlhf.py` reads SHARPEN_REWARD too, as the name
 of its own reward.)
 
-    SelfReward, self_reward    the reward functions
-    TrainerContext             what is known of the trainer that calls
-    ScorerProvider             whose probabilities: policy, reference, base, or another model
-
 N completions of a call, P groups of equal prompts that follow one another.
 """
 

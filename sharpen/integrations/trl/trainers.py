@@ -13,8 +13,24 @@ from transformers import ProcessorMixin
 
 from sharpen.errors import InputError
 
-from .fused_head import put_head
-from .host import host, trainer_class
+from .fused_head import host, put_head
+
+
+# a class of a package that may not be there
+def trainer_class(name: str) -> Any:
+    """TRL's trainer `name`; where TRL is not there, a class that says so when it is called."""
+    try:
+        return getattr(host(), name)
+    except InputError as error:
+        message = str(error)
+
+    class Missing:
+        # as the trainer
+        def __init__(self, *args: Any, **kwargs: Any):
+            raise InputError(message)
+
+    return Missing
+
 
 # a name each, as a base class must be one
 _GRPO, _RLOO = trainer_class("GRPOTrainer"), trainer_class("RLOOTrainer")
