@@ -142,6 +142,38 @@ class TextCodec:
             texts.append(whole[len(before) :] if whole.startswith(before) else self.decode(ids))
         return texts
 
+    def without_padding(self, text: str) -> str:
+        """A text as a trainer decodes it, without the runs of padding around it.
+
+        Where padding is the token that ends a completion, the first one behind the text stays.
+        """
+        pad = self.tokenizer.pad_token
+        if not isinstance(pad, str) or not pad:
+            return text
+        is_end = self.tokenizer.pad_token_id in self.ends.stops
+        while not is_end and text.startswith(pad):
+            text = text[len(pad) :]
+        while text.endswith(pad * 2 if is_end else pad):
+            text = text[: -len(pad)]
+        return text
+
+    def character_ends(self, ids: Sequence[int]) -> list[int]:
+        """Where each token ends in the decoded text, special tokens kept, in characters.
+
+        A token that ends inside a character ends before it.
+        """
+        found: list[int] = []
+        start = read = n_read = 0
+        for k in range(1, len(ids) + 1):
+            before = self.decode(ids[start:read], keep_special=True)
+            text = self.decode(ids[start:k], keep_special=True)
+            whole = text.rstrip(REPLACEMENT)
+            found.append(n_read + max(0, len(whole) - len(before)))
+            # what follows is decoded behind a few tokens of what is whole
+            if whole == text:
+                start, read, n_read = max(0, k - CONTEXT), k, found[-1]
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with nothing put around it; special tokens in it are read."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
