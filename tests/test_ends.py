@@ -3,9 +3,8 @@
 import pytest
 from transformers import GenerationConfig
 
+from helpers.tokenizers import bytes_of_text, llama
 from sharpen.ends import Ends, is_natural
-
-from .helpers.tokenizers import bytes_of_text, llama
 
 TURN = "<turn>"
 CHAT = (

@@ -1,12 +1,13 @@
 """`sharpen.text`: what a model reads is what a person wrote, for every kind of tokenizer."""
 
 import logging
+from itertools import accumulate
 
 import pytest
 
-from sharpen.text import CONTEXT, MAX_CONTEXT_CHARS, TextCodec
-
-from .helpers.tokenizers import BOS, EOS, KINDS, bytes_of_text, llama, pieces
+from helpers.tokenizers import BOS, EOS, KINDS, PAD, bytes_of_text, llama, pieces
+from sharpen.errors import InputError
+from sharpen.text import CONTEXT, MAX_CONTEXT_CHARS, REPLACEMENT, TextCodec
 
 PROMPTS = ["Q\n", "Q: 8", "Q: 8 x =", "", "a", "2+2=", "Q: 8\n\n"]
 COMPLETIONS = ["8", " 8", "x + 8", " x", "\n8", "4", "+", "\u00e9", "== 8."]
@@ -114,3 +115,51 @@ def test_a_long_prompt_gives_the_same_ids_as_its_end(kind):
         whole = codec.prompt_ids(prompt + completion)
         if whole[: len(before)] == before:
             assert ids == whole[len(before) :]
+
+
+def test_an_ended_completion_gets_its_end_once():
+    codec = TextCodec(bytes_of_text())
+    eos = codec.ends.eos
+    found = codec.completion_ids("Q\n", ["8", f"8{EOS}", "8"], is_ended=[True, True, False])
+    assert [ids[-1] == eos for ids in found] == [True, True, False]
+    assert found[0] == found[1] == [*found[2], eos]
+    assert codec.completion_ids("Q\n", ["8"], is_ended=True) == [found[0]]
+
+
+def test_a_tokenizer_without_an_end_is_refused_only_where_one_is_needed():
+    tokenizer = bytes_of_text()
+    tokenizer.eos_token = None
+    codec = TextCodec(tokenizer)
+    assert codec.completion_ids("Q\n", ["8"], is_ended=True) == [codec.encode("8")]
+    with pytest.raises(InputError, match="needs a tokenizer with one EOS token, got None"):
+        codec.check_has_end()
+
+
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_padding_around_a_text_is_no_part_of_it(n):
+    codec = TextCodec(bytes_of_text())
+    assert codec.without_padding(PAD * n + f"Q 8{EOS}" + PAD * n) == f"Q 8{EOS}"
+    assert codec.without_padding(f"Q{PAD}8") == f"Q{PAD}8"
+
+
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_padding_that_is_the_end_stays_once_behind_a_text(n):
+    tokenizer = bytes_of_text()
+    tokenizer.pad_token = EOS
+    assert TextCodec(tokenizer).without_padding("Q 8" + EOS * n) == f"Q 8{EOS}"
+    tokenizer.pad_token = None
+    assert TextCodec(tokenizer).without_padding("Q 8" + EOS * n) == "Q 8" + EOS * n
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("text", ["Q: 8 x", "Q \u00e9 8", "\u6f22\u5b57 x", "a\U0001f600b", ""])
+def test_ends_of_tokens_in_a_text_are_where_they_stand(kind, text):
+    codec = TextCodec(KINDS[kind]())
+    ids = codec.encode(text)
+    ends = codec.character_ends(ids)
+    whole = codec.decode(ids, keep_special=True)
+    assert not ids or ends[-1] == len(whole)
+    # the whole characters that are decoded up to here; a byte-fallback decoder gives up those of a
+    # run of bytes whose last character is not whole
+    upto = [codec.decode(ids[:k], keep_special=True) for k in range(1, len(ids) + 1)]
+    assert ends == list(accumulate((len(x.rstrip(REPLACEMENT)) for x in upto), max))

@@ -170,15 +170,17 @@ class Scorer:
     ) -> Scores:
         """`score` of text.
 
-        A prompt is tokenised with the tokenizer's special tokens, a completion without and apart
-        from its prompt, as in sampling; so the tokens can differ from those of the joined text.
+        A prompt gets what the tokenizer puts in front of a text (BOS), once, and nothing behind. A
+        completion is tokenised as its continuation; where the tokenizer would merge the two, the
+        prompt stays as it is, and the log says how often. See `sharpen.text`.
 
         Args:
             prompts: Plain text; messages go through the chat template first.
             completions: Texts of each prompt.
             valid: As in `score`.
             stats: As in `score`.
-            add_eos: Score the end of the completion too.
+            add_eos: Score the end of the completion too: after a prompt that the chat template has
+                rendered what the template writes behind an answer, else the tokenizer's EOS.
             temperature: As in `score`.
 
         Raises:
