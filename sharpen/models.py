@@ -8,23 +8,40 @@ a hub id. Weights come from safetensors and no code from the repository is run, 
 transformers is imported when a model is loaded, not before.
 """
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from .errors import InputError
+from .errors import InputError, require
 
 if TYPE_CHECKING:
     import transformers
+
+logger = logging.getLogger(__name__)
 
 # where configurations keep the length of the context; GPT-2's `n_positions` answers to the first
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
+
+# an adapter's folder has this beside its weights, and names the base model in it
+ADAPTER = "adapter_config.json"
+NO_PEFT = "`model` is the folder of an adapter, which needs peft ({error}); `pip install peft`."
+# what a file begins with that Git LFS has not fetched
+POINTER = b"version https://git-lfs"
+# what wrappers put before the name of every weight
+WRAPPERS = ("_orig_mod.", "module.")
+# buffers that old versions of transformers saved, and that newer ones compute
+OLD_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attention.bias", "masked_bias")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -132,7 +149,10 @@ def resolve_model(name: str | Path) -> str:
     text = str(name)
     path = SHIPPED.get(text, Path(text).expanduser())
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        _check_files(path)
+        if (path / ADAPTER).is_file():
+            require("peft", NO_PEFT)
+        elif not (path / "config.json").is_file():
             raise InputError(
                 f"`model` must be a folder with a config.json, got {text!r} without one; "
                 "pass the folder that `save_pretrained` wrote."
@@ -145,6 +165,21 @@ def resolve_model(name: str | Path) -> str:
             f"got {text!r}, where no such folder exists."
         )
     return text
+
+
+def _check_files(folder: Path) -> None:
+    """Reject a folder whose large files did not arrive."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".bin", ".json", ".model") or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            start = file.read(len(POINTER))
+        if start == POINTER or not start:
+            got = "a pointer of Git LFS" if start else "an empty file"
+            raise InputError(
+                f"`model` {str(folder)!r}: {path.name} must hold what its name says, got {got}; "
+                "fetch it with `git lfs pull`, or copy it again."
+            )
 
 
 def load_model(
@@ -177,16 +212,97 @@ def load_model(
         dtype = DTYPES[dtype]
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
+    auto: Any = transformers.AutoModelForCausalLM
+    load = partial(
+        auto.from_pretrained,
+        target,
+        dtype=dtype or "auto",
+        trust_remote_code=trust_remote_code,
+        use_safetensors=None if allow_pickle else True,
+        output_loading_info=True,
+        # told with all others below
+        ignore_mismatched_sizes=True,
+    )
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            target,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with _quiet_library():
+            model, info = load()
+            for prefix in WRAPPERS:
+                if info["missing_keys"] and _all_begin(info["unexpected_keys"], prefix):
+                    model, info = load(key_mapping={"^" + re.escape(prefix): ""})
+    # a loader may fail in any way at a file that it was not made for
+    except Exception as error:
         raise InputError(_why(name, error, "model")) from error
+    check_weights(str(name), model, info)
     return model.eval().to(device)  # type: ignore[arg-type] (decorated `to` hides its self)
+
+
+def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Reject a checkpoint whose weights are not those of its model, which would score at random.
+
+    Weights that no module would take, such as a classifier's head or a reward model's value head,
+    are named in the log. One that belongs inside a module which the model has, or into one layer
+    more than it has, is an error: the model was trained with it.
+
+    Args:
+        name: Of the checkpoint, for the message.
+        model: That was loaded.
+        info: What transformers says of the loading: `missing_keys`, `unexpected_keys` and
+            `mismatched_keys`, of (name, size in the file, size in the model).
+
+    Raises:
+        InputError: If a weight is missing, has another size, or is lost.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"`model` {name!r}: its files must hold every weight of {type(model).__name__}, got no "
+            f"{_some(missing)}; such weights would be random. Save the whole model with "
+            "`save_pretrained`."
+        )
+    sizes = [f"{key} of {tuple(a)} for {tuple(b)}" for key, a, b in info["mismatched_keys"]]
+    if sizes:
+        raise InputError(
+            f"`model` {name!r}: its weights must have the sizes that its config.json says, got "
+            f"{_some(sorted(sizes))}; save the model again with its configuration."
+        )
+    owners = {_anonymous(path) for path, _ in model.named_modules() if _anonymous(path) != path}
+    extra = sorted(info["unexpected_keys"])
+    lost = [key for key in extra if _anonymous(key.rsplit(".", 2)[0]) in owners]
+    lost = [key for key in lost if not key.endswith(OLD_BUFFERS)]
+    if lost:
+        raise InputError(
+            f"`model` {name!r}: {type(model).__name__} must have a place for each weight of its "
+            f"layers, got {_some(lost)}; correct its config.json, or give the library that its "
+            "quantisation needs."
+        )
+    if extra:
+        logger.warning("`model` %r: weights that it does not use: %s.", name, _some(extra))
+
+
+def _anonymous(path: str) -> str:
+    """A path with the numbers of its layers taken out."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", path)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
+
+
+def _all_begin(names: Collection[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep the library's table of weights off the screen; what is wrong is told in one line."""
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
 
 
 def load_tokenizer(
@@ -203,7 +319,8 @@ def load_tokenizer(
     auto = transformers.AutoTokenizer
     try:
         return auto.from_pretrained(target, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    # as above
+    except Exception as error:
         raise InputError(_why(name, error, "tokenizer")) from error
 
 

@@ -28,6 +28,7 @@ LAYERS = [
     ("sharpen.scoring",),
     ("sharpen.tasks",),
     ("sharpen.models",),
+    ("sharpen.text", "sharpen.ends"),
     ("sharpen.runs",),
     ("sharpen.records",),
     ("sharpen.errors", "sharpen.console"),

@@ -26,6 +26,7 @@ from sharpen.sampling.base import render_all
 from sharpen.scoring import Scorer, Scores
 from sharpen.scoring.rewards import stats_needed
 from sharpen.selection import best_of_n
+from sharpen.text import TextCodec
 
 from .engines import check_engine, load_engine, sampling_config
 from .inputs import (
@@ -83,7 +84,9 @@ def run(config: BonConfig) -> None:
                 model, tokenizer = load(config)
             scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
             stats = tuple(dict.fromkeys(["logprob", *stats_needed(config.reward)]))
-            samples = [with_ids(row, tokenizer) for row in samples]
+            codec = TextCodec(tokenizer, model.generation_config)
+            samples = [with_ids(row, codec) for row in samples]
+            codec.warn_merged()
             scores = score_samples(out / SCORES, scorer, samples, stats, timings)
             routes["scoring"] = scorer.route.sharing
         else:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from sharpen.ends import is_natural
 from sharpen.errors import InputError, RecordError, check_fields
 from sharpen.records import (
     Messages,
@@ -359,7 +360,7 @@ def _rated(place: str, row: Row, reward: str | None, cut: bool) -> Rated:
     able = [bool(text) and isfinite(r) for text, r in zip(texts, rewards, strict=True)]
     if row.get("finish_reasons") is not None and not cut:
         ends = _listed(place, "finish_reasons", row["finish_reasons"], len(texts))
-        able = [ok and end == "stop" for ok, end in zip(able, ends, strict=True)]
+        able = [ok and is_natural(end) for ok, end in zip(able, ends, strict=True)]
     return Rated(place, prompt_id, prompt, texts, rewards, able, prompt_ids, ids)
 
 

@@ -34,6 +34,7 @@ from sharpen.evaluation.parity import (
 from sharpen.models import ModelLimits
 from sharpen.records import read_rows, write_text
 from sharpen.scoring import Scorer
+from sharpen.text import TextCodec
 
 from .engines import endpoint_client, llm_arguments, load_vllm
 from .inputs import load, model_settings
@@ -104,7 +105,8 @@ class Ours(NamedTuple):
 def rated_by_us(config: ParityConfig) -> Ours:
     """Read the records and rate them; the model is held on to for `--against hf` alone."""
     model, tokenizer = load(config)
-    records = list(read_records(config.samples, tokenizer, ModelLimits.of(model)))[: config.limit]
+    codec = TextCodec(tokenizer, model.generation_config)
+    records = list(read_records(config.samples, codec, ModelLimits.of(model)))[: config.limit]
     scorer = Scorer(model, tokenizer=tokenizer, max_tokens=config.max_tokens)
     found = _in_chunks(records, lambda chunk: _scored(scorer, chunk), "ours")
     kept = model if config.against == "hf" else None

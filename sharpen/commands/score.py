@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from sharpen.errors import InputError, RecordError
 from sharpen.models import ModelLimits
@@ -33,10 +32,11 @@ from sharpen.sampling.base import render
 from sharpen.scoring import Scorer
 from sharpen.scoring.rewards import REWARDS, options_needed, stats_needed
 from sharpen.scoring.token_stats import check_temperature
+from sharpen.text import TextCodec
 
 from .inputs import load, model_settings
 from .options import ScoreConfig
-from .stages import completion_ids, json_numbers, nested_stats, settings_beside
+from .stages import json_numbers, nested_stats, settings_beside
 
 log = logging.getLogger("sharpen")
 
@@ -61,11 +61,15 @@ def run(config: ScoreConfig) -> None:
     # a missing or unreadable file is reported before a model is loaded
     next(read_rows(config.input), None)
     model, tokenizer = load(config)
-    records_of = partial(read_records, config.input, tokenizer, ModelLimits.of(model))
+    codec = TextCodec(tokenizer, model.generation_config)
+    if config.add_eos:
+        codec.check_has_end()
+    records_of = partial(read_records, config.input, codec, ModelLimits.of(model))
     # everything is read and checked once before the first line is written
     n_records = sum(1 for _ in records_of(add_eos=config.add_eos))
     if n_records == 0:
         raise InputError(f"{config.input!r} must hold at least one record, got none.")
+    codec.warn_merged()
     out = Path(config.out)
     settings = {
         "command": "score",
@@ -102,28 +106,32 @@ def check_rewards(rewards: list[str]) -> tuple[str, ...]:
 
 
 def read_records(
-    path: str, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits, *, add_eos: bool = False
+    path: str, codec: TextCodec, limits: ModelLimits, *, add_eos: bool = False
 ) -> Iterator[Record]:
     """Every record of a file, tokenised and within the model's limits."""
     for place, row in read_rows(path):
         prompt = check_prompt(place, row)
+        text: str | list[int]
         if row.get("prompt_ids") is not None:
-            prompt_ids = check_ids(place, "prompt_ids", row["prompt_ids"])
+            text = prompt_ids = check_ids(place, "prompt_ids", row["prompt_ids"])
         else:
-            prompt_ids = list(render(PromptRecord(place, place, prompt), tokenizer).ids)
-        groups = _completion_ids(place, row, tokenizer, add_eos)
+            rendered = render(PromptRecord(place, place, prompt), codec.tokenizer)
+            text, prompt_ids = rendered.text, list(rendered.ids)
+        groups = _given_ids(place, row)
+        if groups is None:
+            texts = check_completions(place, row)
+            groups = codec.completion_ids(text, texts, is_ended=add_eos)
         for ids in groups:
-            limits.check(place, prompt_ids, ids)
+            # the last token is predicted, and never read
+            limits.check(place, prompt_ids, ids, unread=min(1, len(ids)))
         yield Record(place, row, prompt_ids, groups)
 
 
-def _completion_ids(
-    place: str, row: Row, tokenizer: PreTrainedTokenizerBase, add_eos: bool
-) -> list[list[int]]:
-    texts = check_completions(place, row)
-    given = row.get("completion_ids")
+def _given_ids(place: str, row: Row) -> list[list[int]] | None:
+    """The token ids of a record's completions, if it has them."""
+    texts, given = check_completions(place, row), row.get("completion_ids")
     if given is None:
-        return [completion_ids(tokenizer, text, add_eos=add_eos) for text in texts]
+        return None
     groups = [given] if "completion" in row else given
     if not isinstance(groups, list) or len(groups) != len(texts):
         raise RecordError(f"{place}: `completion_ids` must hold {len(texts)} lists of integers.")

@@ -59,7 +59,7 @@ def run(config: ServeConfig) -> None:
             config.name or config.model,
             accepts,
             limits,
-            Texts(tokenizer, max_chars=limits.max_chars(accepts.max_length)),
+            Texts(tokenizer, limits.max_chars(accepts.max_length), model.generation_config),
             config.reward,
             UnscorableReward(config.unscorable_reward, metrics.unscorable),
         )

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from sharpen.ends import is_natural
 from sharpen.records import Row, write_rows
 from sharpen.runs import Journal
 from sharpen.sampling import Prompt, Sampler, Samples, SamplingConfig
 from sharpen.scoring import Scorer, Scores
+from sharpen.text import TextCodec
 from sharpen_kernels import TokenStats
 
 log = logging.getLogger("sharpen")
@@ -140,29 +141,19 @@ def token_keys(row: Row) -> list[tuple[int | str, ...]]:
     return [tuple(tokens) for tokens in row.get("completion_ids", row.get("tokens", []))]
 
 
-def with_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+def with_ids(row: Row, codec: TextCodec) -> Row:
     """The record with token ids; text is tokenised where a server gave none.
 
-    The prompt gets the tokenizer's special tokens, a completion that its model ended the
-    end-of-sequence token. They are tokens of this tokenizer, and need not be those that the
-    server's model drew.
+    The prompt gets the tokenizer's special tokens, a completion that its model ended the token that
+    ends it. They are tokens of this tokenizer, and need not be those that the server's model drew.
     """
     found = {}
     if "prompt_ids" not in row:
-        found["prompt_ids"] = tokenizer(row["prompt"])["input_ids"]
+        found["prompt_ids"] = codec.prompt_ids(row["prompt"])
     if "completion_ids" not in row:
-        found["completion_ids"] = [
-            completion_ids(tokenizer, text, add_eos=ended)
-            for text, ended in zip(row["completions"], is_finished(row), strict=True)
-        ]
+        prompt, texts = row["prompt"], row["completions"]
+        found["completion_ids"] = codec.completion_ids(prompt, texts, is_ended=is_finished(row))
     return row | found
-
-
-def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_eos: bool) -> list[int]:
-    """A completion's token ids; with the end-of-sequence token where the tokenizer has one."""
-    eos = tokenizer.eos_token_id
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, eos] if add_eos and isinstance(eos, int) else ids
 
 
 def kept_scores(samples: list[Row]) -> Scores:
@@ -217,7 +208,7 @@ def nested_stats(scores: Scores, stats: Sequence[str]) -> dict[str, list[list[li
 
 def is_finished(row: Row) -> list[bool]:
     """Which samples of a record the model ended by itself, within the token limit."""
-    return [reason == "stop" for reason in row["finish_reasons"]]
+    return [is_natural(reason) for reason in row["finish_reasons"]]
 
 
 def _warn_of_nan(prompt: Prompt, samples: Samples) -> None:

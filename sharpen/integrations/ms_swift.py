@@ -12,6 +12,7 @@ from typing import Any
 
 from sharpen.errors import InputError, require
 from sharpen.server.unscorable import UnscorableReward
+from sharpen.text import TextCodec
 
 from . import reward_model
 from .reward_model import Rating, conversation_ids, shared_reward_model
@@ -105,13 +106,15 @@ def rate_rows(
             f"`messages` must hold one conversation a completion, {len(completions)}, got "
             f"{len(messages)}."
         )
+    codec = TextCodec(tokenizer)
     prompts, ids = [], []
     for row, conversation in enumerate(messages):
         place = f"messages[{row}]"
         prompts.append(conversation_ids(tokenizer, place, list(conversation[:-1])))
         kept = response_token_ids[row] if row < len(response_token_ids) else None
         last = _last_turn(kept)
-        ids.append(last or tokenizer(completions[row], add_special_tokens=False)["input_ids"])
+        text = codec.without_padding(completions[row])
+        ids.append(last or codec.completion_ids(prompts[-1], [text])[0])
     return reward_model.rate_rows(rate, prompts, ids, UnscorableReward(unscorable_reward))
 
 

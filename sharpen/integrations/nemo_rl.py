@@ -21,6 +21,7 @@ import torch
 
 from sharpen.errors import InputError, require
 from sharpen.server.unscorable import UnscorableReward
+from sharpen.text import TextCodec
 
 from .reward_model import Rate, Rating, RewardModel, rate_rows
 
@@ -47,7 +48,7 @@ def rate_logs(
         InputError: If a conversation does not end with its only message of the assistant, or a
             response has no reward and there is none to give it.
     """
-    eos = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
+    codec = TextCodec(tokenizer)
     texts: list[str] = []
     completions: list[list[int]] = []
     for row, log in enumerate(logs):
@@ -58,10 +59,10 @@ def rate_logs(
                 f"{', '.join(roles) or 'none'}; this environment is for one turn."
             )
         texts.append("".join(str(message["content"]) for message in log[:-1]))
-        ids = tokenizer(str(log[-1]["content"]), add_special_tokens=False)["input_ids"]
-        completions.append([*ids, *eos])
+        answer = codec.without_padding(str(log[-1]["content"]))
+        completions += codec.completion_ids(texts[-1], [answer], is_ended=add_eos)
     # the template has written special tokens already; the rows of a prompt need its ids once
-    ids_of = {x: tokenizer(x, add_special_tokens=False)["input_ids"] for x in dict.fromkeys(texts)}
+    ids_of = {text: codec.encode(text) for text in dict.fromkeys(texts)}
     prompts = [ids_of[text] for text in texts]
     return rate_rows(rate, prompts, completions, UnscorableReward(unscorable_reward))
 
@@ -81,7 +82,6 @@ def _environment() -> Any:
         def __init__(self, cfg: dict[str, Any]):
             # not shared: `shutdown` lets it go
             self.reward_model: RewardModel | None = RewardModel(Rating.of(cfg))
-            self.tokenizer = self.reward_model.tokenizer
 
         def step(self, message_log_batch: Any, metadata: Any) -> Any:
             """Rate a batch; every episode ends here.
@@ -95,7 +95,7 @@ def _environment() -> Any:
             otherwise = model.rating.unscorable_reward
             rewards = torch.tensor(
                 rate_logs(
-                    self.tokenizer, model.rate, message_log_batch, unscorable_reward=otherwise
+                    model.tokenizer, model.rate, message_log_batch, unscorable_reward=otherwise
                 )
             )
             return interfaces.EnvironmentReturn(

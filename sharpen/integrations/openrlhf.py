@@ -80,7 +80,7 @@ class SelfReward:
             name=str(model) if isinstance(model, (str, Path)) else type(model).__name__,
             model=ModelLimits.of(scorer.model),
             limits=ServerLimits(),
-            texts=Texts(scorer.tokenizer),
+            texts=Texts(scorer.tokenizer, generation_config=scorer.model.generation_config),
             reward=reward,
             unscorable=unscorable,
         )

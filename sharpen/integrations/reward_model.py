@@ -33,6 +33,7 @@ from sharpen.server.unscorable import (
     finite_or_none,
     why_not_finite,
 )
+from sharpen.text import TextCodec
 
 if TYPE_CHECKING:
     import transformers
@@ -153,6 +154,11 @@ class RewardModel:
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """Of the model that rates."""
         return self.scorer.tokenizer
+
+    @functools.cached_property
+    def codec(self) -> TextCodec:
+        """Text to ids and back, for the model that rates."""
+        return TextCodec(self.tokenizer, self.scorer.model.generation_config)
 
     @functools.cached_property
     def rate(self) -> Rate:

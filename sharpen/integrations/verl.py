@@ -47,17 +47,14 @@ async def compute_score(
             `unscorable_reward` is not given: verl then ends the run.
     """
     model = shared_reward_model(Rating.of(options))
-    tokenizer = model.tokenizer
     if not isinstance(extra_info, dict) or prompt_key not in extra_info:
         raise InputError(
             f"`extra_info` must hold the prompt under {prompt_key!r}; add the column to the data, "
             "name another by `prompt_key`, or use sharpen.integrations.verl_manager."
         )
     place = f"extra_info[{prompt_key!r}]"
-    prompt_ids = conversation_ids(tokenizer, place, extra_info[prompt_key])
+    prompt_ids = conversation_ids(model.tokenizer, place, extra_info[prompt_key])
     text = check_text("solution_str", "solution_str", solution_str)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if add_eos and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+    (ids,) = model.codec.completion_ids(prompt_ids, [text], is_ended=add_eos)
     reward = await model.reward(prompt_ids, ids)
     return {"score": reward, "self_reward": reward}

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sharpen.errors import InputError, check_fields
 from sharpen.records import PromptRecord
+from sharpen.text import TextCodec
 
 # "stop": the model ended it; "length": cut at max_new_tokens; "nan": the model's logits were;
 # "cut": a server ended it for a reason of its own
@@ -123,8 +124,9 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
 def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     """One prompt as text and ids; without a tokenizer as text alone.
 
-    Text gets the tokenizer's special tokens (such as a leading BOS); messages get exactly what
-    the chat template writes, up to where the assistant begins.
+    Text gets what the tokenizer puts in front of one (such as a BOS), unless it begins with it, and
+    never what it puts behind (an EOS); messages get exactly what the chat template writes, up to
+    where the assistant begins.
 
     Raises:
         InputError: If it holds messages and there is no tokenizer, or one without a chat template,
@@ -138,7 +140,7 @@ def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase | None) -> P
             )
         return Prompt(record.id, record.prompt, (), record.place)
     if isinstance(record.prompt, str):
-        ids = tokenizer(record.prompt)["input_ids"]
+        ids = TextCodec(tokenizer).prompt_ids(record.prompt)
         return Prompt(record.id, record.prompt, tuple(ids), record.place)
     if not has_chat_template(tokenizer):
         raise InputError(
@@ -153,7 +155,7 @@ def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase | None) -> P
         raise InputError(
             f"{record.place}: the chat template refuses these messages ({error})."
         ) from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = TextCodec(tokenizer).encode(text)
     return Prompt(record.id, text, tuple(ids), record.place)
 
 

@@ -108,10 +108,12 @@ def draw(
 
 
 def _best(score: Float32[Tensor, "B V"]) -> tuple[Int64[Tensor, " B"], Bool[Tensor, " B"]]:
+    # of equal scores the lowest id, as `rank` and `generate` have it; `topk` returns any of them
+    token = score.argmax(dim=1)
     if score.shape[1] == 1:
-        return score.argmax(dim=1), torch.zeros_like(score[:, 0], dtype=torch.bool)
-    best, token = score.topk(2, dim=1)
-    return token[:, 0], best[:, 0] - best[:, 1] < NEAR_TIE_NATS
+        return token, torch.zeros_like(token, dtype=torch.bool)
+    best = score.topk(2, dim=1).values
+    return token, best[:, 0] - best[:, 1] < NEAR_TIE_NATS
 
 
 def _nucleus(

@@ -37,6 +37,7 @@ from transformers import (
 from sharpen.errors import InputError, check_value
 from sharpen.models import ModelLimits
 from sharpen.scoring.model_access import evaluating
+from sharpen.text import TextCodec
 
 from .base import FinishReason, Prompt, Samples, SamplingConfig, Share, joined, plan_batches
 from .decode import Decoding, crosses_rope_boundary, decode, find_decoding
@@ -83,7 +84,8 @@ class TransformersSampler:
         self.max_tokens = max_tokens
         self.sharing = sharing
         self.limits = ModelLimits.of(model)
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self._codec = TextCodec(tokenizer, model.generation_config)
+        self.eos_ids = self._codec.ends.stops
 
     @functools.cached_property
     def route(self) -> Decoding:
@@ -203,9 +205,11 @@ class TransformersSampler:
         """`rows`, `counts[g]` of them for each prompt, with their text."""
         ends = list(itertools.accumulate(counts, initial=0))
         ids, logprobs, reasons = rows
-        text = [str(self.tokenizer.decode(x, skip_special_tokens=True)) for x in ids]
+        texts_of = self._codec.completion_texts
         return [
-            Samples(prompt.id, text[a:b], ids[a:b], logprobs[a:b], reasons[a:b])
+            Samples(
+                prompt.id, texts_of(prompt.ids, ids[a:b]), ids[a:b], logprobs[a:b], reasons[a:b]
+            )
             for prompt, (a, b) in zip(prompts, itertools.pairwise(ends), strict=True)
         ]
 
@@ -330,12 +334,3 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = theirs
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The model's end tokens, or the tokenizer's where it names none."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    if declared is None:
-        declared = tokenizer.eos_token_id
-    every = declared if isinstance(declared, list) else [declared]
-    return tuple(token for token in every if isinstance(token, int))

@@ -6,7 +6,6 @@ S completion tokens of all prompts and completions, end to end: the input order 
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int64
@@ -14,9 +13,6 @@ from torch import Tensor
 
 from sharpen.errors import InputError
 from sharpen.models import ModelLimits
-
-if TYPE_CHECKING:
-    import transformers
 
 Pair = tuple[list[int], list[int]]
 
@@ -63,34 +59,6 @@ def check_groups(prompts: Sequence[object], completions: Sequence[object]) -> No
             f"`completions` must hold one list for each of {len(prompts)} prompts, "
             f"got {len(completions)}; give an empty list to a prompt that has none."
         )
-
-
-def encode_text(
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    prompts: Sequence[str],
-    completions: Sequence[Sequence[str]],
-    *,
-    add_eos: bool,
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Token ids of prompts, with special tokens, and of completions, without.
-
-    Raises:
-        InputError: If an EOS is wanted and the tokenizer has none.
-    """
-    end = []
-    if add_eos:
-        if not isinstance(tokenizer.eos_token_id, int):
-            raise InputError(
-                "`add_eos` needs a tokenizer with one EOS token, got "
-                f"{tokenizer.eos_token_id!r}; set its `eos_token`."
-            )
-        end = [tokenizer.eos_token_id]
-    prompt_ids = [list(tokenizer.encode(text)) for text in prompts]
-    completion_ids = [
-        [list(tokenizer.encode(text, add_special_tokens=False)) + end for text in group]
-        for group in completions
-    ]
-    return prompt_ids, completion_ids
 
 
 def token_multiplicity(

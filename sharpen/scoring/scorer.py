@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sharpen.errors import InputError, check_value
 from sharpen.models import ModelLimits, load_model, load_tokenizer
+from sharpen.text import TextCodec
 from sharpen_kernels import TokenStats
 from sharpen_kernels.linear_logprob import Statistic
 
 from .gradients import accumulate, refuse_dropout
 from .model_access import Head, evaluating
-from .pairs import Pair, encode_text, pair_up
+from .pairs import Pair, check_groups, pair_up
 from .probe import Route, gradient_sharing, probe_model
 from .scores import Scores
 from .token_stats import (
@@ -169,22 +170,33 @@ class Scorer:
     ) -> Scores:
         """`score` of text.
 
-        A prompt is tokenised with the tokenizer's special tokens, a completion without and apart
-        from its prompt, as in sampling; so the tokens can differ from those of the joined text.
+        A prompt gets what the tokenizer puts in front of a text (BOS), once, and nothing behind. A
+        completion is tokenised as its continuation; where the tokenizer would merge the two, the
+        prompt stays as it is, and the log says how often. See `sharpen.text`.
 
         Args:
             prompts: Plain text; messages go through the chat template first.
             completions: Texts of each prompt.
             valid: As in `score`.
             stats: As in `score`.
-            add_eos: Score the end of the completion too.
+            add_eos: Score the end of the completion too: after a prompt that the chat template has
+                rendered what the template writes behind an answer, else the tokenizer's EOS.
             temperature: As in `score`.
 
         Raises:
             InputError: As `score`, and if there is no tokenizer, or no EOS to add.
         """
-        ids = encode_text(self.tokenizer, prompts, completions, add_eos=add_eos)
-        return self.score(*ids, valid=valid, stats=stats, temperature=temperature)
+        codec = TextCodec(self.tokenizer, self.model.generation_config)
+        if add_eos:
+            codec.check_has_end()
+        check_groups(prompts, completions)
+        ids = [
+            codec.completion_ids(prompt, texts, is_ended=add_eos)
+            for prompt, texts in zip(prompts, completions, strict=True)
+        ]
+        codec.warn_merged()
+        prompt_ids = [codec.prompt_ids(prompt) for prompt in prompts]
+        return self.score(prompt_ids, ids, valid=valid, stats=stats, temperature=temperature)
 
     def logprobs(
         self,

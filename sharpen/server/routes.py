@@ -41,6 +41,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from sharpen.scoring.rewards import REWARDS, options_needed
+from sharpen.text import REPLACEMENT
 from sharpen_kernels import TokenStats
 from sharpen_kernels.stats import NAMES
 
@@ -189,16 +190,17 @@ def _names(field: str, values: list[Any], known: Collection[str]) -> list[str]:
 
 def _ids(asked: ScoreRequest, state: ServerState) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prompt and of each completion, checked against the model."""
-    end = state.texts.eos() if asked.add_eos else []
+    if asked.add_eos:
+        state.texts.codec.check_has_end()
     prompt = state.texts.prompt_ids(asked.prompt, special=asked.add_special_tokens)
     state.model.check("prompt", prompt)
     # before each completion is checked with it
     state.limits.check_tokens(len(prompt))
     completions = []
     for i, value in enumerate(asked.completions):
-        ids = state.texts.ids(value, f"completions[{i}]", special=False)
         # the end of a completion given as ids is in its ids
-        ids = [*ids, *end] if isinstance(value, str) else ids
+        name = f"completions[{i}]"
+        ids = state.texts.completion_ids(prompt, value, name, add_eos=asked.add_eos)
         # as in the scorer: the last token is predicted, and never read
         state.model.check(f"completions[{i}]", prompt, ids, unread=min(1, len(ids)))
         completions.append(ids)
@@ -453,7 +455,7 @@ def choice(index: int, given: Given, tokens: TokenStats | None, style: Style) ->
                 None if own is None else _top(token, own, near[: style.k], style)
                 for token, own, near in zip(ids, logprobs, best, strict=True)
             ],
-            "text_offset": _offsets([style.texts.token_text(token) for token in ids], text),
+            "text_offset": _offsets(ids, text, style.texts),
         }
     }
 
@@ -486,12 +488,14 @@ def _top(token: int, own: float, best: Best, style: Style) -> dict[str, float]:
     return found
 
 
-def _offsets(token_texts: Sequence[str], text: str) -> list[int]:
-    """Where each token begins in the text, in characters; tokens before it begin at 0.
-
-    Sums of lengths: right where a tokenizer writes a token alike after any other.
-    """
-    ends = list(accumulate(map(len, token_texts)))
+def _offsets(ids: list[int], text: str, texts: Texts) -> list[int]:
+    """Where each token begins in the text, in characters; tokens before it begin at 0."""
+    token_texts = [texts.token_text(token) for token in ids]
+    if any(REPLACEMENT in x for x in token_texts):
+        # a character of several tokens: what each is alone says nothing of its place
+        ends = texts.codec.character_ends(ids)
+    else:
+        ends = list(accumulate(map(len, token_texts)))
     # special tokens before a prompt, or a first space, may be no part of its text
     before = max(0, ends[-1] - len(text)) if ends else 0
-    return [max(0, end - len(x) - before) for x, end in zip(token_texts, ends, strict=True)]
+    return [max(0, start - before) for start in [0, *ends[:-1]]] if ends else []

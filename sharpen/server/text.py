@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sharpen.errors import InputError
 from sharpen.records import PromptRecord, check_prompt
-from sharpen.sampling.base import has_chat_template, render
+from sharpen.sampling.base import render
+from sharpen.text import REPLACEMENT, TextCodec
 
 from .errors import HTTPError, bad_field, check_unicode
 
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 # characters; chosen. No run leaves so little of a prompt, and a new line ends many
 MIN_KEPT = 32
 # what a decoder writes for each byte of a character that was cut through, of at most four
-REPLACEMENT, MAX_REPLACED = "\ufffd", 3
+MAX_REPLACED = 3
 # tokens around the place that lengths of texts point to, as a cut character has other lengths
 NEAR = 4
-# a short conversation, rendered to see what the template writes before an answer
-PROBE = [{"role": "user", "content": "?"}]
 
 # code of the error for a text that the context cannot hold
 TOO_LONG = "too_long"
@@ -41,25 +39,27 @@ class Texts:
         tokenizer: Of the model; None if it has none, and then only token ids can be read.
         max_chars: Characters of a text that may be tokenised, which takes seconds where they are
             millions; None for any.
+        generation_config: Of the model; it may name further ends of a completion.
     """
 
     def __init__(
         self,
         tokenizer: "transformers.PreTrainedTokenizerBase | None",
         max_chars: int | None = None,
+        generation_config: "transformers.GenerationConfig | None" = None,
     ):
-        self._given = tokenizer
+        self._codec = None if tokenizer is None else TextCodec(tokenizer, generation_config)
         self._max_chars = max_chars
         self._token_texts: dict[int, str] = {}
 
     @property
-    def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
-        """The tokenizer; 422 if the model has none."""
-        if self._given is None:
+    def codec(self) -> TextCodec:
+        """Text to ids and back; 422 if the model has no tokenizer."""
+        if self._codec is None:
             raise HTTPError(
                 422, "this model has no tokenizer here; send token ids.", code="no_tokenizer"
             )
-        return self._given
+        return self._codec
 
     # ids of a request are whatever it holds, until the model's limits have seen them
     def ids(self, value: object, field: str, *, special: bool) -> list[Any]:
@@ -67,10 +67,19 @@ class Texts:
         if isinstance(value, list):
             return value
         if isinstance(value, str):
-            self._check_length(field, len(value))
-            check_unicode(value, field)
-            return list(self.tokenizer.encode(value, add_special_tokens=special))
+            self._check_text(value, field)
+            return self.codec.prompt_ids(value) if special else self.codec.encode(value)
         raise bad_field(field, "text or a list of token ids", value)
+
+    # as above
+    def completion_ids(
+        self, prompt: str | list[int], value: object, field: str, *, add_eos: bool = False
+    ) -> list[Any]:
+        """Token ids of a text behind its prompt, with its end if `add_eos`; or the ids given."""
+        if not isinstance(value, str):
+            return self.ids(value, field, special=False)
+        self._check_text(value, field)
+        return self.codec.completion_ids(prompt, [value], is_ended=add_eos)[0]
 
     # as above
     def prompt_ids(self, value: object, *, special: bool) -> list[Any]:
@@ -79,8 +88,12 @@ class Texts:
             prompt = check_prompt("the request", {"prompt": value})
             self._check_length("prompt", sum(len(message["content"]) for message in value))
             record = PromptRecord("the request", "", prompt)
-            return list(render(record, self.tokenizer).ids)
+            return list(render(record, self.codec.tokenizer).ids)
         return self.ids(value, "prompt", special=special)
+
+    def _check_text(self, value: str, field: str) -> None:
+        self._check_length(field, len(value))
+        check_unicode(value, field)
 
     def _check_length(self, field: str, n: int) -> None:
         if self._max_chars is not None and n > self._max_chars:
@@ -92,12 +105,6 @@ class Texts:
                 code=TOO_LONG,
             )
 
-    def eos(self) -> list[int]:
-        """The token that ends a completion."""
-        if not isinstance(self.tokenizer.eos_token_id, int):
-            raise InputError("`add_eos` needs a tokenizer with one EOS token; leave it out.")
-        return [self.tokenizer.eos_token_id]
-
     def split(self, query: str, prompt: str, field: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and of what follows it in `query`; special tokens stand in the text.
 
@@ -105,20 +112,21 @@ class Texts:
         spelling counts as well; and it may begin with the end of a prompt that was too long. One
         that begins with none of these is rejected with 422.
         """
+        query = self.codec.without_padding(query)
         # of a longer prompt a query that fits the model can hold the end alone
         tail = prompt if self._max_chars is None else prompt[-self._max_chars :]
         prompt_ids = self.ids(tail, "prompts", special=False)
         openings = (tail, self.decoded(prompt_ids))
         for opening in openings if tail == prompt else ():
             if query.startswith(opening):
-                return prompt_ids, self.ids(query[len(opening) :], field, special=False)
+                return prompt_ids, self.completion_ids(opening, query[len(opening) :], field)
         n = max(kept_end(opening, query) for opening in openings)
         if n:
             kept, response = query[:n], query[n:]
             kept_of_prompt = kept_ids(prompt_ids, kept, self.decoded)
             return (
                 kept_of_prompt or self.ids(kept, field, special=False),
-                self.ids(response, field, special=False),
+                self.completion_ids(kept, response, field),
             )
         raise HTTPError(
             422,
@@ -135,57 +143,38 @@ class Texts:
         Without a chat template, or without what it writes before an answer, everything after the
         first token is the completion.
         """
-        marker = self.before_answer
+        whole, marker = self.codec.without_padding(whole), self.before_answer
         if marker and marker in whole:
             before, _, after = whole.rpartition(marker)
             prompt_ids = self.ids(before + marker, field, special=False)
-            return prompt_ids, self.ids(after, field, special=False)
+            return prompt_ids, self.completion_ids(before + marker, after, field)
         ids = self.ids(whole, field, special=False)
         return ids[:1], ids[1:]
 
-    @cached_property
+    @property
     def before_answer(self) -> str:
         """What the chat template writes between a question and its answer; "" without one."""
-        if self._given is None or not has_chat_template(self._given):
-            return ""
-        # a template is a program of the model's author; one that refuses the probe has no marker
-        try:
-            plain, opened = (
-                str(
-                    self._given.apply_chat_template(
-                        PROBE, tokenize=False, add_generation_prompt=is_open
-                    )
-                )
-                for is_open in (False, True)
-            )
-        except Exception:
-            return ""
-        return opened[len(plain) :] if opened.startswith(plain) else ""
+        return "" if self._codec is None else self._codec.ends.opening
 
     def decoded(self, ids: list[int]) -> str:
         """Text of token ids, special tokens and spaces as they are; "" without a tokenizer."""
-        return "" if self._given is None else self._decode(ids)
+        return "" if self._codec is None else self._codec.decode(ids, keep_special=True)
 
     def token_text(self, token: int) -> str:
         """Text of one token inside a text, with the space it may begin with."""
-        if self._given is None:
+        if self._codec is None:
             return f"token_id:{token}"
         if token not in self._token_texts:
             # alone, a SentencePiece token loses its space
-            before = self._decode(self._anchor)
-            joined = self._decode([*self._anchor, token])
+            before = self.decoded(self._anchor)
+            joined = self.decoded([*self._anchor, token])
             inside = joined.startswith(before) and bool(self._anchor)
-            self._token_texts[token] = joined[len(before) :] if inside else self._decode([token])
+            self._token_texts[token] = joined[len(before) :] if inside else self.decoded([token])
         return self._token_texts[token]
 
     @cached_property
     def _anchor(self) -> list[int]:
-        return list(self.tokenizer.encode("a", add_special_tokens=False))[-1:]
-
-    # what `decode` returns depends on what it gets; from one list it is text
-    def _decode(self, ids: list[int]) -> str:
-        options: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, **options))
+        return self.codec.encode("a")[-1:]
 
 
 def kept_end(opening: str, text: str) -> int:

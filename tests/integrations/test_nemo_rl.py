@@ -85,8 +85,8 @@ class NoEnd:
     def __init__(self, tokenizer):
         self.own = tokenizer
 
-    def __call__(self, text, **options):
-        return self.own(text, **options)
+    def __getattr__(self, name):
+        return getattr(self.own, name)
 
 
 def test_nemo_rl_response_without_a_reward_needs_a_number_for_it(scorer, caplog):

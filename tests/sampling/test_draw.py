@@ -68,6 +68,18 @@ def test_temperature_zero_is_greedy():
     assert torch.equal(drawn.token, logits.argmax(1))
 
 
+def test_a_greedy_tie_is_drawn_as_its_lowest_id():
+    logits = torch.zeros(300, 64)
+    logits[torch.arange(300), torch.arange(300) % 40 + 3] = -1.0
+    logits[:, 2] = -1.0
+    drawn = draw(logits, keys(300), 0, temperature=0.0, top_p=1.0)
+    assert torch.equal(drawn.token, torch.zeros(300, dtype=torch.int64))
+    assert drawn.is_near_tie.all()
+    late = torch.full((1, 500), -2.0)
+    late[0, [77, 301, 302]] = 1.0
+    assert draw(late, keys(1), 0, temperature=0.0, top_p=1.0).token.tolist() == [77]
+
+
 def test_near_ties_are_reported():
     logits = torch.tensor([[1.0, 1.0 + NEAR_TIE_NATS / 2, 0.0], [1.0, 1.1, 0.0]])
     drawn = draw(logits, keys(2), 0, temperature=0.0, top_p=1.0)

@@ -7,6 +7,7 @@ from sharpen.errors import InputError
 from sharpen.experiments.game24.train_base import build_tokenizer
 from sharpen.sampling import Prompt, SamplingConfig
 from sharpen.sampling.hf import TransformersSampler
+from sharpen.scoring import Scorer
 
 TOKENIZER = build_tokenizer()
 # two lengths, so that batches differ between budgets
@@ -48,6 +49,32 @@ def test_first_samples_do_not_depend_on_n():
     few = draw_all(model, config=SamplingConfig(n=2, max_new_tokens=9, seed=3))
     many = draw_all(model)
     assert all(few[p].completion_ids == many[p].completion_ids[:2] for p in few)
+
+
+def test_greedy_ties_are_the_scorers_and_those_of_generate():
+    model = tiny("llama")
+    with torch.no_grad():
+        # every column of the head has a twin with a higher id
+        half = model.config.vocab_size // 2
+        model.lm_head.weight[half : 2 * half] = model.lm_head.weight[:half]
+    config = SamplingConfig(n=1, temperature=0.0, max_new_tokens=9)
+    drawn = draw_all(model, config=config)
+    scorer = Scorer(model)
+    for prompt in PROMPTS:
+        (ids,) = drawn[prompt.id].completion_ids
+        assert max(ids) < half
+        stats = ("rank", "is_greedy", "top1")
+        tokens = scorer.score([prompt.ids], [[ids]], stats=stats).tokens
+        assert tokens.rank is not None
+        assert (tokens.rank == 1).all()
+        assert tokens.is_greedy is not None
+        assert tokens.is_greedy.all()
+        assert tokens.top1 is not None
+        assert tokens.top1.tolist() == ids
+        context = torch.tensor([prompt.ids])
+        eos = list(sampler(model).eos_ids) or None
+        whole = model.generate(context, max_new_tokens=9, do_sample=False, eos_token_id=eos)
+        assert whole[0, len(prompt.ids) :].tolist() == ids
 
 
 def test_a_restart_gives_the_same_bits():
