@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # where configurations keep the length of the context; GPT-2's `n_positions` answers to the first
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
+# rotary positions that one factor stretches, alike for short and long sequences
+STRETCHED = ("linear", "yarn", "llama3")
+
 SHIPPED = {"game24": Path(__file__).parent / "tasks" / "game24" / "base_model"}
 
 # an adapter's folder has this beside its weights, and names the base model in it
@@ -67,6 +70,8 @@ class ModelLimits:
         lengths = (getattr(config, field, None) for field in LENGTH_FIELDS)
         # some unlimited models say -1
         length = next((n for n in lengths if isinstance(n, int) and n > 0), None)
+        if length is not None:
+            length = max(length, *_stretched(config, length))
         return cls(vocab_size=weight.shape[0], max_length=length)
 
     def check(
@@ -133,6 +138,21 @@ class ModelLimits:
     # checked to be integers by then
     def _holds(self, ids: Sequence[Any]) -> bool:
         return min(ids) >= 0 and max(ids) < self.vocab_size
+
+
+def _stretched(config: Any, length: int) -> list[int]:
+    """How long a context its rotary positions are stretched to, for each kind of layer.
+
+    A configuration may keep the length that the model was trained with: Qwen2.5's with YaRN does.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
+    found = [0]
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) in STRETCHED:
+            trained = kind.get("original_max_position_embeddings") or length
+            found.append(int(trained * kind.get("factor", 1)))
+    return found
 
 
 def _is_id(kind: type) -> bool:

@@ -13,8 +13,10 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from .errors import InputError, RecordError, require
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
+# a number of so many digits before its point, or such an exponent, may be above every float
+LARGE = re.compile(r"[eE]\+?\d{3}|\d{300}")
 # how a data set can be written
 TABLES = (".jsonl", ".parquet")
 NO_PARQUET = (
@@ -36,7 +40,13 @@ def dump(row: Row) -> str:
     Raises:
         ValueError: If a number is not finite.
     """
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    # half of a surrogate pair in a field that is passed on: written as it was read
+    except UnicodeEncodeError:
+        text = json.dumps(row, allow_nan=False)
+    return text + "\n"
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
@@ -70,8 +80,10 @@ def _parse(place: str, line: bytes) -> Row:
             f"{error.start + 1}; re-encode the file."
         ) from error
     try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        # a callback for every number is slow, and few lines hold one that may be too large
+        parse_float = _finite if LARGE.search(text) else None
+        row = json.loads(text, parse_constant=_no_constant, parse_float=parse_float)
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{place}: must be one JSON object a line, got {error}.") from error
     if not isinstance(row, dict):
         raise RecordError(
@@ -79,6 +91,22 @@ def _parse(place: str, line: bytes) -> Row:
             'write one object a line, such as {"prompt": "..."}.'
         )
     return row
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name}, which is no number of JSON; write null")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text}, which no float holds; write null, or text")
+    return value
+
+
+def has(row: Row, name: str) -> bool:
+    """Whether a record has a field: one that is null, as a table writes it, is not there."""
+    return row.get(name) is not None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -146,13 +174,22 @@ def check_text(place: str, field: str, value: object) -> str:
     return value
 
 
+def check_id(place: str, value: object) -> str:
+    """A `prompt_id` as text; a whole number is taken for its digits.
+
+    Raises:
+        RecordError: If it is neither.
+    """
+    return str(value) if type(value) is int else check_text(place, "prompt_id", value)
+
+
 def check_prompt(place: str, row: Row) -> str | Messages:
     """The `prompt` of a record: non-empty text, or a non-empty list of messages.
 
     Raises:
         RecordError: If it is missing, empty or of another shape.
     """
-    if "prompt" not in row:
+    if not has(row, "prompt"):
         raise RecordError(
             f"{place}: must have the field `prompt`, got {', '.join(row) or 'no fields'}."
         )
@@ -185,10 +222,10 @@ def check_completions(place: str, row: Row) -> list[str]:
     Raises:
         RecordError: If it has neither or both, or one is neither text nor an assistant's turn.
     """
-    if ("completion" in row) == ("completions" in row):
-        got = "both" if "completion" in row else f"only {', '.join(row)}"
+    if has(row, "completion") == has(row, "completions"):
+        got = "both" if has(row, "completion") else f"only {', '.join(row)}"
         raise RecordError(f"{place}: must have one of `completion` and `completions`, got {got}.")
-    values = [row["completion"]] if "completion" in row else row["completions"]
+    values = [row["completion"]] if has(row, "completion") else row["completions"]
     if not isinstance(values, list):
         raise RecordError(
             f"{place}: `completions` must be a list, got {type(values).__name__}; "
@@ -264,8 +301,8 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     copies: dict[str, int] = {}
     for place, row in read_rows(path):
         prompt = check_prompt(place, row)
-        if "prompt_id" in row:
-            prompt_id = check_text(place, "prompt_id", row["prompt_id"])
+        if has(row, "prompt_id"):
+            prompt_id = check_id(place, row["prompt_id"])
         else:
             base = content_id(prompt)
             copies[base] = copies.get(base, 0) + 1

@@ -5,8 +5,10 @@ and goes on; another command is refused with the difference named. Lines are app
 flushed to disk as they are finished; a line torn by a crash is cut off on the next start.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +17,11 @@ from typing import Any
 from .errors import InputError, RunError
 from .records import Row, dump, write_text
 
+logger = logging.getLogger(__name__)
+
 Settings = dict[str, Any]
+# what a lock that another process holds says; any other error is a place without locks
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class Run:
@@ -54,10 +60,18 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
-            raise RunError(
-                f"{str(settings_path.parent)!r} is in use by another process; wait for it."
-            ) from error
+            if error.errno not in HELD:
+                # NFS without a lock server, and some mounts of object stores
+                logger.warning(
+                    "%r is on a file system without locks (%s): make sure that one process alone "
+                    "writes there.",
+                    *(str(settings_path.parent), error.strerror),
+                )
+            else:
+                self._lock.close()
+                raise RunError(
+                    f"{str(settings_path.parent)!r} is in use by another process; wait for it."
+                ) from error
         try:
             self._claim(settings)
         except BaseException:

@@ -10,7 +10,7 @@ from transformers import LlamaForSequenceClassification, LlamaModel
 
 from helpers.tiny import tiny
 from sharpen.errors import InputError
-from sharpen.models import SHIPPED, load_model, load_tokenizer
+from sharpen.models import SHIPPED, ModelLimits, load_model, load_tokenizer
 
 
 def test_the_shipped_model_loads_as_any_other():
@@ -205,3 +205,23 @@ def test_the_folder_of_an_adapter_needs_peft(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="is the folder of an adapter, which needs peft"):
         load_model(adapter[0])
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 64),
+        ({"rope_type": "linear", "factor": 2.5}, 160),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
+    ],
+)
+def test_a_context_is_as_long_as_its_positions_are_stretched(rope, length):
+    model = tiny("llama")
+    model.config.max_position_embeddings = 64
+    model.config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    assert ModelLimits.of(model).max_length == length
+    # one entry for each kind of layer
+    model.config.rope_parameters = {"full_attention": rope, "sliding": {"rope_type": "default"}}
+    assert ModelLimits.of(model).max_length == length

@@ -3,7 +3,16 @@ import json
 import pytest
 
 from sharpen.errors import InputError, RecordError
-from sharpen.records import dump, read_prompts, read_rows, write_rows
+from sharpen.records import (
+    check_completions,
+    check_id,
+    check_prompt,
+    content_id,
+    dump,
+    read_prompts,
+    read_rows,
+    write_rows,
+)
 
 
 def write(tmp_path, data: bytes):
@@ -79,3 +88,41 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_rows(path, [{"a": 2}, {"a": float("inf")}])
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400 + ".0"])
+def test_a_number_that_json_cannot_say_is_named_where_it_is_read(tmp_path, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"meta": 1e30}\n{"meta": {"deep": [' + value + "]}}\n")
+    rows = read_rows(path)
+    assert next(rows)[1] == {"meta": 1e30}
+    with pytest.raises(RecordError, match=r"rows.jsonl:2: .*write null"):
+        next(rows)
+
+
+def test_half_of_a_surrogate_pair_is_passed_on_as_it_was_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = b'{"meta": "\\ud800", "text": "\\u00e9"}\n'
+    path.write_bytes(line)
+    ((_, row),) = read_rows(path)
+    write_rows(path, [row])
+    assert path.read_bytes() == line
+
+
+def test_columns_of_null_are_not_there(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "prompt_id": null}\n{"prompt": "b", "prompt_id": 7}\n')
+    assert [record.id for record in read_prompts(path)] == [content_id("a"), "7"]
+    row = {"completion": None, "completions": ["x"]}
+    assert check_completions("here", row) == ["x"]
+    assert check_completions("here", {"completion": "x", "completions": None}) == ["x"]
+    for bad in (
+        {"completion": None},
+        {"completion": "x", "completions": ["x"]},
+    ):
+        with pytest.raises(RecordError, match="must have one of"):
+            check_completions("here", bad)
+    with pytest.raises(RecordError, match="must have the field `prompt`"):
+        check_prompt("here", {"prompt": None})
+    with pytest.raises(RecordError, match="`prompt_id` must be text, got bool"):
+        check_id("here", True)

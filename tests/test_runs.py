@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import subprocess
 import sys
 
@@ -70,3 +72,14 @@ def test_damage_before_the_end_is_told_not_cut(tmp_path):
     with pytest.raises(RunError, match=r"rows.jsonl:2: not a line this command wrote"):
         Journal(path)
     assert path.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_works_and_says_so(tmp_path, monkeypatch, caplog, number):
+    def no_lock(file, how):
+        raise OSError(number, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with Run(tmp_path / "run.json", {"a": 1}, []):
+        assert (tmp_path / "run.json").exists()
+    assert "without locks (Function not implemented)" in caplog.text

@@ -38,6 +38,7 @@ from sharpen.records import (
     completion_as,
     content_id,
     file_digest,
+    has,
     read_prompts,
     read_rows,
     write_table,
@@ -309,11 +310,11 @@ def read_rated(path: str, reward: str | None, *, cut: bool) -> list[Rated]:
     singles: dict[str, list[Rated]] = {}
     for place, row in read_rows(path):
         group = _rated(place, row, reward, cut)
-        together = singles.get(group.prompt_id) if "completion" in row else None
+        together = singles.get(group.prompt_id) if has(row, "completion") else None
         if together is None:
             # its place in the order of the file is that of its first record
             prompts.append([group])
-            if "completion" in row:
+            if has(row, "completion"):
                 singles[group.prompt_id] = prompts[-1]
             continue
         if together[0].prompt != group.prompt:
@@ -366,7 +367,7 @@ def _rated(place: str, row: Row, reward: str | None, cut: bool) -> Rated:
 
 def _with_lists(row: Row) -> Row:
     """A record of one `completion` as one of several holds it: in lists of one."""
-    if "completion" not in row:
+    if not has(row, "completion"):
         return row
     names = {"completion_ids": "completion_ids", "logprobs": "logprobs"}
     names["finish_reason"] = "finish_reasons"

@@ -25,6 +25,7 @@ from sharpen.records import (
     check_ids,
     check_prompt,
     file_digest,
+    has,
     read_rows,
 )
 from sharpen.runs import Journal, Run
@@ -132,7 +133,7 @@ def _given_ids(place: str, row: Row) -> list[list[int]] | None:
     texts, given = check_completions(place, row), row.get("completion_ids")
     if given is None:
         return None
-    groups = [given] if "completion" in row else given
+    groups = [given] if has(row, "completion") else given
     if not isinstance(groups, list) or len(groups) != len(texts):
         raise RecordError(f"{place}: `completion_ids` must hold {len(texts)} lists of integers.")
     return [check_ids(place, "completion_ids", ids) for ids in groups]
@@ -154,7 +155,7 @@ def score_records(
     stats = nested_stats(scores, needs) if config.token_stats else {}
     rows = []
     for p, record in enumerate(records):
-        single = "completion" in record.row
+        single = has(record.row, "completion")
         lengths = [len(ids) for ids in record.completion_ids]
         row = dict(record.row)
         row["rewards"] = {name: r[p][0] if single else r[p] for name, r in rewards.items()}

@@ -32,7 +32,7 @@ from .batching import Batch, make_batches
 from .hooks import SharingError
 from .model_access import Head, rope_boundary
 from .packing import PackedRow, plan
-from .pairs import Pair, pair_up
+from .pairs import Group, Ids, Pair, pair_up
 from .probe import Route
 from .token_stats import ScoringPath, Sharing, predictor_batches, scoring_path, shared_or_whole
 
@@ -123,7 +123,7 @@ class UniformMicroBatches:
         self._limits = ModelLimits.of(model)
 
     def micro_batches(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+        self, prompts: Sequence[Ids], completions: Sequence[Group]
     ) -> list[MicroBatch]:
         """Those that score every completion token once, on the CPU; none of no tokens.
 

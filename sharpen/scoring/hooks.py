@@ -32,8 +32,30 @@ from sharpen_kernels.tree_attention import tree_attention
 if TYPE_CHECKING:
     import transformers
 
+
+class HookName(str):
+    """The name of a hook, which a copy of the model, or its pickle, has as what it falls back to.
+
+    Another process may never have registered the hook.
+    """
+
+    base: str
+
+    def __new__(cls, name: str, base: str) -> "HookName":
+        """A name that is copied as `base`."""
+        made = super().__new__(cls, name)
+        made.base = base
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.base,)
+
+
 # by what they fall back to; no "sdpa" or "flash" inside: transformers looks for these in names
-NAMES = {"eager": "shared_prefix_plain", "sdpa": "shared_prefix_fused"}
+NAMES = {
+    base: HookName(name, base)
+    for base, name in (("eager", "shared_prefix_plain"), ("sdpa", "shared_prefix_fused"))
+}
 
 
 class SharingError(SharpenError):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -14,13 +15,16 @@ from torch import Tensor
 from sharpen.errors import InputError
 from sharpen.models import ModelLimits
 
+# token ids as they are given: a list, an array or a tensor; and those of a prompt's completions
+Ids = Sequence[int] | np.ndarray | Tensor
+Group = Sequence[Ids] | np.ndarray | Tensor
 Pair = tuple[list[int], list[int]]
 
 
 def pair_up(
     limits: ModelLimits,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[Sequence[int]]],
+    prompts: Sequence[Ids],
+    completions: Sequence[Group],
 ) -> list[Pair]:
     """One pair per completion, all prompts end to end.
 
@@ -31,20 +35,26 @@ def pair_up(
             pair.
     """
     check_groups(prompts, completions)
+    listed = [_listed(prompt) for prompt in prompts]
     # the prompt is kept beside its id(), or another one could get the same
     known: dict[int, tuple[Sequence[int], list[int]]] = {}
     pairs = []
-    for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+    for p, (prompt, group) in enumerate(zip(listed, completions, strict=True)):
         if id(prompt) not in known:
             limits.check(f"prompts[{p}]", prompt)
             known[id(prompt)] = (prompt, list(prompt))
         ids = known[id(prompt)][1]
-        for g, completion in enumerate(group):
+        for g, completion in enumerate(map(_listed, group)):
             # what scores the last token is read before it
             unread = min(1, len(completion))
             limits.check_completion(f"completions[{p}][{g}]", len(ids), completion, unread=unread)
             pairs.append((ids, list(completion)))
     return pairs
+
+
+def _listed(ids: Ids) -> Sequence[int]:
+    """Ids as they are, or as a list if they come as an array or a tensor."""
+    return ids.tolist() if isinstance(ids, (np.ndarray, Tensor)) else ids
 
 
 def token_starts(pairs: Sequence[Pair]) -> list[int]:
@@ -61,9 +71,7 @@ def check_groups(prompts: Sequence[object], completions: Sequence[object]) -> No
         )
 
 
-def token_multiplicity(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
-) -> Int64[Tensor, " S"]:
+def token_multiplicity(prompts: Sequence[Ids], completions: Sequence[Group]) -> Int64[Tensor, " S"]:
     """How many of the tokens have the same id behind the same prompt and tokens, itself among them.
 
     A sum over `Scorer.logprobs` counts a token that k completions begin with k times, as if each
@@ -92,8 +100,8 @@ def token_multiplicity(
 
     nodes = []
     for prompt, group in zip(prompts, completions, strict=True):
-        end = reduce(step, prompt, 0)
-        for completion in group:
+        end = reduce(step, _listed(prompt), 0)
+        for completion in map(_listed, group):
             node = end
             for token in completion:
                 node = step(node, token)

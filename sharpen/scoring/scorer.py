@@ -18,7 +18,7 @@ from sharpen_kernels.linear_logprob import Statistic
 
 from .gradients import accumulate, refuse_dropout
 from .model_access import Head, evaluating
-from .pairs import Pair, check_groups, pair_up
+from .pairs import Group, Ids, Pair, check_groups, pair_up
 from .probe import Route, gradient_sharing, probe_model
 from .scores import Scores
 from .token_stats import (
@@ -118,8 +118,8 @@ class Scorer:
 
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[Sequence[int]]],
+        prompts: Sequence[Ids],
+        completions: Sequence[Group],
         *,
         valid: Sequence[Sequence[bool]] | None = None,
         stats: Sequence[str] = ("logprob",),
@@ -133,7 +133,8 @@ class Scorer:
         A NaN stays in its completion and is reported in one logged warning.
 
         Args:
-            prompts: Token ids of each prompt, at least one each, with their BOS if it has one.
+            prompts: Token ids of each prompt, at least one each, with their BOS if it has one; as a
+                list, an array or a tensor.
             completions: Token ids of the completions of each prompt: any number, any lengths, with
                 their EOS if it shall count. An empty completion has 0 scored tokens.
             valid: False for completions that must not be chosen; default: all True.
@@ -200,8 +201,8 @@ class Scorer:
 
     def logprobs(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[Sequence[int]]],
+        prompts: Sequence[Ids],
+        completions: Sequence[Group],
         *,
         temperature: float = 1.0,
     ) -> Float[Tensor, " S"]:
@@ -220,8 +221,8 @@ class Scorer:
 
     def backward(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[Sequence[int]]],
+        prompts: Sequence[Ids],
+        completions: Sequence[Group],
         loss: Callable[[Tensor], Tensor] | Tensor,
     ) -> Float[Tensor, " S"]:
         """Add the gradient of a loss of the log-probs to `.grad`; memory does not grow with N.

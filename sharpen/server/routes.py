@@ -78,12 +78,24 @@ OFF: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
     "suffix": ("",),
-    "stop": ([], ""),
+    "use_beam_search": (False,),
+    "logit_bias": ({},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
     "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "logit_bias": ({},),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_tokens": (0, 1),
+    "ignore_eos": (False,),
 }
+# of these, what is about the token to come alone: without one, any value changes nothing
+OF_SAMPLING = ("top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "length_penalty")
+OF_SAMPLING += ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 Best = list[tuple[int, float]]
 
@@ -102,6 +114,12 @@ def parse(model: type[Model], body: object) -> Model:
         message = f"the body must be an object, got {type(body).__name__}."
         raise HTTPError(422, message, code="bad_body")
     known = model.model_fields
+    # null is what clients send for what they leave open
+    body = {
+        key: value
+        for key, value in body.items()
+        if value is not None or (key in known and known[key].is_required())
+    }
     unknown = [str(key) for key in body if key not in known]
     if unknown and model.model_config.get("extra") == "forbid":
         message = f"unknown field `{unknown[0]}`; known: {', '.join(sorted(known))}."
@@ -267,7 +285,7 @@ def read_evaluation(body: object, state: ServerState) -> ParsedRequest:
 
 
 class CompletionsRequest(RequestModel):
-    """Text to echo with log-probs; `user` and `seed` change nothing."""
+    """Text to echo with log-probs; `stop`, `stop_token_ids`, `user` and `seed` change nothing."""
 
     model: str | None = None
     prompt: TextOrIds = Field(description="text, token ids, or a list of these")
@@ -285,9 +303,20 @@ class CompletionsRequest(RequestModel):
     stream_options: Any = None
     suffix: Any = None
     stop: Any = None
+    stop_token_ids: Any = None
+    include_stop_str_in_output: Any = None
+    skip_special_tokens: Any = None
+    spaces_between_special_tokens: Any = None
+    use_beam_search: Any = None
     top_p: Any = None
+    top_k: Any = None
+    min_p: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    min_tokens: Any = None
+    ignore_eos: Any = None
     logit_bias: Any = None
     user: Any = None
     seed: Any = None
@@ -374,7 +403,8 @@ def _check(asked: CompletionsRequest, name: str) -> None:
         )
     for field, allowed in OFF.items():
         value = getattr(asked, field)
-        if value is not None and value not in allowed:
+        is_idle = asked.max_tokens == 0 and field in OF_SAMPLING
+        if value is not None and value not in allowed and not is_idle:
             raise HTTPError(
                 422,
                 f"`{field}` is not supported: this server scores text and does not sample; "

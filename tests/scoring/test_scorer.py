@@ -1,10 +1,13 @@
 """What `Scorer` promises beside its numbers."""
 
+import copy
+import json
 import logging
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
@@ -138,18 +141,56 @@ def test_a_path_scores_like_its_model_and_pickles_small(folder):
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
     data = pickle.dumps(scorer)
     assert len(data) < 1000
-    copy = pickle.loads(data)
-    assert copy.max_tokens == 123
-    again = copy.score(prompts, completions).reward("mean_logprob")
+    twin = pickle.loads(data)
+    assert twin.max_tokens == 123
+    again = twin.score(prompts, completions).reward("mean_logprob")
     torch.testing.assert_close(again, want, atol=2e-5, rtol=0)
 
 
 def test_a_model_pickles_with_its_weights():
     prompts, completions = ragged()
     scorer = Scorer(tiny(), max_tokens=40)
-    copy = pickle.loads(pickle.dumps(scorer))
-    one, other = (s.score(prompts, completions).reward("logprob") for s in (scorer, copy))
+    twin = pickle.loads(pickle.dumps(scorer))
+    one, other = (s.score(prompts, completions).reward("logprob") for s in (scorer, twin))
     assert torch.equal(one, other)
+
+
+CHILD = """
+import pickle, sys
+model, scorer = (pickle.load(open(path, "rb")) for path in sys.argv[1:])
+print(model.config._attn_implementation)
+print(scorer.score([[5, 6]], [[[7, 8], [7, 9]]]).reward("logprob").tolist())
+"""
+
+
+def test_a_used_scorer_and_its_model_go_to_another_process(tmp_path):
+    scorer = Scorer(tiny())
+    want = scorer.score([[5, 6]], [[[7, 8], [7, 9]]]).reward("logprob").tolist()
+    assert scorer.route.sharing == "tree"
+    # what a copy falls back to, where nobody has registered the hooks
+    assert copy.deepcopy(scorer.model).config._attn_implementation == "sdpa"
+    paths = [tmp_path / "model.pickle", tmp_path / "scorer.pickle"]
+    for path, thing in zip(paths, (scorer.model, scorer), strict=True):
+        path.write_bytes(pickle.dumps(thing))
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, *paths], capture_output=True, text=True, check=True
+    )
+    implementation, found = child.stdout.splitlines()
+    assert implementation == "sdpa"
+    assert json.loads(found) == pytest.approx(want, abs=1e-6)
+    # and the one that is used here stays as it was
+    assert scorer.score([[5, 6]], [[[7, 8], [7, 9]]]).reward("logprob").tolist() == want
+
+
+@pytest.mark.parametrize("form", [np.array, np.int32, torch.tensor, tuple])
+def test_ids_may_be_arrays_and_tensors(form):
+    make = (lambda ids: np.array(ids, dtype=np.int32)) if form is np.int32 else form
+    scorer = Scorer(tiny())
+    prompts, completions = [[5, 6, 7], [5, 6]], [[[8, 9], [10]], [[11], []]]
+    given = [make(ids) for ids in prompts], [[make(ids) for ids in group] for group in completions]
+    want = scorer.score(prompts, completions).reward("logprob")
+    assert torch.equal(scorer.score(*given).reward("logprob"), want)
+    assert torch.equal(scorer.logprobs(*given), scorer.logprobs(prompts, completions))
 
 
 def test_text_is_tokenised_prompt_with_and_completion_without_special_tokens(folder):

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from helpers.byte_checkpoint import byte_tokenizer
 from helpers.server_desk import PROMPT, RIGHT, answered, desk, scorer
 from sharpen.errors import SharpenError
-from sharpen.server.routes import read_completions
+from sharpen.models import ModelLimits
+from sharpen.server.routes import CompletionsRequest, read_completions
 from sharpen.server.text import Texts
 from sharpen_kernels import TokenStats
 
@@ -129,7 +133,10 @@ def test_a_model_without_a_tokenizer_names_tokens_by_id():
         ({"temperature": 1.0}, "`temperature` must be 0"),
         ({"n": 2}, "`n` is not supported"),
         ({"stream": True}, "`stream` is not supported"),
-        ({"stop": ["x"]}, "`stop` is not supported"),
+        ({"top_k": 5}, "`top_k` is not supported"),
+        ({"repetition_penalty": 1.2}, "`repetition_penalty` is not supported"),
+        ({"skip_special_tokens": False}, "`skip_special_tokens` is not supported"),
+        ({"prompt_logprobs": 1}, "unknown field `prompt_logprobs`"),
         ({"logprobs": 21}, "`logprobs` must be a whole number from 0 to 20"),
         ({"logprobs": True}, "`logprobs` must be a whole number"),
         ({"model": "gpt-4"}, "`model` must be 'game24', got 'gpt-4'"),
@@ -163,3 +170,63 @@ def test_a_whole_context_has_a_greedy_token_after_it():
 def test_what_a_client_says_it_does_not_want_is_no_error():
     off = {"n": 1, "best_of": 1, "stream": False, "stop": None, "top_p": 1.0, "user": "me"}
     assert read(ASKED | off).jobs
+
+
+NEUTRAL = {
+    "stop": "\n",
+    "stop_token_ids": [],
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "use_beam_search": False,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "prompt_logprobs": None,
+}
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_what_clients_always_send_changes_nothing(field):
+    assert [*choices({field: NEUTRAL[field]})] == [*choices({})]
+
+
+@pytest.mark.parametrize("field", sorted(set(CompletionsRequest.model_fields) - {"prompt"}))
+def test_null_is_what_a_client_leaves_open(field):
+    without = {key: value for key, value in ASKED.items() if key != field}
+    if field == "max_tokens":
+        with pytest.raises(SharpenError, match="does not generate"):
+            read(ASKED | {field: None})
+        return
+    jobs = read_completions(without, desk(), 7).jobs
+    assert read(ASKED | {field: None}).jobs[0].completions == jobs[0].completions
+
+
+@pytest.mark.parametrize(
+    "change", [{"top_p": 0.5}, {"top_k": 5}, {"presence_penalty": 1}, {"repetition_penalty": 2}]
+)
+def test_without_a_token_to_come_options_of_sampling_are_idle(change):
+    idle = {"max_tokens": 0, "temperature": 1.0}
+    assert [*choices(idle | change)] == [*choices(idle)]
+    with pytest.raises(SharpenError, match="is not supported"):
+        read(ASKED | change)
+
+
+def test_offsets_where_a_character_is_several_tokens():
+    tokenizer = byte_tokenizer()
+    at = replace(desk(), texts=Texts(tokenizer), model=ModelLimits(len(tokenizer), None))
+    for text in ("abc \u00e9 xyz", "\u6f22 a\U0001f600b"):
+        asked = read_completions(
+            {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}, at, 7
+        )
+        (job,) = asked.jobs
+        logprob = torch.zeros(len(job.completions[0]))
+        near = torch.zeros(len(logprob), 1)
+        tokens = TokenStats(logprob=logprob, topk=near, topk_id=near.long())
+        (found,) = asked.answer([tokens])["choices"]
+        places = zip(found["logprobs"]["tokens"], found["logprobs"]["text_offset"], strict=True)
+        plain = [(token, offset) for token, offset in places if token.isascii() and token != " "]
+        assert plain == [(x, text.index(x)) for x in text if x.isascii() and x != " "]

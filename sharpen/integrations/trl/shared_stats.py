@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sharpen.errors import InputError
 from sharpen.models import ModelLimits
+from sharpen.scoring.model_access import output_layer
 from sharpen.scoring.pairs import pair_up
 from sharpen.scoring.probe import probe_model
 from sharpen.scoring.token_stats import Sharing, scoring_path, shared_or_whole, token_stats
@@ -105,8 +106,11 @@ class SharedStats:
             )
 
         tokens = shared_or_whole(run, route.sharing)
+        # the input embedding may have more rows, or fewer
+        linear = output_layer(self.model)
+        n_columns = limits.vocab_size if linear is None else linear.weight.shape[0]
         found = {
-            name: scattered(rows, _output(name, tokens, limits.vocab_size), ids.shape)
+            name: scattered(rows, _output(name, tokens, n_columns), ids.shape)
             for name in self.outputs
         }
         if not pairs and torch.is_grad_enabled():
