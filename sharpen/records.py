@@ -14,8 +14,8 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,15 @@ from typing import Any
 from .errors import InputError, RecordError, require
 
 Row = dict[str, Any]
-Messages = list[dict[str, str]]
+# a message has text as its content, or null beside calls of tools
+Messages = list[dict[str, Any]]
+# what a record says to the chat template beside its messages
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")
 # a number of so many digits before its point, or such an exponent, may be above every float
 LARGE = re.compile(r"[eE]\+?\d{3}|\d{300}")
+# options of rendering that are not the record's to set
+OURS = {"tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "messages"}
+TEXT_PARTS = ("text", "input_text", "output_text")
 # how a data set can be written
 TABLES = (".jsonl", ".parquet")
 NO_PARQUET = (
@@ -206,14 +212,66 @@ def _check_messages(place: str, messages: list[object]) -> Messages:
         raise RecordError(f"{place}: `prompt` must hold at least one message, got an empty list.")
     checked = []
     for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise RecordError(
                 f"{place}: each message of `prompt` must be an object with `role` and `content`."
             )
-        for key in ("role", "content"):
-            check_text(place, key, message[key])
-        checked.append(message)
+        message = _plain(message)
+        check_text(place, "role", message["role"])
+        checked.append(message | {"content": _content(place, message)})
     return checked
+
+
+def _content(place: str, message: Row) -> str | None:
+    """The text of a message: as it is, of its parts end to end, or None beside calls of tools."""
+    content = message["content"]
+    if content is None and message.get("tool_calls"):
+        return None
+    if not isinstance(content, list):
+        return check_text(place, "content", content)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in TEXT_PARTS:
+            raise RecordError(
+                f"{place}: `content` must be text or parts of text, got a part of type {kind!r}; "
+                "sharpen reads text alone."
+            )
+        texts.append(check_text(place, "text", part.get("text")))
+    return "".join(texts)
+
+
+# whatever a message holds: arrays in it, as parquet and data sets have them, become lists
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def template_fields(place: str, row: Row) -> dict[str, Any]:
+    """What a record says to the chat template: `tools`, `documents`, `chat_template_kwargs`.
+
+    Raises:
+        RecordError: If one has another shape, or names what is not the record's to say.
+    """
+    found: dict[str, Any] = {}
+    for name in TEMPLATE_FIELDS:
+        if not has(row, name):
+            continue
+        value, wanted = _plain(row[name]), dict if name == "chat_template_kwargs" else list
+        if not isinstance(value, wanted):
+            raise RecordError(
+                f"{place}: `{name}` must be {'an object' if wanted is dict else 'a list'}, got "
+                f"{type(value).__name__}."
+            )
+        found |= value if wanted is dict else {name: value}
+    for name in OURS & found.keys():
+        raise RecordError(
+            f"{place}: `chat_template_kwargs` must leave `{name}` to sharpen; take it out."
+        )
+    return found
 
 
 def check_completions(place: str, row: Row) -> list[str]:
@@ -264,11 +322,12 @@ def check_ids(place: str, field: str, value: object) -> list[int]:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt of a file: where it stands, what it is called, what it says."""
+    """One prompt of a file: where it stands, its name, what it says, and what to its template."""
 
     place: str
     id: str
     prompt: str | Messages
+    template: dict[str, Any] = field(default_factory=dict)
 
 
 def content_id(value: object) -> str:
@@ -301,10 +360,11 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     copies: dict[str, int] = {}
     for place, row in read_rows(path):
         prompt = check_prompt(place, row)
+        template = {} if isinstance(prompt, str) else template_fields(place, row)
         if has(row, "prompt_id"):
             prompt_id = check_id(place, row["prompt_id"])
         else:
-            base = content_id(prompt)
+            base = content_id([prompt, template] if template else prompt)
             copies[base] = copies.get(base, 0) + 1
             prompt_id = base if copies[base] == 1 else f"{base}-{copies[base]}"
         if prompt_id in seen:
@@ -313,7 +373,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
                 f"(first at {seen[prompt_id]})."
             )
         seen[prompt_id] = place
-        records.append(PromptRecord(place, prompt_id, prompt))
+        records.append(PromptRecord(place, prompt_id, prompt, template))
     if not records:
         raise InputError(f"{str(path)!r} must hold at least one prompt, got none.")
     return records

@@ -45,7 +45,6 @@ class TextCodec:
         generation_config: Of the model, where it is at hand: it may name further ends.
 
     Attributes:
-        ends: The tokens that end a completion.
         n_merged: Completions whose start the tokenizer would have merged with their prompt's end.
     """
 
@@ -55,9 +54,14 @@ class TextCodec:
         generation_config: "transformers.GenerationConfig | None" = None,
     ):
         self.tokenizer = tokenizer
-        self.ends = Ends.of(tokenizer, generation_config)
+        self._generation_config = generation_config
         self.n_merged = 0
         self._has_warned = False
+
+    @cached_property
+    def ends(self) -> Ends:
+        """The tokens that end a completion."""
+        return Ends.of(self.tokenizer, self._generation_config)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt: with what the tokenizer puts in front of a text, once.

@@ -27,6 +27,7 @@ from sharpen.records import (
     file_digest,
     has,
     read_rows,
+    template_fields,
 )
 from sharpen.runs import Journal, Run
 from sharpen.sampling.base import render
@@ -116,7 +117,9 @@ def read_records(
         if row.get("prompt_ids") is not None:
             text = prompt_ids = check_ids(place, "prompt_ids", row["prompt_ids"])
         else:
-            rendered = render(PromptRecord(place, place, prompt), codec.tokenizer)
+            template = {} if isinstance(prompt, str) else template_fields(place, row)
+            record = PromptRecord(place, place, prompt, template)
+            rendered = render(record, codec.tokenizer)
             text, prompt_ids = rendered.text, list(rendered.ids)
         groups = _given_ids(place, row)
         if groups is None:

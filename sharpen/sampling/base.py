@@ -126,7 +126,7 @@ def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase | None) -> P
 
     Text gets what the tokenizer puts in front of one (such as a BOS), unless it begins with it, and
     never what it puts behind (an EOS); messages get exactly what the chat template writes, up to
-    where the assistant begins.
+    where the assistant begins, or to the end of what the assistant has said already.
 
     Raises:
         InputError: If it holds messages and there is no tokenizer, or one without a chat template,
@@ -147,9 +147,17 @@ def render(record: PromptRecord, tokenizer: PreTrainedTokenizerBase | None) -> P
             f"{record.place}: `prompt` holds messages, but the model's tokenizer has no chat "
             "template; give text, or use a model with one."
         )
+    # an answer that is begun is continued
+    is_begun = record.prompt[-1]["role"] == "assistant"
     try:
         text = str(
-            tokenizer.apply_chat_template(record.prompt, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                record.prompt,
+                tokenize=False,
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
+                **record.template,
+            )
         )
     except Exception as error:  # templates are programs of the model's author; any error is theirs
         raise InputError(

@@ -40,6 +40,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from sharpen.records import TEMPLATE_FIELDS
 from sharpen.scoring.rewards import REWARDS, options_needed
 from sharpen.text import REPLACEMENT
 from sharpen_kernels import TokenStats
@@ -161,6 +162,10 @@ class ScoreRequest(RequestModel):
     )
     add_special_tokens: bool = True
     add_eos: bool = False
+    # for messages; checked by `template_fields`, in its words
+    tools: Any = None
+    documents: Any = None
+    chat_template_kwargs: Any = None
     answers: list[str | None] | None = Field(
         None, description="a list of one answer or null per completion", fail_fast=True
     )
@@ -210,7 +215,10 @@ def _ids(asked: ScoreRequest, state: ServerState) -> tuple[list[int], list[list[
     """Token ids of the prompt and of each completion, checked against the model."""
     if asked.add_eos:
         state.texts.codec.check_has_end()
-    prompt = state.texts.prompt_ids(asked.prompt, special=asked.add_special_tokens)
+    template = {name: getattr(asked, name) for name in TEMPLATE_FIELDS}
+    prompt = state.texts.prompt_ids(
+        asked.prompt, special=asked.add_special_tokens, template=template
+    )
     state.model.check("prompt", prompt)
     # before each completion is checked with it
     state.limits.check_tokens(len(prompt))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sharpen.records import PromptRecord, check_prompt
+from sharpen.records import PromptRecord, check_prompt, template_fields
 from sharpen.sampling.base import render
 from sharpen.text import REPLACEMENT, TextCodec
 
@@ -82,12 +82,17 @@ class Texts:
         return self.codec.completion_ids(prompt, [value], is_ended=add_eos)[0]
 
     # as above
-    def prompt_ids(self, value: object, *, special: bool) -> list[Any]:
+    def prompt_ids(
+        self, value: object, *, special: bool, template: dict[str, Any] | None = None
+    ) -> list[Any]:
         """Token ids of a prompt: text, ids, or messages, which the chat template renders."""
         if isinstance(value, list) and value and isinstance(value[0], dict):
             prompt = check_prompt("the request", {"prompt": value})
-            self._check_length("prompt", sum(len(message["content"]) for message in value))
-            record = PromptRecord("the request", "", prompt)
+            assert not isinstance(prompt, str)
+            n_chars = sum(len(message["content"] or "") for message in prompt)
+            self._check_length("prompt", n_chars)
+            fields = template_fields("the request", template or {})
+            record = PromptRecord("the request", "", prompt, fields)
             return list(render(record, self.codec.tokenizer).ids)
         return self.ids(value, "prompt", special=special)
 

@@ -142,3 +142,17 @@ def test_dropout_in_attention_takes_whole_sequences_and_says_so(caplog):
 def test_options_are_checked(options, message):
     with pytest.raises(InputError, match=message):
         SharedStats(tiny(), **options)
+
+
+def test_mean_logits_are_over_the_columns_of_the_head():
+    model = tiny("llama")
+    narrow = model.get_input_embeddings().weight
+    wide = torch.nn.Embedding(V + 64, narrow.shape[1])
+    with torch.no_grad():
+        wide.weight[:V] = narrow
+    model.model.embed_tokens = wide
+    ids, mask, labels = batch()
+    with torch.no_grad():
+        want = alone(model, ids, mask, labels, 1.0)["mean_logits"]
+        got = SharedStats(model, outputs=("mean_logits",))(ids, mask, labels)["mean_logits"]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)

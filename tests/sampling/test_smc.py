@@ -24,6 +24,8 @@ from sharpen.sampling.hf import TransformersSampler
 from sharpen.sampling.smc import ParticleFilter, ParticleSampler
 
 TOKENIZER = build_tokenizer()
+# the models here name their own ends, in other vocabularies
+TOKENIZER.eos_token = None
 GATE = 0.02
 PROMPTS = [
     Prompt(f"p{i}", "", tuple(range(5 + i, 5 + i + length)), f"rows:{i}")

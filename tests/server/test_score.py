@@ -1,11 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from helpers.byte_checkpoint import byte_tokenizer
 from helpers.server_desk import PROMPT, RIGHT, WRONG, answered, desk, scorer
 from sharpen.errors import InputError
+from sharpen.models import ModelLimits
 from sharpen.server.errors import HTTPError
 from sharpen.server.routes import read_score
+from sharpen.server.text import Texts
 
 BODY = {"prompt": PROMPT, "completions": [WRONG, RIGHT]}
 
@@ -138,3 +143,23 @@ def test_limits_that_are_kept_are_not_felt():
         desk(max_queue=0)
     with pytest.raises(HTTPError, match="at most 10 bytes, got 11"):
         desk(max_request_bytes=10).limits.check_bytes(11)
+
+
+def test_a_request_speaks_to_the_chat_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}<{{ t['name'] }}>{% endfor %}{{ messages[0]['content'] }}"
+        "{% if add_generation_prompt %}:{% endif %}{{ mood or '' }}"
+    )
+    at = replace(desk(), texts=Texts(tokenizer), model=ModelLimits(len(tokenizer), None))
+    body = {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "completions": ["x"],
+        "tools": [{"name": "clock"}],
+        "chat_template_kwargs": {"mood": "calm"},
+        "documents": None,
+    }
+    (job,) = read_score(body, at).jobs
+    assert tokenizer.decode(job.prompt) == "<clock>hi:calm"
+    with pytest.raises(InputError, match="`tools` must be a list, got str"):
+        read_score(body | {"tools": "clock"}, at)
