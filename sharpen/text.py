@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"
 # texts that a completion is tried behind: what stands first in a text is not spelled as inside it
 ANCHORS = ("\n", ".", "a", "0")
+# bytes that a character has at most
+MAX_BYTES = 4
 # tokens at the end of a prompt that decide how what follows is decoded
 CONTEXT = 16
 # characters of a prompt that are encoded again with each of its completions; chosen
@@ -195,9 +197,12 @@ class TextCodec:
         while True:
             context = list(prompt_ids[-n:])
             before = self.decode(context)
-            if before or n >= len(prompt_ids):
+            # it must say something, and begin where a character does: of a run of byte tokens that
+            # begins inside one, some decoders give no character at all
+            is_whole = bool(before) and not before.startswith(REPLACEMENT)
+            if is_whole or n >= len(prompt_ids):
                 return context, before.rstrip(REPLACEMENT)
-            n *= 4
+            n = n + 1 if before and n < CONTEXT + MAX_BYTES else 4 * n
 
     @cached_property
     def _prefix(self) -> list[int]:

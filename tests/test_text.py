@@ -97,6 +97,17 @@ def test_a_character_that_begins_in_the_prompt_belongs_to_the_completion():
     assert codec.completion_texts([*codec.encode("a"), first], [[second]]) == ["\u00e9"]
 
 
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("n", range(1, 13))
+def test_a_prompt_of_characters_of_several_tokens_keeps_them_to_itself(kind, n):
+    codec = TextCodec(KINDS[kind]())
+    # its last tokens, which are decoded with the completion, may begin inside a character
+    prompt = "Q" + "\u6f22\u5b57" * n + "x" * (n % 3)
+    before = codec.prompt_ids(prompt)
+    found = codec.completion_ids(prompt, ["\u6f22 8", "8"])
+    assert codec.completion_texts(before, found) == ["\u6f22 8", "8"]
+
+
 def test_prompts_that_end_with_special_tokens_alone_keep_the_space():
     codec = TextCodec(pieces())
     end = codec.tokenizer.eos_token_id

@@ -12,7 +12,7 @@ Without `model` it is the one that training starts from, frozen. verl runs a man
 import functools
 from typing import Any
 
-from sharpen.errors import require
+from sharpen.errors import InputError, require
 
 from .reward_model import Rating, shared_reward_model
 
@@ -22,10 +22,23 @@ def response_ids(batch: Any) -> tuple[list[int], list[int]]:
 
     Args:
         batch: `prompts` int64 [P], padded on the left; `responses` int64 [R], padded on the right;
-            `attention_mask` [P + R].
+            `attention_mask` [P + R]; where an agent called tools, `response_mask` [R], 0 for words
+            that are not the model's own.
+
+    Raises:
+        InputError: If a response holds words of a tool: no reward may count them as the model's.
     """
     prompts, responses, mask = batch["prompts"], batch["responses"], batch["attention_mask"].bool()
     n = len(prompts)
+    if "response_mask" in batch.keys():  # noqa: SIM118 (a TensorDict has no other `in`)
+        own = batch["response_mask"].bool()
+        n_foreign = int((mask[n:] & ~own).sum())
+        if n_foreign:
+            raise InputError(
+                f"`response_mask` must be 1 for every token of a response, got {n_foreign} of "
+                f"{int(mask[n:].sum())} that are words of tools: a self-reward of several turns is "
+                "not supported; take another reward for agents."
+            )
     return prompts[mask[:n]].tolist(), responses[mask[n:]].tolist()
 
 

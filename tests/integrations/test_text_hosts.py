@@ -77,6 +77,20 @@ def test_verl_padding_is_left_out():
     assert verl_manager.response_ids(batch) == ([0, 5, 6], [7, 2, 0])
 
 
+def test_verl_manager_does_not_rate_words_of_tools_as_the_models_own():
+    batch = {
+        "prompts": torch.tensor([0, 5, 6]),
+        "responses": torch.tensor([7, 8, 2, 0]),
+        "attention_mask": torch.tensor([0, 1, 1, 1, 1, 1, 0]),
+        "response_mask": torch.tensor([1, 1, 1, 0]),
+    }
+    # padding is no word of a tool
+    assert verl_manager.response_ids(batch) == ([5, 6], [7, 8, 2])
+    batch["response_mask"] = torch.tensor([1, 0, 1, 0])
+    with pytest.raises(InputError, match="got 1 of 3 that are words of tools"):
+        verl_manager.response_ids(batch)
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
