@@ -119,7 +119,7 @@ class UniformMicroBatches:
         self.model = model
         self.path = scoring_path(model, head)
         self.shares_prompts = route.sharing == "tree"
-        self.max_tokens = self.path.budget(max_tokens)
+        self.max_tokens = 1 if route.sharing == "alone" else self.path.budget(max_tokens)
         self._limits = ModelLimits.of(model)
 
     def micro_batches(

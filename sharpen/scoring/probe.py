@@ -54,6 +54,10 @@ TOLERANCE_NATS = 1e-4  # chosen: fp32 agrees to about 1e-6, a missing scale or c
 
 NOISE_FACTOR = 8  # of what a batch, or a cache of transformers' own, changes
 PERTURBATION_FACTOR = 1.5
+# of a batch: in fp32, where products may be rounded to bf16, and times what one more rounding
+# changes. Both are chosen between what right models do and the least of wrong ones, 0.1 and 2.9
+LEAK_NATS = 0.03
+LEAK_FACTOR = 2.5
 N_PERTURBATIONS = 8
 
 # what fp32 products round to where a global setting of PyTorch lets them
@@ -64,7 +68,9 @@ class Route(NamedTuple):
     """How a model is scored.
 
     Attributes:
-        sharing: "tree", "cache" or "none": how completions share their prompt.
+        sharing: "tree", "cache" or "none": how completions share their prompt. "alone" for a model
+            in which a batch changes its rows (experts of limited capacity, statistics of the
+            batch): it reads one sequence at a time.
         head: "hidden" projects hidden rows in `linear_logprob`. "logits" lets the model compute
             the logits of one small batch at a time: slower, as exact as its own arithmetic.
     """
@@ -87,8 +93,13 @@ def probe_model(model: "transformers.PreTrainedModel", sharing: str) -> tuple[Ro
             logger.warning("%s takes the slower logits route: %s.", name, why)
         else:
             logger.info("%s takes the hidden route: %s.", name, why)
+        path = scoring_path(model, head)
+        leak = find_leak(path)
         ways: list[Sharing] = [way for way in WAYS if sharing in ("auto", way)]
-        found, why = find_sharing(scoring_path(model, head), ways)
+        found, why = ("alone", leak) if leak is not None else find_sharing(path, ways)
+    if leak is not None and sharing in ("auto", "none"):
+        logger.warning("%s reads one sequence at a time: %s.", name, leak)
+        sharing = "auto"
     if sharing not in ("auto", found):
         raise InputError(
             f"`sharing` must be one that scores {name} right, got {sharing!r} "
@@ -200,6 +211,22 @@ def _random_ids(model: "transformers.PreTrainedModel", seed: int) -> Int64[Tenso
     return torch.randint(V, (1, N_TOKENS), generator=generator).to(input_device(model))
 
 
+def find_leak(path: ScoringPath) -> str | None:
+    """How a batch changes the scores of its sequences, in words; None if by rounding alone.
+
+    Runs in eval mode without gradients and leaves no trace.
+    """
+    with torch.no_grad(), evaluating(path.model):
+        pairs = _probe_pairs(path.model)
+        reference = ReferenceScores(path.model, lambda: _one_by_one(path, pairs))
+        off = reference.leak(_logprobs(path, pairs, "none"))
+    return None if off is None else f"a batch changes the log-probs of its rows by {off:.1e} nats"
+
+
+def _one_by_one(path: ScoringPath, pairs: list[Pair]) -> Float32[Tensor, " S"]:
+    return torch.cat([_logprobs(path, [pair], "none") for pair in pairs])
+
+
 def find_sharing(path: ScoringPath, ways: Sequence[Sharing] = WAYS) -> tuple[Sharing, str]:
     """The first of `ways` that scores a few random sequences as each alone scores; why in words.
 
@@ -208,9 +235,7 @@ def find_sharing(path: ScoringPath, ways: Sequence[Sharing] = WAYS) -> tuple[Sha
     """
     with torch.no_grad(), evaluating(path.model):
         pairs = _probe_pairs(path.model)
-        reference = ReferenceScores(
-            path.model, lambda: torch.cat([_logprobs(path, [pair], "none") for pair in pairs])
-        )
+        reference = ReferenceScores(path.model, lambda: _one_by_one(path, pairs))
         reference.allow(_logprobs(path, pairs, "none"))
         rejected = []
         for way in ways:
@@ -300,6 +325,13 @@ class ReferenceScores:
     def allow(self, other: Tensor) -> None:
         """Let others be as far off as `other`, `NOISE_FACTOR` times."""
         self.limit = max(self.limit, NOISE_FACTOR * _difference(other, self.values).max().item())
+
+    def leak(self, got: Tensor) -> float | None:
+        """How far `got`, of a batch, is off where no rounding explains it; None where it does."""
+        off = _difference(got, self.values)
+        worst = off.max().item()
+        is_rounding = worst <= LEAK_NATS or _rms(off) <= LEAK_FACTOR * self.perturbation_rms
+        return None if is_rounding else worst
 
     def mismatch(self, got: Tensor) -> str | None:
         """How `got` disagrees, in words; None if it does not."""

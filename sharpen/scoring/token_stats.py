@@ -21,7 +21,7 @@ V vocabulary.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -61,8 +61,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Sharing = Literal["tree", "cache", "none"]
-WAYS: tuple[Sharing, ...] = get_args(Sharing)
+# "alone": as "none", with each sequence in a batch of its own; found by the probe, never asked for
+Sharing = Literal["tree", "cache", "none", "alone"]
+WAYS: tuple[Sharing, ...] = ("tree", "cache", "none")
 Found = TypeVar("Found")
 
 
@@ -132,6 +133,8 @@ def predictor_batches(
     through the prompt after the last of its batches.
     """
     chosen = None
+    if sharing == "alone":
+        max_tokens = 1
     boundary, device = rope_boundary(path.model), input_device(path.model)
     if sharing == "tree":
         rows = plan(pairs, max_tokens, boundary=boundary)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
-from helpers.tiny import V, alone, opaque, ragged, tiny
+from helpers.tiny import FAMILIES, V, alone, opaque, ragged, tiny
 from sharpen import Scorer
 from sharpen.errors import InputError
 from sharpen.scoring.model_access import Head, candidate_heads
@@ -164,3 +164,51 @@ def test_a_model_that_looks_ahead_is_refused():
     scorer = Scorer(BertLMHeadModel(config))
     with pytest.raises(InputError, match=r"`model` must be causal, got BertLMHeadModel"):
         scorer.score([[1, 2]], [[[3]]])
+
+
+def leaky(family="llama", amount=0.1):
+    """A model whose rows get a little of what the whole batch says; one alone is as it was."""
+    model = tiny(family)
+
+    def leak(module, args, out):
+        return out + amount * out.mean(dim=(0, 1), keepdim=True) if len(out) > 1 else out
+
+    model.get_input_embeddings().register_forward_hook(leak)
+    return model
+
+
+@pytest.mark.parametrize("sharing", ["auto", "none"])
+@pytest.mark.parametrize("family", ["llama", "gpt2-tied"])
+def test_a_model_whose_rows_change_with_their_batch_reads_one_at_a_time(family, sharing, caplog):
+    model = leaky(family)
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
+    completions = [[[20, 21], [22, 23, 24, 25]], [[30, 31, 32]]]
+    with torch.no_grad():
+        want = alone(model, prompts, completions)
+    scorer = Scorer(model, sharing=sharing)
+    with caplog.at_level(logging.WARNING):
+        got = scorer.score(prompts, completions).tokens.logprob
+        scorer.score(prompts, completions)
+    assert scorer.route.sharing == "alone"
+    assert caplog.text.count("reads one sequence at a time: a batch changes the log-probs") == 1
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    got = scorer.logprobs(prompts, completions)
+    torch.testing.assert_close(got.detach(), want, atol=2e-5, rtol=0)
+    got.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    scorer.backward(prompts, completions, lambda logprob_S: logprob_S.sum())
+    bounded = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(bounded, gradients, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", ["tree", "cache"])
+def test_a_model_whose_rows_change_with_their_batch_cannot_share(sharing):
+    with pytest.raises(InputError, match="a batch changes the log-probs of its rows"):
+        Scorer(leaky(), sharing=sharing).score([[5, 6]], [[[7], [8]]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_in_a_batch_is_no_leak(family, dtype):
+    assert Scorer(tiny(family).to(dtype)).route.sharing != "alone"
